@@ -1,0 +1,66 @@
+"""The grammar of model names and the shapes that follow from it, without torch.
+
+Two layouts share one bottleneck block (ResNeXt, arXiv:1611.05431, figure 3c): the CIFAR layout of section 5.4
+(three stages on 32x32, a 3x3 stem) and the ImageNet layout of table 1 (four stages, a 7x7 stem and a max pooling).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_NAME = re.compile(r"(?P<cifar>cifar_)?resnext(?P<depth>\d+)_(?P<cardinality>\d+)x(?P<base_width>\d+)d", re.ASCII)
+_IMAGENET_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+EXPANSION = 4
+"""Output channels of a block over the planes of its stage (section 4 of the paper)."""
+_LONGEST_NUMBER = 4
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model's name says: layout, depth, cardinality (groups) and base width (channels a group in stage 1)."""
+
+    layout: str
+    depth: int
+    cardinality: int
+    base_width: int
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Blocks in each stage."""
+        if self.layout == "cifar":
+            return ((self.depth - 2) // 9,) * 3
+        return _IMAGENET_BLOCKS[self.depth]
+
+    def planes(self, stem_channels: int) -> tuple[int, ...]:
+        """Planes of each stage: they double from stage to stage; a stage puts out `EXPANSION` times as many."""
+        return tuple(stem_channels * 2**stage for stage in range(len(self.blocks)))
+
+    def group_width(self, planes: int) -> int:
+        """Channels of one group of a stage's 3x3 convolutions, as published for a base of 64 planes."""
+        return planes * self.base_width // 64
+
+
+def parse_model_name(name: str) -> Architecture:
+    """Read `cifar_resnext29_8x64d` or `resnext50_32x4d`.
+
+    Raises:
+        ValueError: the name does not follow the grammar.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"'{name}' is not a model name: write cifar_resnext<9n+2>_<C>x<W>d (cifar_resnext29_8x64d) "
+            "or resnext50|101|152_<C>x<W>d (resnext50_32x4d)"
+        )
+    numbers = match["depth"], match["cardinality"], match["base_width"]
+    if any(len(number) > _LONGEST_NUMBER or number.startswith("0") for number in numbers):
+        raise ValueError(f"'{name}': depth, cardinality and base width are numbers from 1 to 9999")
+    depth, cardinality, base_width = map(int, numbers)
+    if match["cifar"]:
+        if depth < 11 or (depth - 2) % 9:
+            raise ValueError(f"'{name}': a CIFAR layout has a depth of 9n+2 (11, 20, 29, ...), not {depth}")
+        return Architecture("cifar", depth, cardinality, base_width)
+    if depth not in _IMAGENET_BLOCKS:
+        raise ValueError(f"'{name}': an ImageNet layout has a depth of 50, 101 or 152, not {depth}")
+    return Architecture("imagenet", depth, cardinality, base_width)

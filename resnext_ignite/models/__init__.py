@@ -1,0 +1,57 @@
+"""Models by name. The network itself is in `resnext.py`; the grammar of names in `architecture.py`."""
+
+from __future__ import annotations
+
+from resnext_ignite.architecture import parse_model_name
+from resnext_ignite.config import Config
+from resnext_ignite.models.resnext import ResNeXt
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    *,
+    stem_channels: int = 64,
+    ghost_batch: int = 0,
+    zero_init_residual: bool = False,
+) -> ResNeXt:
+    """A freshly initialised ResNeXt: (N, 3, H, W) -> logits (N, num_classes).
+
+    Args:
+        name: `cifar_resnext<9n+2>_<C>x<W>d` or `resnext50|101|152_<C>x<W>d`.
+        num_classes: outputs.
+        stem_channels: channels after the stem; the stages put out 4, 8, 16 (ImageNet layout: to 32) times as many.
+        ghost_batch: images over which BatchNorm takes its training statistics; 0: the batch.
+        zero_init_residual: start each block as the identity.
+
+    Raises:
+        ValueError: the name does not follow the grammar, or leaves a group without a channel.
+    """
+    architecture = parse_model_name(name)
+    planes = architecture.planes(stem_channels)
+    group_widths = tuple(architecture.group_width(stage) for stage in planes)
+    if min(group_widths) < 1:
+        raise ValueError(f"stem_channels={stem_channels} leaves the groups of {name} without a channel")
+    return ResNeXt(
+        layout=architecture.layout,
+        blocks=architecture.blocks,
+        planes=planes,
+        group_widths=group_widths,
+        cardinality=architecture.cardinality,
+        num_classes=num_classes,
+        ghost_batch=ghost_batch,
+        zero_init_residual=zero_init_residual,
+    )
+
+
+def build_model(config: Config) -> ResNeXt:
+    """The model of a config whose `model.num_classes` is settled, on the CPU, initialised from torch's generator."""
+    if config.model.num_classes is None:
+        raise ValueError("model.num_classes is not settled yet: it comes from the data")
+    return create_model(
+        config.model.name,
+        config.model.num_classes,
+        stem_channels=config.model.stem_channels,
+        ghost_batch=config.train.ghost_batch,
+        zero_init_residual=config.model.zero_init_residual,
+    )

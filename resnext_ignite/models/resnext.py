@@ -1,0 +1,168 @@
+"""The network: one bottleneck block in two layouts, built from plain values.
+
+Parameter names are torchvision's (`layer1.0.conv2.weight`, `fc.bias`), so that weights travel without a map.
+Names of models and configs are read elsewhere (`architecture.py`, `models/__init__.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Norm = Callable[[int], nn.BatchNorm2d]
+
+
+class GhostBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose training statistics are those of consecutive groups of `ghost_batch` images.
+
+    The published CIFAR runs split 128 images over 8 GPUs, so that BatchNorm saw 16. The running statistics move to
+    the mean over the groups, which is what averaging them over as many ranks gives. Evaluation is plain BatchNorm.
+
+    Args:
+        channels: channels C of the input.
+        ghost_batch: images a group; divides every training batch.
+    """
+
+    def __init__(self, channels: int, ghost_batch: int) -> None:
+        super().__init__(channels)
+        self.ghost_batch = ghost_batch
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (N, C, H, W).
+
+        Raises:
+            ValueError: N is not a multiple of `ghost_batch` in training.
+        """
+        n, c, h, w = input.shape
+        groups = n // self.ghost_batch
+        if not self.training or n == self.ghost_batch:
+            return super().forward(input)
+        if n % self.ghost_batch:
+            raise ValueError(f"a batch of {n} images does not divide into ghost batches of {self.ghost_batch}")
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        # (G*B, C, H, W) -> (B, G*C, H, W): each group's channels are channels of their own in one call.
+        apart = input.view(groups, self.ghost_batch, c, h, w).transpose(0, 1).reshape(self.ghost_batch, -1, h, w)
+        mean, var = self.running_mean.repeat(groups), self.running_var.repeat(groups)
+        weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)
+        out = F.batch_norm(apart, mean, var, weight, bias, True, self.momentum or 0.0, self.eps)
+        with torch.no_grad():
+            self.running_mean.copy_(mean.view(groups, c).mean(0))
+            self.running_var.copy_(var.view(groups, c).mean(0))
+            self.num_batches_tracked.add_(1)
+        # (B, G*C, H, W) -> (G*B, C, H, W)
+        together = out.view(self.ghost_batch, groups, c, h, w).transpose(0, 1).reshape(n, c, h, w)
+        if input.is_contiguous(memory_format=torch.channels_last):
+            return together.contiguous(memory_format=torch.channels_last)
+        return together
+
+
+class Bottleneck(nn.Module):
+    """1x1 -> grouped 3x3 (it carries the stride) -> 1x1, each with BatchNorm, ReLU after the first two and the sum.
+
+    Paper: figure 3c and section 4; post-activation, as facebookresearch/ResNeXt trained it. The shortcut is the
+    identity, or a 1x1 convolution with BatchNorm where shapes differ (type B).
+
+    Args:
+        in_channels, out_channels: of the block.
+        width: channels of the 3x3, all groups together.
+        cardinality: groups of the 3x3.
+        stride: of the 3x3.
+        norm: makes the BatchNorm of so many channels.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, width: int, cardinality: int, stride: int, norm: Norm
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, groups=cardinality, bias=False)
+        self.bn2 = norm(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = norm(out_channels)
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or in_channels != out_channels:
+            shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, norm(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        return F.relu(self.bn3(self.conv3(out)) + shortcut, inplace=True)
+
+
+class ResNeXt(nn.Module):
+    """ResNeXt of either layout.
+
+    Args:
+        layout: "cifar" (a 3x3 stem) or "imagenet" (a 7x7 stem with stride 2 and a max pooling).
+        blocks: blocks of each stage; every stage but the first halves height and width.
+        planes: planes of each stage; it puts out four times as many channels.
+        group_widths: channels a group in each stage's 3x3.
+        cardinality: groups.
+        num_classes: outputs.
+        ghost_batch: images over which BatchNorm takes its training statistics; 0: the batch.
+        zero_init_residual: start each block's last BatchNorm weight at 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: str,
+        blocks: tuple[int, ...],
+        planes: tuple[int, ...],
+        group_widths: tuple[int, ...],
+        cardinality: int,
+        num_classes: int,
+        ghost_batch: int = 0,
+        zero_init_residual: bool = False,
+    ) -> None:
+        super().__init__()
+
+        def norm(channels: int) -> nn.BatchNorm2d:
+            return GhostBatchNorm2d(channels, ghost_batch) if ghost_batch else nn.BatchNorm2d(channels)
+
+        channels = planes[0]
+        imagenet = layout == "imagenet"
+        kernel, stride = (7, 2) if imagenet else (3, 1)
+        self.conv1 = nn.Conv2d(3, channels, kernel, stride, padding=kernel // 2, bias=False)
+        self.bn1 = norm(channels)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if imagenet else nn.Identity()
+        self.stages: list[str] = []
+        for stage, (count, stage_planes, group_width) in enumerate(zip(blocks, planes, group_widths, strict=True)):
+            layers = []
+            for block in range(count):
+                stride = 2 if stage > 0 and block == 0 else 1
+                out_channels = stage_planes * 4
+                layers.append(Bottleneck(channels, out_channels, group_width * cardinality, cardinality, stride, norm))
+                channels = out_channels
+            self.stages.append(f"layer{stage + 1}")
+            self.add_module(self.stages[-1], nn.Sequential(*layers))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes)
+        self._initialise(zero_init_residual)
+
+    def _initialise(self, zero_init_residual: bool) -> None:
+        # facebookresearch/ResNeXt, models/resnext.lua: convolutions N(0, 2 / (k*k*out)) - `fan_out` counts all
+        # output channels, whatever the groups -, BatchNorm 1 and 0, the classifier torch's default with bias 0.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, Bottleneck) and zero_init_residual:
+                nn.init.zeros_(module.bn3.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W), normalised, 8 to 512 pixels a side -> logits (N, num_classes)."""
+        x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)
+        # (N, C, H', W') -> (N, C)
+        return self.fc(self.avgpool(x).flatten(1))

@@ -1,0 +1,148 @@
+"""The config: what it accepts, what it says of what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from resnext_ignite.config import Config, flatten, with_values
+from resnext_ignite.config_files import (
+    adopt_resolved,
+    changed_values,
+    config_reference,
+    dump_config,
+    load_config,
+)
+from resnext_ignite.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(path: Path | None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "# nothing\n")) == Config()
+    assert load_config(None) == Config()
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, "optimizer: {lr: 1e-2, weight_decay: 5E-4, momentum: 0}\n"), ["optimizer.nesterov=false"]
+    )
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.momentum) == (0.01, 5e-4, 0.0)
+
+
+def test_the_last_override_wins(tmp_path: Path) -> None:
+    path = write(tmp_path, "train:\n  epochs: 3\n")
+    config = load_config(path, ["train.epochs=4", "schedule.milestones=[1, 2]", "train.epochs=5", "data.root=~/x y"])
+    assert config.train.epochs == 5
+    assert config.schedule.milestones == (1, 2)
+    assert config.data.root == "~/x y"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("train:\n  epocs: 3\n", ":2: train.epocs: unknown key (did you mean 'train.epochs'?)"),
+        ("lr: 3\n", ":1: lr: unknown key (did you mean 'optimizer.lr'?)"),
+        ("zzz: 3\n", ":1: zzz: unknown key"),
+        ("seed: 1\ntrain:\n  epochs: true\n", ":3: train.epochs: input should be a valid integer, not true"),
+        ("train: {epochs: '3'}\n", ':1: train.epochs: input should be a valid integer, not "3"'),
+        ("train: {epochs: 0}\n", ":1: train.epochs: input should be greater than or equal to 1, not 0"),
+        ("train: 3\n", ":1: train: a section of keys, not 3"),
+        ("train:\n", ":1: train: a section of keys, not null"),
+        ("optimizer: {lr: .inf}\n", ':1: optimizer.lr: input should be a valid number, not ".inf"'),
+        ("optimizer: {lr: 1e999}\n", ":1: optimizer.lr: input should be a finite number, not Infinity"),
+        ("seed: 1\nseed: 2\n", ":2: seed: the key stands here a second time"),
+        ("seed: !!python/name:os.system\n", ":1: YAML tags are not read (tag:yaml.org,2002:python/name:os.system)"),
+        ("seed: &a 1\n", ":1: anchors and aliases are not read"),
+        ("seed: *a\n", ":1: anchors and aliases are not read"),
+        ("seed: [\n", ":2: not YAML"),
+        ("seed: 1\n---\nseed: 2\n", ":2: a second document"),
+        ("- 1\n", ": a config is keys with values, not [1]"),
+        ("[1]: 2\n", ":1: a key is a word"),
+        ("schedule:\n  milestones: [3, 2]\n", ":2: schedule.milestones: [3, 2] must ascend"),
+        ("train:\n  batch_size: 10\n  ghost_batch: 4\n", ":3: train.ghost_batch: 4 does not divide the micro-batch"),
+        ("model:\n  name: resnet50\n", ":2: model.name: 'resnet50' is not a model name"),
+        ("model: {name: cifar_resnext11_2x8d, stem_channels: 4}\n", ":1: model.stem_channels: 4 leaves the groups"),
+        ("data: {mean: [0, 0]}\n", ":1: data.mean.2: field required"),
+        ("data: {mean: [0, 0, 0]}\n", ":1: data.mean: give data.mean and data.std together"),
+        ("seed: " + "[" * 500 + "]" * 500, ":1: nested too deep"),
+        ("checkpoint: {keep: 1}\n", ":1: checkpoint.keep: input should be greater than or equal to 2, not 1"),
+    ],
+)
+def test_a_wrong_file_is_one_line_with_its_place(tmp_path: Path, text: str, line: str) -> None:
+    path = write(tmp_path, text)
+    assert refusal(path).startswith(f"{path}{line}")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("train.epochs", "command line: 'train.epochs' is not KEY=VALUE"),
+        ("train.epochs=", "command line: train.epochs: input should be a valid integer, not null"),
+        ("optimizer.lr=[1", "command line: not YAML"),
+        ("seed.x=1", "command line: seed: input should be a valid integer"),
+        ("train.batchsize=1", "command line: train.batchsize: unknown key (did you mean 'train.batch_size'?)"),
+    ],
+)
+def test_a_wrong_override_names_the_command_line(override: str, line: str) -> None:
+    assert refusal(None, override).startswith(line)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "No such file" in refusal(tmp_path / "none.yaml")
+    assert "Is a directory" in refusal(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\xd8")
+    assert "not UTF-8" in refusal(tmp_path / "binary.yaml")
+
+
+def test_a_config_survives_its_file(tmp_path: Path) -> None:
+    config = load_config(
+        None, ["schedule.milestones=[150, 225]", "optimizer.lr=1e-5", "data.mean=[0, 0.5, 1]", "data.std=[1, 1, 1]"]
+    )
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_it_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Config().train.epochs = 3  # type: ignore[misc]
+
+
+def test_with_values_checks_what_it_sets() -> None:
+    assert with_values(Config(), {"train.precision": "bf16", "evaluation.early": [0, 2]}).evaluation.early == (0, 2)
+    with pytest.raises(ValidationError):
+        with_values(Config(), {"train.precision": "fp8"})
+
+
+def test_what_was_resolved_is_adopted_and_changes_are_listed() -> None:
+    saved = with_values(Config(), {"train.precision": "bf16", "model.num_classes": 10})
+    again = with_values(Config(), {"train.epochs": 20})
+    adopted = adopt_resolved(again, saved)
+    assert adopted.train.precision == "bf16"
+    assert changed_values(adopted, saved) == {"train.epochs": (10, 20)}
+
+
+def test_the_reference_on_disk_is_the_codes_own() -> None:
+    assert (ROOT / "docs/config.md").read_text() == config_reference()
+    for key in flatten(Config()):
+        assert f"`{key}`" in config_reference()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_preset_loads(path: Path) -> None:
+    assert load_config(path) != Config()
