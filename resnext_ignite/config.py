@@ -73,6 +73,8 @@ class DataConfig(Section):
     """Use only so many test images; null: all."""
     image_size: Annotated[int, Field(ge=8, le=512)] | None = None
     """Height and width in pixels; null: 32, or 224 for an `imagefolder` with an ImageNet layout."""
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """`imagefolder`: side of the central square kept in evaluation, over the shorter side (ImageNet: 0.875)."""
     in_memory: bool | None = None
     """`imagefolder`: decode once into memory; null: where all pictures have `image_size` already and they fit."""
     workers: Annotated[int, Field(ge=0, le=256)] | None = None

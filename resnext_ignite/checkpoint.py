@@ -1,0 +1,311 @@
+"""The checkpoint file: written durably, verified, read with `weights_only`; and a model from it, without an engine.
+
+What a run puts into the file is `handlers/checkpointing.py`'s; when it is written and which older ones go, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from resnext_ignite.errors import CheckpointError
+from resnext_ignite.models import create_model
+
+log = logging.getLogger(__name__)
+FORMAT = "resnext_ignite/1"
+_ITERATION_FILE = re.compile(r"iteration_(\d{8,})\.pt")
+
+
+class _HashingFile:
+    """A file that keeps the sha256 of all that is written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.hash = file, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def replace_durably(
+    path: Path, write: Callable[[IO[bytes]], None], before_rename: Callable[[Path], None] | None = None
+) -> None:
+    """Write a file so that its name holds the old or the new content, whole, whenever power fails.
+
+    Args:
+        write: fills the new file.
+        before_rename: is given the new file under its temporary name, once it is synced.
+
+    Raises:
+        OSError: what is under the name is then untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if before_rename is not None:
+            before_rename(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum_path(path: Path) -> Path:
+    """The file beside a checkpoint that holds its sha256."""
+    return path.with_name(path.name + ".sha256")
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint: data synced, read back and compared, checksum synced, renamed, folder synced.
+
+    Raises:
+        OSError: what was under `path` is still there, and still verifies.
+        CheckpointError: what was read back is not what was written.
+    """
+    replaced = _read_sums(path)
+    digest = ""
+
+    def write(file: IO[bytes]) -> None:
+        nonlocal digest
+        hashing = _HashingFile(file)
+        # To a file object: torch's own path writer reports a full disk as 'unexpected pos'.
+        torch.save({"format": FORMAT, **state}, hashing)  # type: ignore[arg-type]
+        digest = hashing.hash.hexdigest()
+
+    def check(temporary: Path) -> None:
+        found = _sha256(temporary)
+        if found != digest:
+            raise CheckpointError(f"{path}: read back with sha256 {found}, not {digest}; the storage is failing")
+        # Until the rename, the sum of the file that is replaced stays good as well.
+        _write_sums(path, [digest, *replaced])
+
+    replace_durably(path, write, before_rename=check)
+    if replaced:
+        _write_sums(path, [digest])
+
+
+def _write_sums(path: Path, digests: list[str]) -> None:
+    # The lines of sha256sum, so that `sha256sum -c` checks it too.
+    text = "".join(f"{digest}  {path.name}\n" for digest in digests)
+    replace_durably(checksum_path(path), lambda file: _write_text(file, text))
+
+
+def _write_text(file: IO[bytes], text: str) -> None:
+    file.write(text.encode())
+
+
+def _read_sums(path: Path) -> list[str]:
+    beside = checksum_path(path)
+    if not beside.exists():
+        return []
+    lines = beside.read_text(encoding="ascii", errors="replace").splitlines()
+    return [line.split()[0] for line in lines if line.strip()]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Check a file against the checksum beside it; without one, against its archive's CRCs.
+
+    Raises:
+        CheckpointError: it is missing or damaged; the line names it.
+    """
+    try:
+        if checksum_path(path).exists():
+            expected, found = _read_sums(path), _sha256(path)
+            if found not in expected:
+                raise CheckpointError(f"{path}: damaged: its sha256 is {found}, not {' or '.join(expected) or 'known'}")
+            return
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path}: damaged: the CRC of its record {damaged} is wrong")
+    except zipfile.BadZipFile:
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The verified content of a checkpoint, on the CPU.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or not a checkpoint of this project.
+    """
+    verify_checkpoint(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Whatever a hostile or foreign file makes torch say, it is refused in one line.
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path}: not a checkpoint of this project ({reason})") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path}: its format is {found!r}, not {FORMAT!r}")
+    return state
+
+
+def iteration_checkpoints(folder: Path) -> list[Path]:
+    """The resume points of a folder, newest first, by the iteration in their names: file times prove nothing."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _ITERATION_FILE.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def iteration_checkpoint_path(folder: Path, iteration: int) -> Path:
+    """Where the resume point after an iteration lies."""
+    return folder / f"iteration_{iteration:08d}.pt"
+
+
+def newest_state(folder: Path) -> dict[str, Any] | None:
+    """The newest resume point that verifies; None where there is none at all.
+
+    Raises:
+        CheckpointError: there are some, and every one is damaged.
+    """
+    candidates = iteration_checkpoints(folder)
+    reasons = []
+    for path in candidates:
+        try:
+            state = load_checkpoint(path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        if reasons:
+            log.warning("%s; resuming from %s instead", "; ".join(reasons), path)
+        return state
+    if candidates:
+        raise CheckpointError(f"no checkpoint in {folder} can be used: {'; '.join(reasons)}")
+    return None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The file a FILE or RUN folder means: `best.pt` where images were held out, else `final.pt`, else the newest.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not path.is_dir():
+        return path
+    folder = path / "checkpoints"
+    best, final = folder / "best.pt", folder / "final.pt"
+    candidates = [final, *iteration_checkpoints(folder)]
+    if best.exists() and load_checkpoint(best)["selection"] == "val":
+        candidates.insert(0, best)
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise CheckpointError(f"{path}: a run without a checkpoint; name a checkpoint file or a run folder")
+
+
+@dataclass(frozen=True)
+class ModelMetadata:
+    """What goes with the weights: enough to feed the model and to name its answers.
+
+    `errors` holds the run's records of its last and best evaluation; `config` the resolved config as plain values.
+    """
+
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int
+    iteration: int
+    errors: dict[str, Any]
+    config: dict[str, Any]
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
+    """A model in eval mode on the CPU, from a checkpoint file or a run folder, and its metadata.
+
+    The averaged weights (`train.ema_decay`) where there are any: they are what was evaluated.
+
+    Raises:
+        CheckpointError: no usable checkpoint.
+    """
+    file = find_checkpoint(Path(path))
+    state = load_checkpoint(file)
+    model_config = state["config"]["model"]
+    model = create_model(model_config["name"], model_config["num_classes"], stem_channels=model_config["stem_channels"])
+    try:
+        model.load_state_dict(state["ema"] or state["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{file}: does not fit its model: {' '.join(str(error).split())[:200]}") from None
+    metadata = ModelMetadata(
+        classes=tuple(state["classes"]),
+        mean=tuple(state["mean"]),
+        std=tuple(state["std"]),
+        image_size=state["image_size"],
+        iteration=state["trainer"]["iteration"],
+        errors=state["errors"],
+        config=state["config"],
+    )
+    return model.eval(), metadata
+
+
+def load_pretrained(model: nn.Module, source: str) -> None:
+    """Start a model from the weights of a checkpoint file or run, or of torchvision's `source`; keys must fit.
+
+    A classifier of another shape is left as initialised.
+
+    Raises:
+        CheckpointError: no such weights, or weights of another architecture.
+    """
+    state = _pretrained_weights(source)
+    own = model.state_dict()
+    for key in ("fc.weight", "fc.bias"):
+        if key in state and state[key].shape != own[key].shape:
+            state[key] = own[key]
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"model.pretrained: {source} does not fit: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def _pretrained_weights(source: str) -> dict[str, Any]:
+    if Path(source).exists():
+        state = load_checkpoint(find_checkpoint(Path(source)))
+        return dict(state["ema"] or state["model"])
+    import torchvision
+
+    try:
+        weights = torchvision.models.get_weight(source)
+    except (ValueError, KeyError):
+        raise CheckpointError(
+            f"model.pretrained: '{source}' is neither a file nor the name of torchvision weights "
+            "(ResNeXt50_32X4D_Weights.IMAGENET1K_V2)"
+        ) from None
+    try:
+        return dict(weights.get_state_dict(progress=True, check_hash=True))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"model.pretrained: {source} cannot be downloaded: {error}") from None

@@ -1,0 +1,247 @@
+"""The pictures of a config: which splits there are, and the loaders that training and evaluation iterate over."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from resnext_ignite.architecture import parse_model_name
+from resnext_ignite.config import Config
+from resnext_ignite.data import cifar, imagefolder, shapes
+from resnext_ignite.data.augment import Augment
+from resnext_ignite.data.imagefolder import ImageFiles, decode_into_memory, find_images
+from resnext_ignite.data.images import Images
+from resnext_ignite.data.loaders import EvalLoader, Split, TrainLoader
+from resnext_ignite.data.sampling import Purpose, TrainOrder, permutation
+from resnext_ignite.distributed import Ranks
+from resnext_ignite.errors import ConfigError, DataError
+
+# ImageNet layouts were published at 224 pixels, CIFAR ones at 32.
+_IMAGE_SIZES = {"imagenet": 224, "cifar": 32}
+_SUBSET_SEED = 0
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of a data set that were asked for, with what a model of it must know.
+
+    `selection` is the split on which the best weights are chosen: the held-out images where there are any, else the
+    test split.
+    """
+
+    splits: dict[str, Split]
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int
+    workers: int
+
+    @property
+    def selection(self) -> str:
+        return "val" if "val" in self.splits else "test"
+
+
+def load_data(config: Config, ranks: Ranks, splits: tuple[str, ...] | None = None) -> Data:
+    """Load the splits of a config: train, val (where images are held out), test.
+
+    Args:
+        splits: load only these; None: all there are.
+
+    Raises:
+        DataError: something is missing, damaged or unreadable; the line names it.
+        ConfigError: a size that is asked for is not to be had.
+    """
+    root = Path(config.data.root).expanduser()
+    size = config.data.image_size or (
+        _IMAGE_SIZES[parse_model_name(config.model.name).layout] if config.data.name == "imagefolder" else shapes.SIZE
+    )
+    workers = config.data.workers
+    if workers is None:
+        workers = max(1, min(8, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+    if config.data.name == "imagefolder":
+        loaded, classes, moments = _load_folder(config, root, size, splits, ranks)
+    else:
+        loaded, classes, moments = _load_tensors(config, root, splits, ranks)
+        loaded = {name: split.resized(size) for name, split in loaded.items() if isinstance(split, Images)}
+    mean, std = (config.data.mean, config.data.std) if config.data.mean and config.data.std else moments
+    return Data(loaded, classes, mean, std, size, workers)
+
+
+Moments = tuple[tuple[float, float, float], tuple[float, float, float]]
+Loaded = tuple[dict[str, Split], tuple[str, ...], Moments]
+
+
+def _load_tensors(config: Config, root: Path, splits: tuple[str, ...] | None, ranks: Ranks) -> Loaded:
+    name = config.data.name
+    found: dict[str, Split] = {}
+    classes: tuple[str, ...] = shapes.CLASSES
+    moments: Moments = (shapes.MEAN, shapes.STD)
+    wanted = set(splits or ("train", "val", "test"))
+    sizes = {"train": config.data.train_size, "test": config.data.test_size}
+    sources = {"train": bool(wanted & {"train", "val"}), "test": "test" in wanted}
+    if name == "shapes":
+        for source in (source for source, needed in sources.items() if needed):
+            found[source] = shapes.load_shapes(source, sizes[source])
+    else:
+        ranks.first_on_node(lambda: cifar.prepare_cifar(name, root, download=config.data.download))
+        moments = (cifar.MEAN, cifar.STD)
+        for source in (source for source, needed in sources.items() if needed):
+            images, classes = cifar.load_cifar(name, root, source)
+            found[source] = images.subset(_subset(len(images), sizes[source], f"data.{source}_size"))
+    return _hold_out(config, found, wanted), classes, moments
+
+
+def _load_folder(config: Config, root: Path, size: int, splits: tuple[str, ...] | None, ranks: Ranks) -> Loaded:
+    there = {name for name in ("train", "val", "test") if (root / name).is_dir()}
+    if not there:
+        raise DataError(f"{root}: not an imagefolder: neither train/, val/ nor test/ is there; set data.root")
+    both = {"val", "test"} <= there
+    if both and config.data.val_size:
+        raise ConfigError(f"data.val_size: {root} has a val/ folder to choose on already; set it to 0")
+    # With only one of val/ and test/ it is the test split.
+    folders = {"train": "train", "val": "val" if both else None, "test": "test" if "test" in there else "val"}
+    wanted = set(splits or ("train", "val", "test"))
+    classes: tuple[str, ...] | None = None
+    files: dict[str, Split] = {}
+    for split, folder in folders.items():
+        held_out_source = split == "train" and "val" in wanted and config.data.val_size
+        # The classes are those of the training folder, so that it is listed whatever is asked for.
+        if folder is None or (split != "train" and split not in wanted) or (split == "train" and split not in there):
+            continue
+        paths, labels, classes = find_images(root, folder, classes)
+        if split not in wanted and not held_out_source:
+            continue
+        limit = config.data.train_size if split == "train" else config.data.test_size if split == "test" else None
+        images = ImageFiles(paths, labels, torch.arange(len(labels)), size, config.data.eval_crop)
+        files[split] = images.subset(_subset(len(images), limit, f"data.{split}_size"))
+    assert classes is not None
+    loaded = _hold_out(config, files, wanted)
+    for name, split_files in loaded.items():
+        loaded[name] = _decoded(split_files, config, name, ranks)
+    return loaded, classes, (imagefolder.MEAN, imagefolder.STD)
+
+
+def _decoded(files: Split, config: Config, split: str, ranks: Ranks) -> Split:
+    crops = split == "train" and config.augment.random_resized_crop
+    if not isinstance(files, ImageFiles) or config.data.in_memory is False or (crops and not config.data.in_memory):
+        return files
+    if crops:
+        raise ConfigError("data.in_memory: a random-resized crop reads the files; set one of the two to false")
+    whole = config.data.in_memory is True
+    images = decode_into_memory(files, any_size=whole, progress=ranks.rank == 0)
+    if images is None and whole:
+        raise ConfigError(f"data.in_memory: the {split} split does not fit into memory; set it to null or false")
+    return images or files
+
+
+def _subset(count: int, limit: int | None, key: str) -> torch.Tensor:
+    if limit is None:
+        return torch.arange(count)
+    if limit > count:
+        raise ConfigError(f"{key}: {limit}, but there are only {count} images")
+    return permutation(_SUBSET_SEED, 0, count, Purpose.SUBSET)[:limit].sort().values
+
+
+def _hold_out(config: Config, found: dict[str, Split], wanted: set[str]) -> dict[str, Split]:
+    size, train = config.data.val_size, found.get("train")
+    if size and train is not None:
+        if size >= len(train):
+            raise ConfigError(f"data.val_size: {size} of {len(train)} training images leaves none to train on")
+        order = permutation(config.seed, 0, len(train), Purpose.HELD_OUT)
+        found["train"] = train.subset(order[size:].sort().values)
+        found["val"] = train.subset(order[:size].sort().values)
+    return {name: found[name] for name in ("train", "val", "test") if name in found and name in wanted}
+
+
+def build_augment(config: Config, data: Data) -> Augment:
+    """The augmentation of a config, with the data's normalisation."""
+    augment = config.augment
+    return Augment(
+        seed=config.seed,
+        mean=data.mean,
+        std=data.std,
+        crop_padding=0 if augment.random_resized_crop else augment.crop_padding,
+        crop_fill=augment.crop_fill,
+        flip=augment.flip,
+        cutout=augment.cutout,
+        color=augment.color,
+        lighting=augment.lighting,
+        channels_last=config.train.channels_last,
+    )
+
+
+def build_train_loader(config: Config, data: Data, device: torch.device, ranks: Ranks) -> TrainLoader:
+    """The training batches of this rank.
+
+    Raises:
+        ConfigError: an epoch would hold no batch.
+        DataError: there are no training images.
+    """
+    if "train" not in data.splits:
+        raise DataError(f"{config.data.root}: no train/ folder to train on")
+    split = data.splits["train"]
+    if len(split) < config.train.batch_size:
+        raise ConfigError(
+            f"train.batch_size: {config.train.batch_size} is more than the {len(split)} training images; "
+            f"at most {len(split)}"
+        )
+    if isinstance(split, Images):
+        split = split.to(device)
+    order = TrainOrder(
+        seed=config.seed,
+        count=len(split),
+        batch_size=config.train.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=split.labels.device,
+    )
+    return TrainLoader(
+        split,
+        order,
+        build_augment(config, data),
+        device,
+        workers=data.workers,
+        random_resized_crop=config.augment.random_resized_crop,
+    )
+
+
+def build_eval_loader(config: Config, data: Data, split: str, device: torch.device, ranks: Ranks) -> EvalLoader:
+    """The evaluation batches of this rank's share of a split.
+
+    Raises:
+        DataError: the data has no such split.
+    """
+    if split not in data.splits:
+        raise DataError(f"the data has no {split} split; it has {', '.join(data.splits) or 'none'}")
+    images = data.splits[split]
+    return EvalLoader(
+        images.to(device) if isinstance(images, Images) else images,
+        build_augment(config, data),
+        device,
+        batch_size=config.evaluation.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        workers=data.workers,
+    )
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The loaders of a run: training, and one for each split that is evaluated."""
+
+    train: TrainLoader
+    evaluation: dict[str, EvalLoader]
+    data: Data
+
+
+def build_loaders(config: Config, device: torch.device, ranks: Ranks) -> Loaders:
+    """All loaders of a run; raises as `load_data` and `build_train_loader`."""
+    data = load_data(config, ranks)
+    splits: list[str] = [name for name in ("val", "test") if name in data.splits]
+    evaluation = {name: build_eval_loader(config, data, name, device, ranks) for name in splits}
+    if not evaluation:
+        raise DataError(f"{config.data.root}: nothing to evaluate on: add val/ or test/, or set data.val_size")
+    return Loaders(build_train_loader(config, data, device, ranks), evaluation, data)

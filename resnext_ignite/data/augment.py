@@ -1,0 +1,185 @@
+"""Augmentation as short functions of a batch on its device, keyed by sample; and the `Augment` that chains them.
+
+Batches are NHWC: a pixel's three values lie together, which is torch's channels_last memory. No function draws from a
+generator; what is random arrives as tensors computed in `Augment` from (seed, epoch, index, purpose).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resnext_ignite.data.sampling import Purpose, integers, uniform
+
+# ITU-R 601 luma, as in fb.resnext.torch's grayscale.
+_LUMA = (0.299, 0.587, 0.114)
+# Principal axes of ImageNet's colours and their standard deviations (AlexNet, section 4.1; values of fb.resnext.torch).
+_COLOR_SCALES = (0.2175, 0.0188, 0.0045)
+_COLOR_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+def pad(images: Tensor, padding: int, fill: Tensor | None) -> Tensor:
+    """uint8 (N, H, W, 3) -> (N, H+2p, W+2p, 3), the border one colour (`fill`, uint8 (3,)) or, for None, reflected."""
+    n, h, w, _ = images.shape
+    if fill is None:
+        rows, columns = (_reflected(size, padding, images.device) for size in (h, w))
+        return images[:, rows][:, :, columns]
+    padded = fill.expand(n, h + 2 * padding, w + 2 * padding, 3).contiguous()
+    padded[:, padding : padding + h, padding : padding + w] = images
+    return padded
+
+
+def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
+    positions = torch.arange(-padding, size + padding, device=device).abs()
+    return torch.where(positions >= size, 2 * (size - 1) - positions, positions)
+
+
+def crop(padded: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
+    """A window of each image: (N, H, W, 3), int64 (N,) each -> (N, size, size, 3)."""
+    n, h, w, _ = padded.shape
+    batch, row, pixel = h * w * 3, w * 3, 3
+    # Every window as a view, its rows contiguous runs of 3*size values: one gather then copies whole rows.
+    windows = padded.as_strided((n, h - size + 1, w - size + 1, size, size * 3), (batch, row, pixel, row, 1))
+    return windows[torch.arange(n, device=padded.device), top, left].view(n, size, size, 3)
+
+
+def flip(images: Tensor, chosen: Tensor) -> Tensor:
+    """Mirror the chosen images left to right: (N, H, W, 3), bool (N,) -> (N, H, W, 3)."""
+    return torch.where(chosen[:, None, None, None], images.flip(2), images)
+
+
+def cut_out(images: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
+    """Zero a square of each image in place, clipped at the edges: (N, H, W, 3), int64 (N,) its upper left corner."""
+    rows = torch.arange(images.shape[1], device=images.device)
+    columns = torch.arange(images.shape[2], device=images.device)
+    inside_rows = (rows >= top[:, None]) & (rows < top[:, None] + size)
+    inside_columns = (columns >= left[:, None]) & (columns < left[:, None] + size)
+    return images.masked_fill_((inside_rows[:, :, None] & inside_columns[:, None, :])[..., None], 0.0)
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 (N, H, W, 3) -> float32 (value / 255 - mean) / std; mean and std float32 (3,), of 0 to 1."""
+    scale = 1 / (255 * std)
+    return torch.addcmul(-mean / std, images.float(), scale)
+
+
+def jitter_color(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """Blend with black, the mean luma and the luma, in each image's own order (fb.resnext.torch, ColorJitter).
+
+    Args:
+        images: float (N, H, W, 3), 0 to 1.
+        factors: (N, 3), the weight of the image itself for brightness, contrast, saturation.
+        order: int64 (N,), one of the six orders.
+    """
+    orders = torch.tensor([(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)], device=images.device)
+    luma = torch.tensor(_LUMA, device=images.device)
+    for turn in range(3):
+        kind = orders[order, turn]
+        grey = (images * luma).sum(-1, keepdim=True)
+        onto = torch.where(kind[:, None, None, None] == 2, grey, grey.mean((1, 2), keepdim=True))
+        onto = onto.masked_fill((kind == 0)[:, None, None, None], 0.0)
+        weight = factors.gather(1, kind[:, None])[:, :, None, None]
+        images = torch.lerp(onto.expand_as(images), images, weight)
+    return images
+
+
+def add_lighting(images: Tensor, strengths: Tensor) -> Tensor:
+    """Shift each image's colour along ImageNet's axes: float (N, H, W, 3), (N, 3) -> (N, H, W, 3)."""
+    axes = torch.tensor(_COLOR_AXES, device=images.device) * torch.tensor(_COLOR_SCALES, device=images.device)
+    return images + (strengths @ axes.T)[:, None, None, :]
+
+
+@dataclass(frozen=True)
+class Augment:
+    """The chain from uint8 pictures to normalised images: training (`__call__`) and evaluation (`plain`).
+
+    Args:
+        seed: key of all draws.
+        mean, std: normalisation, of 0 to 1, red, green, blue.
+        crop_padding, crop_fill, flip, cutout, color, lighting: as the config keys of `augment`.
+        channels_last: memory of what is put out.
+    """
+
+    seed: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_padding: int = 0
+    crop_fill: str = "zero"
+    flip: str = "none"
+    cutout: int = 0
+    color: float = 0.0
+    lighting: float = 0.0
+    channels_last: bool = True
+
+    def __call__(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
+        """Augment and normalise: uint8 (N, H, W, 3), epoch from 1, int64 (N,) -> float32 (N, 3, H, W)."""
+        size, device = images.shape[1], images.device
+        if self.crop_padding:
+            offsets = 2 * self.crop_padding + 1
+            top = integers(self.seed, epoch, indices, Purpose.CROP_Y, offsets)
+            left = integers(self.seed, epoch, indices, Purpose.CROP_X, offsets)
+            images = crop(pad(images, self.crop_padding, self._fill(device)), top, left, size)
+        if self.flip == "random":
+            images = flip(images, uniform(self.seed, epoch, indices, Purpose.FLIP) < 0.5)
+        elif self.flip == "alternating":
+            # Each image's first side is drawn once; from then on it changes every epoch.
+            images = flip(images, (integers(self.seed, 0, indices, Purpose.FLIP, 2) + epoch) % 2 == 0)
+        if self.color or self.lighting:
+            out = self._normalized(self._colored(images.float() / 255, epoch, indices))
+        else:
+            out = normalize(images, *self._moments(device))
+        if self.cutout:
+            # The centre lies anywhere in the image (DeVries and Taylor, arXiv:1708.04552, section 3.2), so that a
+            # square may hang over the edge; zero is the mean colour here.
+            half = self.cutout // 2
+            top = integers(self.seed, epoch, indices, Purpose.CUTOUT_Y, size) - half
+            left = integers(self.seed, epoch, indices, Purpose.CUTOUT_X, size) - half
+            out = cut_out(out, top, left, self.cutout)
+        return self._as_nchw(out)
+
+    def plain(self, images: Tensor) -> Tensor:
+        """Normalise only: uint8 (N, H, W, 3) -> float32 (N, 3, H, W)."""
+        return self._as_nchw(normalize(images, *self._moments(images.device)))
+
+    def unnormalize(self, images: Tensor) -> Tensor:
+        """Back to pictures: float (N, 3, H, W) -> uint8 (N, 3, H, W)."""
+        mean, std = (moment[:, None, None] for moment in self._moments(images.device))
+        return ((images.float() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def _fill(self, device: torch.device) -> Tensor | None:
+        if self.crop_fill == "reflect":
+            return None
+        # The mean colour is rounded to whole values: at most 0.5/255 off, a hundredth of a standard deviation.
+        color = [round(255 * value) for value in self.mean] if self.crop_fill == "mean" else [0, 0, 0]
+        return torch.tensor(color, dtype=torch.uint8, device=device)
+
+    def _moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        mean, std = self._moments(images.device)
+        return (images - mean) / std
+
+    def _colored(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
+        def draw(purpose: int) -> Tensor:
+            return uniform(self.seed, epoch, indices, purpose)
+
+        if self.color:
+            kinds = (Purpose.BRIGHTNESS, Purpose.CONTRAST, Purpose.SATURATION)
+            factors = torch.stack([1 + self.color * (2 * draw(kind) - 1) for kind in kinds], dim=1)
+            images = jitter_color(images, factors, integers(self.seed, epoch, indices, Purpose.COLOR_ORDER, 6))
+        if self.lighting:
+            # Box and Muller: two uniform numbers make two normal ones.
+            radii = [(-2 * torch.log(1 - draw(Purpose.LIGHTING + pair))).sqrt() for pair in (0, 1)]
+            angles = [2 * math.pi * draw(Purpose.LIGHTING + 2 + pair) for pair in (0, 1)]
+            normals = [radii[0] * angles[0].cos(), radii[0] * angles[0].sin(), radii[1] * angles[1].cos()]
+            images = add_lighting(images, self.lighting * torch.stack(normals, dim=1))
+        return images
+
+    def _as_nchw(self, images: Tensor) -> Tensor:
+        # (N, H, W, 3) -> (N, 3, H, W): only the view changes, which makes it channels_last.
+        images = images.permute(0, 3, 1, 2)
+        return images if self.channels_last else images.contiguous()

@@ -1,0 +1,86 @@
+"""CIFAR-10 and CIFAR-100 through torchvision: its download and checksums, each file checked before it is opened."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import extract_archive
+
+from resnext_ignite.data.images import Images
+from resnext_ignite.errors import DataError
+
+# facebookresearch/ResNeXt: 125.3 123.0 113.9 and 63.0 62.1 66.7, of 255.
+MEAN, STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
+_DATASETS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+
+def prepare_cifar(name: str, root: Path, *, download: bool) -> None:
+    """Have the checked files of a data set in `root`: unpack the archive that lies there, or download it.
+
+    Raises:
+        DataError: a file is missing or its checksum is wrong, with both sums.
+    """
+    dataset = _DATASETS[name]
+    files = _files(dataset, root)
+    if all(path.exists() for path, _ in files):
+        for path, md5 in files:
+            _check(path, md5)
+        return
+    archive = root / dataset.filename
+    if archive.exists():
+        _check(archive, dataset.tgz_md5)
+    elif download:
+        _download(dataset, root)
+    else:
+        raise DataError(f"{archive}: not there; set data.download=true, or put {dataset.url} there")
+    try:
+        extract_archive(str(archive), str(root))
+    except (OSError, EOFError) as error:
+        raise DataError(f"{archive}: cannot be unpacked: {error}") from None
+    for path, md5 in files:
+        _check(path, md5)
+
+
+def load_cifar(name: str, root: Path, split: str) -> tuple[Images, tuple[str, ...]]:
+    """A split ("train" or "test") whose files `prepare_cifar` has checked, and the names of the classes.
+
+    Raises:
+        DataError: the files are not there, or no longer what was checked.
+    """
+    try:
+        # torchvision checks all sums once more before it opens a pickle.
+        dataset = _DATASETS[name](str(root), train=split == "train", download=False)
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"{root}: {name} cannot be read: {' '.join(str(error).split())}") from None
+    labels = torch.tensor(dataset.targets)
+    return Images(torch.from_numpy(dataset.data), labels, torch.arange(len(labels))), tuple(dataset.classes)
+
+
+def _files(dataset: type[CIFAR10], root: Path) -> list[tuple[Path, str]]:
+    lists = [*dataset.train_list, *dataset.test_list, (dataset.meta["filename"], dataset.meta["md5"])]
+    return [(root / dataset.base_folder / name, md5) for name, md5 in lists]
+
+
+def _check(path: Path, expected: str) -> None:
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; delete it and run again to fetch it anew") from None
+    if found != expected:
+        raise DataError(f"{path}: md5 is {found}, not {expected}; delete it and run again to fetch it anew")
+
+
+def _download(dataset: type[CIFAR10], root: Path) -> None:
+    from torchvision.datasets.utils import download_url
+
+    try:
+        download_url(dataset.url, str(root), dataset.filename, dataset.tgz_md5)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{dataset.url}: cannot be downloaded ({reason}); put the file into {root} and run again"
+        ) from None

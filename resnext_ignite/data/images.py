@@ -1,0 +1,50 @@
+"""A split of a data set in memory, as the loaders take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded pictures in one tensor.
+
+    Args:
+        pictures: uint8 (N, H, W, 3).
+        labels: int64 (N,).
+        indices: int64 (N,), each picture's index in its whole split: the key of all that is random about it.
+    """
+
+    pictures: Tensor
+    labels: Tensor
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, positions: Tensor) -> Images:
+        """The pictures at some positions (int64), keeping their indices."""
+        return Images(self.pictures[positions], self.labels[positions], self.indices[positions])
+
+    def to(self, device: torch.device) -> Images:
+        """The same on a device."""
+        return Images(*(part.to(device) for part in (self.pictures, self.labels, self.indices)))
+
+    def load(self, positions: Tensor) -> Tensor:
+        """Pictures at some positions: int64 (n,) -> uint8 (n, H, W, 3)."""
+        return self.pictures[positions.to(self.pictures.device)]
+
+    def resized(self, size: int) -> Images:
+        """Square pictures of another size, antialiased; the same object where they have it already."""
+        if self.pictures.shape[1] == size:
+            return self
+        from torchvision.transforms.v2.functional import resize
+
+        chunks = [
+            resize(chunk.permute(0, 3, 1, 2), [size, size], antialias=True).permute(0, 2, 3, 1)
+            for chunk in self.pictures.split(1000)
+        ]
+        return Images(torch.cat(chunks), self.labels, self.indices)

@@ -1,0 +1,287 @@
+"""The two engines: one iteration of training, one batch of evaluation, and the metrics both count on their device.
+
+Nothing here waits for the device: numbers stay in tensors until a handler reads them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from ignite.engine import Engine, EventEnum
+from ignite.metrics import Metric
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnext_ignite.config import Config
+from resnext_ignite.data.loaders import Batch
+from resnext_ignite.distributed import Ranks
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class RunEvents(EventEnum):
+    """What a training run adds to Ignite's events; fired on the trainer."""
+
+    METRICS_READY = "metrics_ready"
+    """The training metrics since the last log point stand in `state.metrics`."""
+    EVALUATED = "evaluated"
+    """An evaluation's record stands in `state.evaluation`."""
+
+
+def resolve_device(name: str, local_rank: int) -> torch.device:
+    """`auto` is a rank's own GPU where there is one."""
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the machine multiplies matrices in it, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def make_deterministic(enabled: bool) -> None:
+    """Bit-identical repeats of the same run on the same machine, or the fastest kernels."""
+    torch.use_deterministic_algorithms(enabled)
+    torch.backends.cudnn.benchmark = not enabled
+    # Filling fresh memory guards against reads of what was never written, which this code does not do; it costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+class TrainingSums:
+    """What training counts between two log points, on its device.
+
+    `first_bad` is the first iteration whose loss or gradient was not finite, or infinity. It is raised after the
+    gradients are reduced, so that a bad number of one rank is on all of them.
+    """
+
+    SIZE = 4
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(self.SIZE - 1, dtype=torch.float64, device=device)
+        self._first_bad = torch.full((), math.inf, dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
+        """Sums over one micro-batch: the summed loss and the correct answers, both without a dimension."""
+        self._sums += torch.stack([loss.double(), correct.double(), torch.full_like(loss, images).double()])
+
+    def check(self, finite: Tensor, iteration: int) -> None:
+        """Raise the flag at this iteration unless it is up already or all is finite (bool, without a dimension)."""
+        bad = torch.where(finite, math.inf, float(iteration))
+        self._first_bad = torch.minimum(self._first_bad, bad.double())
+
+    def read_and_reset(self) -> Tensor:
+        """Loss, correct answers, images, first bad iteration: float64 (4,) on the CPU. Waits for the device."""
+        numbers = torch.cat([self._sums, self._first_bad[None]]).cpu()
+        self._sums.zero_()
+        return numbers
+
+
+def create_trainer(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    *,
+    precision: str = "fp32",
+    accumulate: int = 1,
+    label_smoothing: float = 0.0,
+    clip_grad_norm: float = 0.0,
+) -> Engine:
+    """An engine whose iteration is one update; run it over `Batch`es.
+
+    `engine.state` carries `sums` (TrainingSums) and `scaler` (torch.amp.GradScaler, enabled for fp16).
+
+    Args:
+        model: on `device`; possibly in DistributedDataParallel.
+        precision: "fp32", "bf16" or "fp16".
+        accumulate: micro-batches an iteration; divides each batch.
+        label_smoothing: probability spread over all classes.
+        clip_grad_norm: largest norm of the whole gradient; 0: not clipped.
+
+    Raises:
+        ValueError: a batch does not divide into `accumulate` micro-batches.
+    """
+    sums = TrainingSums(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def train_iteration(engine: Engine, batch: Batch) -> None:
+        model.train()
+        count = len(batch.labels)
+        if count % accumulate:
+            raise ValueError(f"a batch of {count} images does not divide into {accumulate} micro-batches")
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        micro_batches = zip(batch.images.chunk(accumulate), batch.labels.chunk(accumulate), strict=True)
+        for turn, (images, labels) in enumerate(micro_batches, start=1):
+            with _synchronised(model, turn == accumulate):
+                with torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32"):
+                    logits = model(images).float()
+                loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+                scaler.scale(loss / accumulate).backward()
+            with torch.no_grad():
+                loss = loss.detach()
+                sums.add(loss * len(labels), (logits.argmax(1) == labels).sum(), len(labels))
+                finite &= loss.isfinite()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        if clip_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm, foreach=True)
+        # With fp16 an infinite gradient is the scaler's to answer: it skips the update and scales less.
+        sums.check(finite if scaler.is_enabled() else finite & norm.isfinite(), engine.state.iteration)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    trainer = Engine(train_iteration)
+    # The counters that loggers and filters of these events read.
+    events = (RunEvents.METRICS_READY, RunEvents.EVALUATED)
+    trainer.register_events(*events, event_to_attr={event: event.value for event in events})
+    trainer.state.sums = sums
+    trainer.state.scaler = scaler
+    return trainer
+
+
+@contextlib.contextmanager
+def _synchronised(model: nn.Module, last: bool) -> Iterator[None]:
+    # Only an iteration's last micro-batch reduces the gradients over ranks.
+    if last or not isinstance(model, nn.parallel.DistributedDataParallel):
+        yield
+    else:
+        with model.no_sync():
+            yield
+
+
+class ClassificationCounts(Metric):
+    """Exact counts of an evaluation on its device, reduced once over all ranks.
+
+    `compute` gives a dict: images, correct, correct_top5 (integers), top1_error, top5_error (percent), loss (mean),
+    confusion (int64 (true, predicted)), mistakes (the worst: dicts of index, label, predicted, loss).
+
+    Args:
+        num_classes: C.
+        keep_mistakes: how many of the mistakes with the highest loss are kept.
+    """
+
+    def __init__(self, num_classes: int, ranks: Ranks, device: torch.device, keep_mistakes: int = 0) -> None:
+        self.num_classes, self.ranks, self.keep_mistakes = num_classes, ranks, keep_mistakes
+        super().__init__(device=device)
+
+    def reset(self) -> None:
+        """Forget everything counted."""
+        size = self.num_classes**2
+        self._counts = torch.zeros(size + 1, dtype=torch.int64, device=self._device)
+        self._loss = torch.zeros(1, dtype=torch.float64, device=self._device)
+        self._mistakes = torch.zeros(0, 4, dtype=torch.float64, device=self._device)
+
+    def update(self, output: tuple[Tensor, Batch]) -> None:
+        """Count logits float32 (n, C) against their batch."""
+        logits, batch = output
+        losses = F.cross_entropy(logits, batch.labels, reduction="none").double()
+        predicted = logits.argmax(1)
+        top5 = logits.topk(min(5, self.num_classes), dim=1).indices
+        cells = batch.labels * self.num_classes + predicted
+        self._counts[:-1] += torch.zeros_like(self._counts[:-1]).scatter_add_(0, cells, torch.ones_like(cells))
+        self._counts[-1] += (top5 == batch.labels[:, None]).sum()
+        self._loss += losses.sum()
+        if self.keep_mistakes:
+            wrong = torch.where(predicted == batch.labels, -1.0, losses)
+            rows = torch.stack([wrong, batch.indices.double(), batch.labels.double(), predicted.double()], dim=1)
+            rows = torch.cat([self._mistakes, rows])
+            self._mistakes = rows[rows[:, 0].topk(min(self.keep_mistakes, len(rows))).indices]
+
+    def compute(self) -> dict[str, Any]:
+        """The figures over all ranks; waits for the device."""
+        loss = self._loss
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(self._counts)
+            torch.distributed.all_reduce(loss)
+        mistakes = sorted((row for rows in self.ranks.gather(self._mistakes.tolist()) for row in rows), reverse=True)
+        counts = self._counts.cpu()
+        confusion = counts[:-1].view(self.num_classes, self.num_classes)
+        images, correct, correct_top5 = int(confusion.sum()), int(confusion.diagonal().sum()), int(counts[-1])
+        return {
+            "images": images,
+            "correct": correct,
+            "correct_top5": correct_top5,
+            "top1_error": 100 * (images - correct) / images,
+            "top5_error": 100 * (images - correct_top5) / images,
+            "loss": float(loss) / images,
+            "confusion": confusion,
+            "mistakes": [
+                {"index": int(index), "label": int(label), "predicted": int(predicted), "loss": loss}
+                for loss, index, label, predicted in mistakes[: self.keep_mistakes]
+                if loss >= 0
+            ],
+        }
+
+
+def create_evaluator(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    num_classes: int,
+    precision: str = "fp32",
+    ranks: Ranks | None = None,
+    keep_mistakes: int = 0,
+) -> Engine:
+    """An engine that counts a model's errors over `Batch`es; see ClassificationCounts for `state.metrics`.
+
+    Args:
+        model: on `device`, not in DistributedDataParallel: an evaluation has no collective before its end.
+        num_classes: outputs of the model.
+        precision: "fp32", "bf16" or "fp16".
+        keep_mistakes: worst mistakes that are listed.
+    """
+
+    def evaluate_batch(engine: Engine, batch: Batch) -> tuple[Tensor, Batch]:
+        model.eval()
+        with torch.inference_mode():
+            with torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32"):
+                logits = model(batch.images)
+            # Losses and comparisons in full precision: bf16 alone moves a mean loss in its third digit.
+            return logits.float(), batch
+
+    evaluator = Engine(evaluate_batch)
+    ClassificationCounts(num_classes, ranks or Ranks(), device, keep_mistakes).attach(evaluator, "evaluation")
+    return evaluator
+
+
+def place(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
+    """The model on its device, its weights in the memory format of the images."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+
+
+def build_trainer(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Engine:
+    """The trainer of a config whose precision is settled."""
+    return create_trainer(
+        model,
+        optimizer,
+        device,
+        precision=config.train.precision,
+        accumulate=config.train.accumulate,
+        label_smoothing=config.train.label_smoothing,
+        clip_grad_norm=config.train.clip_grad_norm,
+    )
+
+
+def build_evaluator(config: Config, model: nn.Module, device: torch.device, ranks: Ranks) -> Engine:
+    """The evaluator of a config whose classes and precision are settled."""
+    if config.model.num_classes is None:
+        raise ValueError("model.num_classes is not settled yet: it comes from the data")
+    return create_evaluator(
+        model,
+        device,
+        num_classes=config.model.num_classes,
+        precision=config.train.precision,
+        ranks=ranks,
+        keep_mistakes=config.logging.images,
+    )

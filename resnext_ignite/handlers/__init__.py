@@ -1,0 +1,165 @@
+"""Everything around the iterations of a run, attached in one place: here the order of handlers is decided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ignite.engine import Engine, Events
+
+from resnext_ignite.checkpoint import load_checkpoint
+from resnext_ignite.config import Config
+from resnext_ignite.data import Loaders
+from resnext_ignite.distributed import Ranks, StopAgreement
+from resnext_ignite.engines import RunEvents
+from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints, Stateful
+from resnext_ignite.handlers.evaluation import BestRecord, Evaluation, FinalTest
+from resnext_ignite.handlers.loggers import MetricsFile, Progress, StatusFile, TensorBoard
+from resnext_ignite.handlers.session import AttachedRun, Parts
+from resnext_ignite.handlers.training import LogPoint, build_average
+from resnext_ignite.run_folder import OpenRun
+
+__all__ = ["AttachedRun", "Parts", "attach_handlers", "build_average"]
+
+
+def attach_handlers(
+    config: Config, parts: Parts, loaders: Loaders, run: OpenRun, ranks: Ranks, stop: StopAgreement
+) -> AttachedRun:
+    """Attach all handlers of a run, in the order in which they act on each event."""
+    trainer, selection = parts.trainer, loaders.data.selection
+
+    def lr() -> float:
+        return float(parts.optimizer.param_groups[0]["lr"])
+
+    evaluation = Evaluation(
+        parts.evaluator,
+        loaders.evaluation[selection],
+        selection,
+        [parts.model] if parts.average is None else [parts.model, parts.average.ema_model],
+        ranks,
+        every=config.evaluation.every,
+        early=config.evaluation.early,
+        lr=lr,
+    )
+    best = BestRecord(
+        selection,
+        stop,
+        patience=config.evaluation.patience,
+        min_delta=config.evaluation.min_delta,
+        target_error=config.evaluation.target_error,
+    )
+    log_point = LogPoint(stop, lr, config.logging.every_iterations)
+    state = _run_state(config, parts, loaders, ranks, evaluation, best, log_point)
+    saver = SaveCheckpoints(
+        state,
+        run.folder.checkpoints,
+        stop,
+        every_epochs=config.checkpoint.every_epochs,
+        every_iterations=config.checkpoint.every_iterations,
+        keep=config.checkpoint.keep,
+    )
+    log_point.save_due = saver.due_inside_epoch
+
+    # Before the update: its learning rate. After it: the average of its weights, then the metrics, which refuse a bad
+    # number before anything below can write what came of it.
+    parts.lr_scheduler.attach(trainer, Events.ITERATION_STARTED)
+    if parts.average is not None:
+        parts.average.attach(trainer)
+    trainer.add_event_handler(Events.EPOCH_STARTED, log_point.begin_epoch)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, log_point)
+    # Evaluation, with what follows from it: best and stops first, so that the logs can name them.
+    trainer.add_event_handler(Events.STARTED, evaluation)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, evaluation)
+    trainer.add_event_handler(RunEvents.EVALUATED, best)
+    status = None
+    if ranks.rank == 0:
+        status = StatusFile(run.folder, best, {"changes_on_resume": run.changes})
+        _attach_writers(config, parts, run, status)
+
+    def save_best(engine: Engine) -> None:
+        if best.improved:
+            saver.save_as("best.pt")
+
+    trainer.add_event_handler(RunEvents.EVALUATED, save_best)
+    # The resume point comes last, when everything it has to remember has happened.
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, saver.at_iteration)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.at_epoch_end)
+    trainer.add_event_handler(Events.COMPLETED, lambda engine: saver.save_as("final.pt"))
+    if selection == "val" and "test" in loaders.evaluation:
+
+        def best_weights() -> dict[str, Any]:
+            content = ranks.from_rank_zero(lambda: load_checkpoint(run.folder.checkpoints / "best.pt"))
+            return content["ema"] or content["model"]
+
+        final_test = FinalTest(evaluation, parts.evaluated, loaders.evaluation["test"], best_weights)
+        trainer.add_event_handler(Events.COMPLETED, final_test)
+    if ranks.rank == 0:
+        _attach_pictures(config, parts, loaders, run, saver)
+    return AttachedRun(parts, state, evaluation, best, stop, status, run)
+
+
+def _run_state(
+    config: Config,
+    parts: Parts,
+    loaders: Loaders,
+    ranks: Ranks,
+    evaluation: Evaluation,
+    best: BestRecord,
+    log_point: LogPoint,
+) -> RunState:
+    data = loaders.data
+    saved: dict[str, Stateful | None] = {
+        "model": parts.model,
+        "ema": None if parts.average is None else parts.average.ema_model,
+        "optimizer": parts.optimizer,
+        "lr_scheduler": parts.lr_scheduler,
+        "scaler": parts.trainer.state.scaler,
+    }
+    facts = {
+        "config": config.model_dump(mode="json"),
+        "classes": list(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "image_size": data.image_size,
+        "selection": data.selection,
+    }
+    handlers: dict[str, Stateful] = {"evaluation": evaluation, "best": best, "log_point": log_point}
+
+    def errors() -> dict[str, Any]:
+        return {"last": getattr(parts.trainer.state, "record", None), "best": best.best}
+
+    return RunState(parts.trainer, ranks, facts, saved, handlers, errors)
+
+
+def _attach_writers(config: Config, parts: Parts, run: OpenRun, status: StatusFile) -> None:
+    """Console, metrics file and status: what rank 0 says of a run as it goes."""
+    run.folder.start(config)
+    if run.state is not None:
+        status.last = run.state["errors"]["last"]
+    parts.trainer.add_event_handler(Events.STARTED, status)
+    parts.trainer.add_event_handler(RunEvents.EVALUATED, MetricsFile(run.folder))
+    parts.trainer.add_event_handler(RunEvents.EVALUATED, status)
+    Progress(config.train.batch_size).attach(parts.trainer)
+
+
+def _attach_pictures(config: Config, parts: Parts, loaders: Loaders, run: OpenRun, saver: SaveCheckpoints) -> None:
+    """TensorBoard and `curves.png`, on rank 0; after everything whose figures they show."""
+    from resnext_ignite.handlers.pictures import AugmentedSheet, Curves, MistakeSheets
+
+    trainer, classes = parts.trainer, loaders.data.classes
+    curves = Curves(run.folder, run.folder.path.name)
+    trainer.add_event_handler(RunEvents.EVALUATED, curves)
+    trainer.add_event_handler(Events.COMPLETED, lambda engine: curves.draw())
+    if not config.logging.tensorboard:
+        return
+    new = run.state is None
+    board = TensorBoard(run.folder, None if run.state is None else run.state["trainer"]["iteration"])
+    board.attach(trainer, config, parts.model, new=new, histograms=config.logging.histograms)
+    saver.before = board.flush
+    if config.logging.images:
+        if new:
+            sheet = AugmentedSheet(board, loaders.train.augment, classes, config.logging.images)
+            trainer.add_event_handler(Events.ITERATION_STARTED(once=1), sheet)
+        sheets = MistakeSheets(board, {name: loader.split for name, loader in loaders.evaluation.items()}, classes)
+        trainer.add_event_handler(RunEvents.EVALUATED, sheets)
+        trainer.add_event_handler(Events.COMPLETED, sheets.draw)
+    trainer.add_event_handler(Events.COMPLETED, lambda engine: board.finish(config, engine.state.record))

@@ -1,0 +1,150 @@
+"""Saving and resuming a run: what belongs to its state, when it is written, and which older files may go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from ignite.engine import Engine
+
+from resnext_ignite.checkpoint import (
+    checksum_path,
+    iteration_checkpoint_path,
+    iteration_checkpoints,
+    save_checkpoint,
+)
+from resnext_ignite.distributed import Ranks, StopAgreement, StopReason
+
+
+class Stateful(Protocol):
+    """Anything whose state can be saved and restored."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+class RunState:
+    """The one manifest of all that a run is, collected and restored.
+
+    Args:
+        facts: plain values that go into every file (config, classes, normalisation, ...).
+        parts: model, ema, optimizer, lr_scheduler, scaler: by the name under which they are saved; None: absent.
+        handlers: handlers with a state.
+        errors: gives the records of the last and the best evaluation.
+    """
+
+    def __init__(
+        self,
+        trainer: Engine,
+        ranks: Ranks,
+        facts: dict[str, Any],
+        parts: dict[str, Stateful | None],
+        handlers: dict[str, Stateful],
+        errors: Callable[[], dict[str, Any]],
+    ) -> None:
+        self.trainer, self.ranks, self.facts, self.parts = trainer, ranks, facts, parts
+        self.handlers, self.errors = handlers, errors
+
+    def collect(self) -> dict[str, Any]:
+        """The state as plain values and tensors; to be called on all ranks."""
+        return {
+            **self.facts,
+            "trainer": {"iteration": self.trainer.state.iteration, "epoch_length": self.trainer.state.epoch_length},
+            **{name: None if part is None else part.state_dict() for name, part in self.parts.items()},
+            "handlers": {name: handler.state_dict() for name, handler in self.handlers.items()},
+            "errors": self.errors(),
+            # Nothing of this project draws from torch's generators while it trains; a model with dropout would.
+            "generators": self.ranks.gather(_generator_states()),
+        }
+
+    def restore(self, state: dict[str, Any], max_epochs: int) -> None:
+        """Put a saved state back; on another number of ranks the generators stay as they are."""
+        for name, part in self.parts.items():
+            if part is not None:
+                part.load_state_dict(state[name])
+        for name, handler in self.handlers.items():
+            handler.load_state_dict(state["handlers"][name])
+        self.trainer.load_state_dict({**state["trainer"], "max_epochs": max_epochs})
+        if len(state["generators"]) == self.ranks.world_size:
+            own = state["generators"][self.ranks.rank]
+            torch.set_rng_state(own["cpu"])
+            if "cuda" in own and torch.cuda.is_available():
+                torch.cuda.set_rng_state(own["cuda"])
+
+
+def _generator_states() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+class SaveCheckpoints:
+    """Writes resume points and keeps the newest ones; attach `at_iteration`, then `at_epoch_end`, last of all.
+
+    Not Ignite's Checkpoint: it removes the old file before it writes the new one, and syncs neither. An older file
+    goes only after the new one is written, synced and verified.
+
+    Args:
+        folder: of the checkpoint files.
+        every_epochs, every_iterations, keep: as the config keys.
+        stop: a stop by signal or time limit is saved at the iteration at which it was agreed.
+        saved: is told of every resume point that is safe on disk (on rank 0).
+        before: is called before every save (flushes logs).
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        folder: Path,
+        stop: StopAgreement,
+        *,
+        every_epochs: int,
+        every_iterations: int,
+        keep: int,
+        before: Callable[[], None] = lambda: None,
+        saved: Callable[[Engine], None] = lambda engine: None,
+    ) -> None:
+        self.state, self.folder, self.stop = state, folder, stop
+        self.every_epochs, self.every_iterations, self.keep = every_epochs, every_iterations, keep
+        self.before, self.saved = before, saved
+
+    def due_inside_epoch(self, iteration: int) -> bool:
+        """Whether an iteration is saved that does not end an epoch."""
+        return bool(self.every_iterations) and iteration % self.every_iterations == 0
+
+    def at_iteration(self, engine: Engine) -> None:
+        """Save inside an epoch; its last iteration is saved after the evaluation, unless the run stops there."""
+        iteration, length = engine.state.iteration, engine.state.epoch_length or 1
+        stopping = self.stop.reason in (StopReason.SIGNAL, StopReason.TIME_LIMIT)
+        if iteration == length * (engine.state.max_epochs or 0):
+            # The end of the run: only its evaluation is left, and then it is saved for good.
+            return
+        if stopping or (self.due_inside_epoch(iteration) and iteration % length):
+            self._save(engine)
+
+    def at_epoch_end(self, engine: Engine) -> None:
+        """Save after the evaluation."""
+        if engine.state.epoch % self.every_epochs == 0 or engine.state.epoch == engine.state.max_epochs:
+            self._save(engine)
+
+    def _save(self, engine: Engine) -> None:
+        content = self.state.collect()
+        if self.state.ranks.rank != 0:
+            return
+        self.before()
+        save_checkpoint(iteration_checkpoint_path(self.folder, engine.state.iteration), content)
+        for old in iteration_checkpoints(self.folder)[self.keep :]:
+            old.unlink()
+            checksum_path(old).unlink(missing_ok=True)
+        self.saved(engine)
+
+    def save_as(self, name: str) -> None:
+        """Write the state under a name of its own (`best.pt`, `final.pt`)."""
+        content = self.state.collect()
+        if self.state.ranks.rank == 0:
+            self.before()
+            save_checkpoint(self.folder / name, content)

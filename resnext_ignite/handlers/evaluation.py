@@ -1,0 +1,190 @@
+"""Evaluating a run: when, with which weights, what is recorded, which was best, and when that ends the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from ignite.engine import Engine
+from torch import nn
+
+from resnext_ignite.distributed import Ranks, StopAgreement, StopReason, average_statistics
+from resnext_ignite.engines import RunEvents
+from resnext_ignite.run_folder import Record
+
+
+class Evaluation:
+    """Evaluates when it is due and fires RunEvents.EVALUATED with `engine.state.evaluation`, a record.
+
+    Attach it to STARTED (before the first iteration, or where a run was cut between an epoch's last iteration and its
+    evaluation) and to EPOCH_COMPLETED. `state.record` is what `metrics.jsonl` holds; `state.evaluation` has the
+    confusion matrix and the worst mistakes besides.
+
+    Args:
+        evaluator: from `create_evaluator`.
+        loader: the split on which the best epoch is chosen.
+        split: its name.
+        models: whose BatchNorm statistics are averaged over ranks first; the evaluated one among them.
+        every, early: epochs, as the config keys.
+        lr: reads the learning rate at hand.
+    """
+
+    def __init__(
+        self,
+        evaluator: Engine,
+        loader: Iterable[Any],
+        split: str,
+        models: list[nn.Module],
+        ranks: Ranks,
+        *,
+        every: int,
+        early: tuple[int, ...],
+        lr: Callable[[], float],
+    ) -> None:
+        self.evaluator, self.loader, self.split, self.models, self.ranks = evaluator, loader, split, models, ranks
+        self.every, self.early, self.lr = every, early, lr
+        self.last_iteration = -1
+        self.records = 0
+        self._seconds_before = 0.0
+        self._started = time.monotonic()
+
+    def due(self, epoch: int, max_epochs: int) -> bool:
+        """Whether the end of an epoch (0: the start of the run) is evaluated."""
+        return epoch in self.early or (epoch > 0 and epoch % self.every == 0) or epoch == max_epochs
+
+    def __call__(self, engine: Engine) -> None:
+        state = engine.state
+        assert state.max_epochs is not None
+        if state.iteration % (state.epoch_length or 1) or state.iteration <= self.last_iteration:
+            return
+        if self.due(state.epoch, state.max_epochs):
+            self.evaluate(engine, self.loader, self.split)
+
+    def evaluate(self, engine: Engine, loader: Iterable[Any], split: str) -> Record:
+        """Evaluate a split now."""
+        for model in self.models:
+            average_statistics(model, self.ranks)
+        self.evaluator.run(loader)
+        result = self.evaluator.state.metrics
+        metrics = engine.state.metrics
+        engine.state.evaluation = result
+        engine.state.record = {
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+            "split": split,
+            **{key: result[key] for key in ("images", "correct", "top1_error", "top5_error", "loss")},
+            "lr": self.lr(),
+            # Of training since the epoch began; before the first iteration there is none.
+            "train_loss": metrics.get("epoch_loss"),
+            "images_per_s": metrics.get("epoch_images_per_s"),
+            "wall_s": self.wall_seconds(),
+        }
+        self.last_iteration = engine.state.iteration
+        self.records += 1
+        engine.fire_event(RunEvents.EVALUATED)
+        return engine.state.record
+
+    def wall_seconds(self) -> float:
+        """Seconds of this run, over all its processes, without the time between them."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know not to evaluate anew, or count twice."""
+        return {"last_iteration": self.last_iteration, "records": self.records, "seconds": self.wall_seconds()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.last_iteration, self.records = state["last_iteration"], state["records"]
+        self._seconds_before = state["seconds"]
+
+
+class BestRecord:
+    """Keeps the record with the lowest error, and stops the run by patience or target.
+
+    Not Ignite's EarlyStopping: attached as documented it forgets its count at each evaluation, takes an evaluation
+    before training for a first result, and stops one rank alone. Attach it to RunEvents.EVALUATED.
+
+    Args:
+        split: records of other splits are not considered.
+        stop: is told of patience and target, which all ranks find alike.
+        patience: evaluations without a lower error; 0: no end.
+        min_delta: percentage points by which an error must fall to count as lower.
+        target_error: in percent; None: none.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        stop: StopAgreement,
+        *,
+        patience: int = 0,
+        min_delta: float = 0.0,
+        target_error: float | None = None,
+    ) -> None:
+        self.split, self.stop = split, stop
+        self.patience, self.min_delta, self.target_error = patience, min_delta, target_error
+        self.best: Record | None = None
+        self.improved = False
+        self._reference: float | None = None
+        self._without = 0
+
+    def __call__(self, engine: Engine) -> None:
+        record = engine.state.record
+        self.improved = False
+        if record["split"] != self.split or record["epoch"] == 0:
+            return
+        error = record["top1_error"]
+        if self.best is None or error < self.best["top1_error"]:
+            self.best, self.improved = record, True
+        if self._reference is None or error < self._reference - self.min_delta:
+            self._reference, self._without = error, 0
+        else:
+            self._without += 1
+        verdict = self.verdict()
+        if verdict:
+            self.stop.decide(verdict)
+            engine.terminate()
+
+    def verdict(self) -> StopReason:
+        """Whether the records so far end the run."""
+        if self.target_error is not None and self.best and self.best["top1_error"] <= self.target_error:
+            return StopReason.TARGET
+        return StopReason.PATIENCE if self.patience and self._without >= self.patience else StopReason.NONE
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best record and patience."""
+        return {"best": self.best, "reference": self._reference, "without": self._without}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self._reference, self._without = state["best"], state["reference"], state["without"]
+
+
+class FinalTest:
+    """Reads the test split once, at the end, with the weights that were best on the held-out images.
+
+    Attach it to COMPLETED, after the best weights are saved.
+
+    Args:
+        evaluation: records it.
+        model: the evaluated model; it is given the best weights for this, and its own back.
+        loader: the test split.
+        best_weights: reads the best weights on every rank; None where no epoch was evaluated.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        model: nn.Module,
+        loader: Iterable[Any],
+        best_weights: Callable[[], dict[str, torch.Tensor]],
+    ) -> None:
+        self.evaluation, self.model, self.loader, self.best_weights = evaluation, model, loader, best_weights
+
+    def __call__(self, engine: Engine) -> None:
+        own = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.model.load_state_dict(self.best_weights())
+        try:
+            self.evaluation.evaluate(engine, self.loader, "test")
+        finally:
+            self.model.load_state_dict(own)

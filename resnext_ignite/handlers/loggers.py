@@ -1,0 +1,187 @@
+"""What a run tells: the console, `metrics.jsonl` and `status.json`, TensorBoard's scalars. Rank 0 alone has these."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import sys
+from typing import Any
+
+from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar, TensorboardLogger, global_step_from_engine
+from ignite.handlers.tensorboard_logger import OutputHandler, WeightsHistHandler
+from torch import nn
+from tqdm import tqdm
+
+from resnext_ignite.config import Config, flatten
+from resnext_ignite.config_files import dump_config
+from resnext_ignite.engines import RunEvents
+from resnext_ignite.handlers.evaluation import BestRecord
+from resnext_ignite.run_folder import Record, RunFolder
+
+log = logging.getLogger(__name__)
+_SCALARS = ("loss", "top1_error", "lr", "images_per_s")
+_EVALUATED_SCALARS = ("top1_error", "top5_error", "loss")
+
+
+class _AboveTheBar(logging.Handler):
+    """Prints log lines on standard error without breaking a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def set_up_console(*, quiet: bool = False) -> None:
+    """Send this package's log to standard error: lines, or only warnings where `quiet` (other ranks)."""
+    logger = logging.getLogger("resnext_ignite")
+    handler = _AboveTheBar()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False
+    # Ignite reports an error of the run too, which is answered once, at the end.
+    for name in ("ignite.engine.engine.Engine", "ignite.distributed.launcher.Parallel"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def describe(record: Record) -> str:
+    """A record of an evaluation as people say it."""
+    wrong = record["images"] - record["correct"]
+    return (
+        f"{record['split']} error {record['top1_error']:.2f} % ({wrong} of {record['images']}), "
+        f"top-5 {record['top5_error']:.2f} %, loss {record['loss']:.4f}"
+    )
+
+
+class Progress:
+    """Training progress: a bar where standard error is a terminal, else a line at each log point.
+
+    Args:
+        images_per_iteration: over all ranks, for the time that is left.
+    """
+
+    def __init__(self, images_per_iteration: int) -> None:
+        self.images_per_iteration = images_per_iteration
+        self._drawn = -1
+
+    def attach(self, trainer: Engine) -> None:
+        """Attach to the trainer, in the form that fits standard error."""
+        trainer.add_event_handler(RunEvents.EVALUATED, self.say_evaluation)
+        if not sys.stderr.isatty():
+            trainer.add_event_handler(RunEvents.METRICS_READY, self.say_metrics)
+            return
+        trainer.add_event_handler(RunEvents.METRICS_READY, self._mark)
+        # Drawn at log points only: a terminal is slower than an iteration, and nothing new is known between.
+        at_log_point = Events.ITERATION_COMPLETED(event_filter=lambda engine, iteration: iteration == self._drawn)
+        bar = ProgressBar(file=sys.stderr)
+        bar.attach(trainer, output_transform=lambda output: self._postfix(trainer), event_name=at_log_point)
+
+    def _mark(self, engine: Engine) -> None:
+        self._drawn = engine.state.iteration
+
+    def _postfix(self, engine: Engine) -> dict[str, str]:
+        metrics = engine.state.metrics
+        return {
+            "loss": f"{metrics['loss']:.4f}",
+            "images/s": f"{metrics['images_per_s']:.0f}",
+            "run": f"{self._left(engine)} left",
+        }
+
+    def _left(self, engine: Engine) -> datetime.timedelta:
+        state = engine.state
+        iterations = (state.max_epochs or 0) * (state.epoch_length or 0) - state.iteration
+        seconds = iterations * self.images_per_iteration / max(state.metrics["images_per_s"], 1e-9)
+        return datetime.timedelta(seconds=round(seconds))
+
+    def say_metrics(self, engine: Engine) -> None:
+        state, metrics = engine.state, engine.state.metrics
+        log.info(
+            f"epoch {state.epoch}/{state.max_epochs} iteration {state.iteration} loss {metrics['loss']:.4f} "
+            f"lr {metrics['lr']:.4g} {metrics['images_per_s']:.0f} images/s {self._left(engine)} left"
+        )
+
+    def say_evaluation(self, engine: Engine) -> None:
+        log.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs} {describe(engine.state.record)}")
+
+
+class MetricsFile:
+    """Adds each evaluation to `metrics.jsonl`; attach to RunEvents.EVALUATED."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def __call__(self, engine: Engine) -> None:
+        self.folder.append_metrics(engine.state.record)
+
+
+class StatusFile:
+    """Keeps `status.json`; attach to STARTED, RunEvents.EVALUATED, and call at the end.
+
+    Args:
+        best: the record that is the best so far.
+        facts: what else the file says of the run.
+    """
+
+    def __init__(self, folder: RunFolder, best: BestRecord, facts: dict[str, Any]) -> None:
+        self.folder, self.best, self.facts = folder, best, facts
+        self.last: Record | None = None
+
+    def __call__(self, engine: Engine, state: str = "running", exit_code: int | None = None, reason: str = "") -> None:
+        self.last = getattr(engine.state, "record", None) or self.last
+        self.folder.write_status(
+            state,
+            exit_code=exit_code,
+            epoch=engine.state.epoch,
+            iteration=engine.state.iteration,
+            reason=reason,
+            last=self.last,
+            best=self.best.best,
+            **self.facts,
+        )
+
+
+class TensorBoard:
+    """Event files of a run, without a doubled point after a resume.
+
+    Args:
+        folder: where the event files go.
+        resumed_iteration: points after it, of a process that was killed, are purged; None: a new run.
+    """
+
+    def __init__(self, folder: RunFolder, resumed_iteration: int | None) -> None:
+        purge = None if resumed_iteration is None else resumed_iteration + 1
+        self.logger = TensorboardLogger(log_dir=str(folder.path), purge_step=purge)
+        self.writer = self.logger.writer
+
+    def attach(self, trainer: Engine, config: Config, model: nn.Module, *, new: bool, histograms: bool) -> None:
+        """Attach scalars, and histograms if asked; write the config down where the run is new."""
+        step = global_step_from_engine(trainer, custom_event_name=Events.ITERATION_COMPLETED)
+        scalars = OutputHandler(tag="train", metric_names=list(_SCALARS), global_step_transform=step)
+        self.logger.attach(trainer, scalars, RunEvents.METRICS_READY)
+        trainer.add_event_handler(RunEvents.EVALUATED, self.write_evaluation)
+        if histograms:
+            self.logger.attach(trainer, WeightsHistHandler(model), Events.EPOCH_COMPLETED)
+        if new:
+            text = "".join(f"    {line}\n" for line in dump_config(config).splitlines())
+            self.writer.add_text("config", text, 0)
+
+    def write_evaluation(self, engine: Engine) -> None:
+        """Scalars of an evaluation, by split."""
+        record = engine.state.record
+        for name in _EVALUATED_SCALARS:
+            self.writer.add_scalar(f"{record['split']}/{name}", record[name], record["iteration"])
+
+    def finish(self, config: Config, record: Record) -> None:
+        """The run as a row of TensorBoard's HPARAMS table; then close the files."""
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for key, value in flatten(config).items()
+        }
+        metrics = {f"hparam/{record['split']}_{name}": record[name] for name in _EVALUATED_SCALARS}
+        self.writer.add_hparams(plain, metrics, run_name=".", global_step=record["iteration"])
+        self.logger.close()
+
+    def flush(self) -> None:
+        """Put everything on disk; called before each checkpoint, so that none of it is missing after a resume."""
+        self.writer.flush()

@@ -1,0 +1,126 @@
+"""A trainer with its handlers attached: continued from a saved state, run, and brought to its end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ignite.engine import Engine, Events
+from torch import nn, optim
+
+from resnext_ignite.checkpoint import load_checkpoint
+from resnext_ignite.distributed import StopAgreement, StopReason
+from resnext_ignite.errors import PreemptedError
+from resnext_ignite.handlers.checkpointing import RunState
+from resnext_ignite.handlers.evaluation import BestRecord, Evaluation
+from resnext_ignite.handlers.loggers import StatusFile
+from resnext_ignite.handlers.training import WeightAverage
+from resnext_ignite.optim import IterationLRScheduler
+from resnext_ignite.run_folder import OpenRun, Record
+
+log = logging.getLogger(__name__)
+_REASONS = {
+    StopReason.NONE: "",
+    StopReason.PATIENCE: "no lower error in evaluation.patience evaluations",
+    StopReason.TARGET: "evaluation.target_error reached",
+    StopReason.TIME_LIMIT: "train.max_hours reached; continue with --resume",
+    StopReason.SIGNAL: "",
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run trains with. `model` is the raw one; `average` keeps its moving average, where there is one."""
+
+    model: nn.Module
+    average: WeightAverage | None
+    optimizer: optim.Optimizer
+    lr_scheduler: IterationLRScheduler
+    trainer: Engine
+    evaluator: Engine
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated."""
+        return self.model if self.average is None else self.average.ema_model
+
+
+class AttachedRun:
+    """What `attach_handlers` made of a trainer.
+
+    Args:
+        status: on rank 0, `status.json`.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        state: RunState,
+        evaluation: Evaluation,
+        best: BestRecord,
+        stop: StopAgreement,
+        status: StatusFile | None,
+        run: OpenRun,
+    ) -> None:
+        self.parts, self.state, self.evaluation, self.best = parts, state, evaluation, best
+        self.stop, self.status, self.run = stop, status, run
+
+    def resume(self, max_epochs: int) -> int:
+        """Restore the run's saved state, if there is one; the iteration from which it continues."""
+        saved = self.run.state
+        if saved is None:
+            return 0
+        self.state.restore(saved, max_epochs)
+        trainer = self.parts.trainer
+        trainer.state.record = saved["errors"]["last"]
+        return trainer.state.iteration
+
+    def train(self, loader: Iterable[Any], epoch_length: int, max_epochs: int) -> Record | None:
+        """Run to the end; the record of the last evaluation, or None if there was none.
+
+        Raises:
+            PreemptedError: a signal stopped the run, which is saved.
+        """
+        trainer = self.parts.trainer
+        started_at = trainer.state.iteration
+        if started_at >= epoch_length * max_epochs or self.best.verdict():
+            if self._is_finished(started_at):
+                log.info(f"{self.run.folder.path} is finished already; nothing is left to do")
+                return self.run.folder.read_metrics()[-1]
+            # It was cut after its last iteration was saved: what follows that is left.
+            self._forget_lost_evaluations()
+            trainer.fire_event(Events.COMPLETED)
+        else:
+            self._forget_lost_evaluations()
+            trainer.run(loader, max_epochs=max_epochs, epoch_length=epoch_length)
+        return self._finish(trainer.state.iteration >= epoch_length * max_epochs)
+
+    def _is_finished(self, iteration: int) -> bool:
+        final = self.run.folder.checkpoints / "final.pt"
+        ranks = self.state.ranks
+        return ranks.from_rank_zero(
+            lambda: (
+                final.exists()
+                and load_checkpoint(final)["trainer"]["iteration"] == iteration
+                and self.run.folder.read_status().get("state") in ("completed", "stopped_early")
+            )
+        )
+
+    def _forget_lost_evaluations(self) -> None:
+        # Those after the saved state will be made again.
+        if self.state.ranks.rank == 0:
+            self.run.folder.keep_metrics(self.evaluation.records)
+
+    def _finish(self, whole: bool) -> Record | None:
+        state = self.parts.trainer.state
+        if self.stop.reason == StopReason.SIGNAL and not whole:
+            name = f" by {self.stop.signal_name}" if self.stop.signal_name else ""
+            raise PreemptedError(f"stopped{name} and saved at iteration {state.iteration}; continue with --resume")
+        if self.status is not None:
+            reason = "" if whole else _REASONS[self.stop.reason or self.best.verdict()]
+            if reason:
+                log.info(f"stopped: {reason}")
+            self.status(self.parts.trainer, "completed" if whole else "stopped_early", 0, reason)
+        return getattr(state, "record", None)

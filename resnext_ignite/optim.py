@@ -1,0 +1,106 @@
+"""The update and its learning rate: optimizers from a config, and the schedules as pure functions of the iteration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from ignite.engine import Engine
+from ignite.handlers.param_scheduler import ParamScheduler
+from torch import nn
+
+from resnext_ignite.config import Config
+
+
+def warmup(iteration: int, length: int) -> float:
+    """Rises linearly, reaching 1 at the last of `length` iterations: (k + 1) / length; 1 from there on."""
+    return min(1.0, (iteration + 1) / length) if length else 1.0
+
+
+def multistep(iteration: int, milestones: Sequence[int], gamma: float) -> float:
+    """gamma to the power of the milestones (in iterations) that are reached."""
+    return gamma ** sum(iteration >= milestone for milestone in milestones)
+
+
+def cosine(iteration: int, start: int, end: int, final: float) -> float:
+    """Half a cosine wave from 1 at `start` to `final` at `end` (SGDR, arXiv:1608.03983, equation 5)."""
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * _progress(iteration, start, end)))
+
+
+def linear(iteration: int, start: int, end: int, final: float) -> float:
+    """A straight line from 1 at `start` to `final` at `end`; after a warm-up, the triangle's second side."""
+    return final + (1 - final) * (1 - _progress(iteration, start, end))
+
+
+def _progress(iteration: int, start: int, end: int) -> float:
+    return min(max((iteration - start) / max(end - start, 1), 0.0), 1.0)
+
+
+def lr_factor(config: Config, iterations_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate over `optimizer.lr` as a function of the iteration, counted from 0."""
+    schedule = config.schedule
+    warm = round(schedule.warmup_epochs * iterations_per_epoch)
+    total = config.train.epochs * iterations_per_epoch
+    milestones = [milestone * iterations_per_epoch for milestone in schedule.milestones]
+    shapes: dict[str, Callable[[int], float]] = {
+        "multistep": lambda iteration: multistep(iteration, milestones, schedule.gamma),
+        "cosine": lambda iteration: cosine(iteration, warm, total, schedule.final_factor),
+        "triangular": lambda iteration: linear(iteration, warm, total, schedule.final_factor),
+        "constant": lambda iteration: 1.0,
+    }
+    shape = shapes[schedule.name]
+    return lambda iteration: warmup(iteration, warm) * shape(iteration)
+
+
+class IterationLRScheduler(ParamScheduler):
+    """Sets the learning rate before each iteration to `lr` times a pure function of the iteration.
+
+    Ignite's own schedulers count their calls; this one asks the engine, so that a run resumed anywhere, or continued
+    with more epochs, has the rate of its iteration whatever was saved.
+
+    Args:
+        optimizer: all of whose groups get the rate.
+        lr: learning rate at factor 1.
+        factor: of the iteration, counted from 0.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, lr: float, factor: Callable[[int], float]) -> None:
+        super().__init__(optimizer, "lr")
+        self.lr, self.factor = lr, factor
+
+    def __call__(self, engine: Engine | None, name: str | None = None) -> None:
+        """Set the rate; the engine's iteration counts from 1."""
+        if engine is not None:
+            self.event_index = engine.state.iteration - 1
+        super().__call__(engine, name)
+
+    def get_param(self) -> float:
+        """The rate of the iteration at hand."""
+        return self.lr * self.factor(self.event_index)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, *, decay_norm_and_bias: bool) -> list[dict[str, Any]]:
+    """Parameters with and without decay; norms and biases are the ones with a single dimension."""
+    if decay_norm_and_bias:
+        return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a config over a model's parameters."""
+    optimizer = config.optimizer
+    groups = parameter_groups(model, optimizer.weight_decay, decay_norm_and_bias=optimizer.decay_norm_and_bias)
+    return torch.optim.SGD(
+        groups, lr=optimizer.lr, momentum=optimizer.momentum, nesterov=optimizer.nesterov, fused=True
+    )
+
+
+def build_lr_scheduler(
+    config: Config, optimizer: torch.optim.Optimizer, iterations_per_epoch: int
+) -> IterationLRScheduler:
+    """The learning-rate handler of a config; attach it to ITERATION_STARTED."""
+    return IterationLRScheduler(optimizer, config.optimizer.lr, lr_factor(config, iterations_per_epoch))

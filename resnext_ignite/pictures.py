@@ -1,0 +1,126 @@
+"""Pictures for people: curves, confusion matrices, sheets of images. Plain values in, files or arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from resnext_ignite.checkpoint import replace_durably
+
+Record = dict[str, Any]
+_MOST_NAMED_CLASSES = 40
+
+
+def draw_curves(runs: dict[str, Sequence[Record]]) -> Figure:
+    """Error, loss and learning rate over epochs, of one run or several laid over each other.
+
+    Args:
+        runs: records of `metrics.jsonl` by the name of their run.
+    """
+    figure, (top, middle, bottom) = plt.subplots(
+        3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 2, 1), layout="constrained"
+    )
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    several = len(runs) > 1
+    for number, (name, records) in enumerate(runs.items()):
+        color = colors[number % len(colors)]
+        for split in dict.fromkeys(record["split"] for record in records):
+            points = [record for record in records if record["split"] == split]
+            epochs = [record["epoch"] for record in points]
+            label = f"{name} {split}" if several else split
+            # A single point, as of a test read once, needs a mark to be seen.
+            style: dict[str, Any] = {"color": color if several or number else None, "marker": "o", "markersize": 3}
+            top.plot(epochs, [p["top1_error"] for p in points], label=label, **style)
+            middle.plot(epochs, [p["loss"] for p in points], label=label, **style)
+        trained = [record for record in records if record.get("train_loss") is not None]
+        label = f"{name} training" if several else "training (augmented)"
+        middle.plot(
+            [r["epoch"] for r in trained],
+            [r["train_loss"] for r in trained],
+            linestyle="--",
+            color=color if several else "0.4",
+            label=label,
+        )
+        bottom.plot([r["epoch"] for r in trained], [r["lr"] for r in trained], color=color if several else "0.4")
+        if records and not several:
+            last = records[-1]
+            top.set_title(f"{name}: {last['split']} error {last['top1_error']:.2f} % at epoch {last['epoch']}")
+    top.set_ylabel("top-1 error (%)")
+    top.set_ylim(bottom=0)
+    middle.set_ylabel("loss")
+    bottom.set_ylabel("learning rate")
+    bottom.set_ylim(bottom=0)
+    bottom.set_xlabel("epoch")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (top, middle, bottom):
+        axes.grid(alpha=0.3)
+    for axes in (top, middle):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
+    """Share of each true class (rows) that got each answer (columns), from counts int64 (C, C)."""
+    counts = confusion.double()
+    shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+    count = len(classes)
+    side = min(max(4.5, 0.42 * count + 2.5), 14)
+    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if count <= _MOST_NAMED_CLASSES:
+        axes.set_xticks(range(count), classes, rotation=90, fontsize=8)
+        axes.set_yticks(range(count), classes, fontsize=8)
+    if count <= 20:
+        for row, column in np.ndindex(count, count):
+            cell = int(confusion[row, column])
+            if cell:
+                color = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, str(cell), ha="center", va="center", fontsize=6, color=color)
+    return figure
+
+
+def draw_sheet(images: Tensor, captions: Sequence[str] = (), columns: int = 8) -> Figure:
+    """Pictures uint8 (N, H, W, 3) in rows, each under its caption."""
+    rows = max(1, -(-len(images) // columns))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.45 * columns, 1.75 * rows), layout="constrained", squeeze=False
+    )
+    for number, place in enumerate(axes.flat):
+        place.axis("off")
+        if number < len(images):
+            place.imshow(images[number].numpy(), interpolation="nearest")
+            if number < len(captions):
+                place.set_title(captions[number], fontsize=7)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG whole, and free the figure."""
+    try:
+        replace_durably(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    finally:
+        plt.close(figure)
+
+
+def figure_to_array(figure: Figure) -> NDArray[np.uint8]:
+    """The figure as uint8 (H, W, 3), as TensorBoard takes it; frees the figure."""
+    figure.set_dpi(110)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
+    plt.close(figure)
+    return pixels

@@ -1,0 +1,203 @@
+"""The run folder: its names, its lock, and the small files in it. Checkpoint files are `checkpoint.py`'s."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from resnext_ignite import __version__
+from resnext_ignite.checkpoint import iteration_checkpoints, newest_state, replace_durably
+from resnext_ignite.config import Config, config_of
+from resnext_ignite.config_files import SAFE_ON_RESUME, adopt_resolved, changed_values, dump_config, load_config
+from resnext_ignite.distributed import Ranks
+from resnext_ignite.errors import PreemptedError, RunFolderError, as_resnext_error
+
+_PACKAGES = ("torch", "torchvision", "pytorch-ignite", "tensorboard")
+Record = dict[str, Any]
+log = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """One run's folder. Only rank 0 holds one; only one process at a time may write into it.
+
+    Args:
+        path: the folder; it is made by `lock`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path / ".lock")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def _config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def _status(self) -> Path:
+        return self.path / "status.json"
+
+    def holds_a_run(self) -> bool:
+        """Whether anything of a run lies here."""
+        return self._config.exists() or bool(iteration_checkpoints(self.checkpoints))
+
+    def lock(self) -> None:
+        """Make the folder and take it for this process; the system frees it when the process ends, however.
+
+        Raises:
+            RunFolderError: another process has it.
+            OSError: it cannot be made.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RunFolderError(f"{self.path}: another process trains here; choose another --output-dir") from None
+
+    def unlock(self) -> None:
+        """Free the folder."""
+        self._lock.release()
+
+    def start(self, config: Config) -> None:
+        """Write down a config and make room for checkpoints."""
+        self.checkpoints.mkdir(exist_ok=True)
+        replace_durably(self._config, lambda file: _write(file, dump_config(config)))
+
+    def saved_config(self) -> Config | None:
+        """The config of the run that lies here."""
+        return load_config(self._config) if self._config.exists() else None
+
+    def append_metrics(self, record: Record) -> None:
+        """Add one evaluation to `metrics.jsonl`."""
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def read_metrics(self) -> list[Record]:
+        """All evaluations, in order."""
+        if not self._metrics.exists():
+            return []
+        records = []
+        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                # The last line of a run that was killed while it wrote; the evaluation will be made again.
+                break
+        return records
+
+    def keep_metrics(self, count: int) -> None:
+        """Drop all evaluations after the first `count`: those a resumed run will make again."""
+        kept = self.read_metrics()[:count]
+        if kept or self._metrics.exists():
+            text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
+            replace_durably(self._metrics, lambda file: _write(file, text))
+
+    def write_status(self, state: str, **facts: Any) -> None:
+        """Write `status.json`: the state of the run, facts of it, and the versions it runs on."""
+        versions = {name: metadata.version(name) for name in _PACKAGES}
+        status = {
+            "state": state,
+            **facts,
+            "versions": {"resnext_ignite": __version__, "python": platform.python_version(), **versions},
+        }
+        text = json.dumps(status, indent=2, allow_nan=False) + "\n"
+        replace_durably(self._status, lambda file: _write(file, text))
+
+    def read_status(self) -> Record:
+        """What `status.json` says; empty where it is not there."""
+        return json.loads(self._status.read_text(encoding="utf-8")) if self._status.exists() else {}
+
+
+def _write(file: IO[bytes], text: str) -> None:
+    file.write(text.encode())
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run folder that is locked for this run, the config to run with, and the state to continue from, if any.
+
+    `changes` are the values that differ from the run's before, as (before, now).
+    """
+
+    folder: RunFolder
+    config: Config
+    state: dict[str, Any] | None
+    changes: dict[str, tuple[Any, Any]]
+
+
+@contextlib.contextmanager
+def open_run(path: Path, config: Config, ranks: Ranks, *, resume: bool) -> Iterator[OpenRun]:
+    """Take a run folder for a new run, or for the continuation of the one in it, until the block ends.
+
+    An error inside the block is written into `status.json`. Only rank 0 touches the folder.
+
+    Raises:
+        RunFolderError: it is in use, holds another run, or its run would be changed.
+        CheckpointError: there are resume points, and none verifies.
+    """
+    folder = RunFolder(path)
+
+    def take() -> dict[str, Any] | None:
+        if not resume and folder.holds_a_run():
+            raise RunFolderError(f"{path}: holds a run already; add --resume, or choose another --output-dir")
+        folder.lock()
+        return newest_state(folder.checkpoints) if resume else None
+
+    try:
+        state = ranks.from_rank_zero(take)
+        changes: dict[str, tuple[Any, Any]] = {}
+        if state is not None:
+            saved = config_of(state["config"])
+            config = adopt_resolved(config, saved)
+            changes = changed_values(config, saved)
+            _refuse_changes(path, changes)
+            log.info(f"resuming {path} from iteration {state['trainer']['iteration']}")
+        elif resume:
+            log.info(f"nothing to resume in {path}: starting at iteration 0")
+        try:
+            yield OpenRun(folder, config, state, changes)
+        except BaseException as error:
+            if ranks.rank == 0:
+                _write_failure(folder, error)
+            raise
+    finally:
+        folder.unlock()
+
+
+def _refuse_changes(path: Path, changes: dict[str, tuple[Any, Any]]) -> None:
+    refused = [key for key in changes if key not in SAFE_ON_RESUME]
+    if "train.epochs" in changes and changes["train.epochs"][1] < changes["train.epochs"][0]:
+        refused.append("train.epochs")
+    if refused:
+        listed = ", ".join(f"{key} {changes[key][0]} -> {changes[key][1]}" for key in refused)
+        raise RunFolderError(f"{path}: this config would change the run: {listed}; keep those, or start a new run")
+
+
+def _write_failure(folder: RunFolder, error: BaseException) -> None:
+    known = as_resnext_error(error)
+    before = {key: value for key, value in folder.read_status().items() if key not in ("versions", "state")}
+    facts = {**before, "exit_code": known.exit_code if known else 1, "reason": str(known or repr(error))}
+    state = "preempted" if isinstance(known, PreemptedError) else "failed"
+    # A status that cannot be written (a full disk) must not hide why the run failed.
+    with contextlib.suppress(OSError):
+        folder.write_status(state, **facts)

@@ -1,0 +1,153 @@
+"""Train a ResNeXt: `python -m resnext_ignite.train --config configs/quickstart.yaml [KEY=VALUE ...]`.
+
+`run` is the story of a training run; each line's own work is done where its name says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resnext_ignite.errors import ConfigError, run_command
+
+# torch, and all that imports it, waits until the command line and the config are known to be right.
+if TYPE_CHECKING:
+    import torch
+
+    from resnext_ignite.config import Config
+    from resnext_ignite.data import Data
+
+
+def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False) -> dict[str, Any] | None:
+    """Train on this rank, from the start or from the run in `output_dir`; the record of the last evaluation.
+
+    Raises:
+        ResnextError: each with its exit code; `output_dir/status.json` says the same.
+    """
+    import torch
+
+    from resnext_ignite import engines
+    from resnext_ignite.checkpoint import load_pretrained
+    from resnext_ignite.data import build_loaders
+    from resnext_ignite.distributed import Ranks, StopAgreement, stop_on_signals, wrap_for_ranks
+    from resnext_ignite.handlers import Parts, attach_handlers, build_average
+    from resnext_ignite.handlers.loggers import set_up_console
+    from resnext_ignite.models import build_model
+    from resnext_ignite.optim import build_lr_scheduler, build_optimizer
+    from resnext_ignite.run_folder import open_run
+
+    ranks = Ranks.current()
+    set_up_console(quiet=ranks.rank != 0)
+    stop = StopAgreement(ranks, config.train.max_hours)
+    with stop_on_signals(stop) as begin, open_run(output_dir, config, ranks, resume=resume) as opened:
+        device = engines.resolve_device(opened.config.train.device, local_rank)
+        loaders = build_loaders(opened.config, device, ranks)
+        config = settle(opened.config, loaders.data, device)
+        engines.make_deterministic(bool(config.train.deterministic))
+        torch.manual_seed(config.seed)
+        model = engines.place(build_model(config), device, channels_last=config.train.channels_last)
+        if config.model.pretrained and opened.state is None:
+            load_pretrained(model, config.model.pretrained)
+        average = build_average(config, model)
+        optimizer = build_optimizer(config, model)
+        lr_scheduler = build_lr_scheduler(config, optimizer, len(loaders.train))
+        wrapped = wrap_for_ranks(model, device, ranks, sync_bn=config.train.sync_bn, compiled=config.train.compile)
+        trainer = engines.build_trainer(config, wrapped, optimizer, device)
+        evaluated = model if average is None else average.ema_model
+        evaluator = engines.build_evaluator(config, evaluated, device, ranks)
+        parts = Parts(model, average, optimizer, lr_scheduler, trainer, evaluator)
+        attached = attach_handlers(config, parts, loaders, opened, ranks, stop)
+        loaders.train.start_iteration = attached.resume(config.train.epochs)
+        begin()
+        return attached.train(loaders.train, len(loaders.train), config.train.epochs)
+
+
+def settle(config: Config, data: Data, device: torch.device) -> Config:
+    """The config with everything settled that it leaves to the data or the machine."""
+    from resnext_ignite.config import with_values
+    from resnext_ignite.engines import resolve_precision
+
+    if config.model.num_classes not in (None, len(data.classes)):
+        raise ConfigError(f"model.num_classes: {config.model.num_classes}, but the data has {len(data.classes)}")
+    deterministic = config.train.deterministic
+    return with_values(
+        config,
+        {
+            "model.num_classes": len(data.classes),
+            "data.image_size": data.image_size,
+            "data.mean": list(data.mean),
+            "data.std": list(data.std),
+            "train.device": device.type,
+            "train.precision": resolve_precision(config.train.precision, device),
+            "train.deterministic": device.type == "cpu" if deterministic is None else deterministic,
+        },
+    )
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line; leaves with exit code 2 where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m resnext_ignite.train",
+        description="Train a ResNeXt as a config says.",
+        epilog="All keys, with unit and default: --help-config.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML config, as in configs/; with --resume: RUN/config.yaml")
+    parser.add_argument("--output-dir", metavar="DIR", help="run folder (default: runs/<config name>/<date-time>)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir")
+    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="spawn N ranks on this machine")
+    parser.add_argument("--backend", choices=("nccl", "gloo"), help="of torch.distributed (default: by device)")
+    parser.add_argument("--help-config", action="store_true", help="print the reference of all config keys")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config values, as train.epochs=5")
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.resume and not parsed.output_dir:
+        raise ConfigError("--resume: say which run with --output-dir RUN")
+    if parsed.nproc_per_node is not None and parsed.nproc_per_node < 1:
+        raise ConfigError(f"--nproc-per-node: {parsed.nproc_per_node}; at least 1")
+    return parsed
+
+
+def main(arguments: list[str]) -> int:
+    """The command; raises ResnextError for what a user can mend."""
+    parsed = parse_arguments(arguments)
+    from resnext_ignite.config_files import config_reference, load_config
+
+    if parsed.help_config:
+        print(config_reference(), end="")
+        return 0
+    path = parsed.config
+    if path is None and parsed.resume and (Path(parsed.output_dir) / "config.yaml").exists():
+        path = Path(parsed.output_dir) / "config.yaml"
+    if path is None:
+        raise ConfigError("--config FILE: say what to train, as in --config configs/quickstart.yaml")
+    config = load_config(path, parsed.overrides)
+    ranks = parsed.nproc_per_node
+    if ranks and (config.train.batch_size // config.train.accumulate) % ranks:
+        micro = config.train.batch_size // config.train.accumulate
+        fits = [size * config.train.accumulate for size in (micro // ranks * ranks, (micro // ranks + 1) * ranks)]
+        raise ConfigError(
+            f"train.batch_size: {config.train.batch_size} cannot be shared by {ranks} ranks; "
+            f"{' or '.join(str(size) for size in fits if size)} can"
+        )
+    output_dir = Path(parsed.output_dir) if parsed.output_dir else default_output_dir(Path(path))
+
+    from resnext_ignite.distributed import launch
+
+    record = launch(run, config, output_dir, parsed.resume, nproc_per_node=ranks, backend=parsed.backend)
+    if record is not None:
+        from resnext_ignite.handlers.loggers import describe
+
+        print(f"{describe(record)} at epoch {record['epoch']}")
+        print(f"run folder: {output_dir}")
+    return 0
+
+
+def default_output_dir(config_path: Path) -> Path:
+    """`runs/<config name>/<date-time>`; a config that lies in a run folder has that run's name."""
+    name = config_path.resolve().parent.parent.name if config_path.name == "config.yaml" else config_path.stem
+    return Path("runs") / name / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+if __name__ == "__main__":
+    run_command(main)
