@@ -148,6 +148,17 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     source = _Source()
     if path is not None:
         source.read(_read_text(Path(path)), str(path))
+    return _with_overrides(source, overrides, str(path or COMMAND_LINE))
+
+
+def override_config(config: Config, overrides: Iterable[str]) -> Config:
+    """Lay `KEY=VALUE` overrides over a config; raises as `load_config`."""
+    source = _Source()
+    source.values = config.model_dump(mode="json")
+    return _with_overrides(source, overrides, COMMAND_LINE)
+
+
+def _with_overrides(source: _Source, overrides: Iterable[str], fallback: str) -> Config:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_][\w]*)*", key):
@@ -156,7 +167,7 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     try:
         return config_of(source.values)
     except ValidationError as error:
-        raise ConfigError(_first_line(error, source.places, str(path or COMMAND_LINE))) from None
+        raise ConfigError(_first_line(error, source.places, fallback)) from None
 
 
 def _read_text(path: Path) -> str:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from resnext_ignite.config import Config
 from resnext_ignite.data.loaders import Batch
 from resnext_ignite.distributed import Ranks
+from resnext_ignite.errors import ConfigError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,7 +34,13 @@ class RunEvents(EventEnum):
 
 
 def resolve_device(name: str, local_rank: int) -> torch.device:
-    """`auto` is a rank's own GPU where there is one."""
+    """`auto` is a rank's own GPU where there is one.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device: cuda, but this machine has no GPU that torch can use; set train.device=cpu")
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
@@ -142,8 +149,8 @@ def create_trainer(
 
     trainer = Engine(train_iteration)
     # The counters that loggers and filters of these events read.
-    events = (RunEvents.METRICS_READY, RunEvents.EVALUATED)
-    trainer.register_events(*events, event_to_attr={event: event.value for event in events})
+    counters = {RunEvents.METRICS_READY: "log_points", RunEvents.EVALUATED: "evaluations"}
+    trainer.register_events(*counters, event_to_attr=counters)
     trainer.state.sums = sums
     trainer.state.scaler = scaler
     return trainer

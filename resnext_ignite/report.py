@@ -1,0 +1,121 @@
+"""Runs at a glance: `python -m resnext_ignite.report RUN [RUN ...]` prints a table and draws their curves together."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from resnext_ignite.errors import RunFolderError, run_command
+
+
+def summarize(path: Path) -> dict[str, Any]:
+    """A run's state, epochs, last and best errors, speed and time; and its records, for the curves.
+
+    The headline is the error of the last evaluation. The best over epochs is only named beside it: chosen on the test
+    split, it is no result.
+
+    Raises:
+        RunFolderError: no run is there, or it has not evaluated yet.
+    """
+    from resnext_ignite.run_folder import RunFolder
+
+    folder = RunFolder(path)
+    records, config = folder.read_metrics(), folder.saved_config()
+    if config is None:
+        raise RunFolderError(f"{path}: not a run folder; it has no config.yaml")
+    if not records:
+        raise RunFolderError(f"{path}: the run has not evaluated anything yet")
+    status, last = folder.read_status(), records[-1]
+    best = status.get("best") or last
+    speeds = sorted(record["images_per_s"] for record in records if record["images_per_s"])
+    return {
+        "run": str(path),
+        "state": status.get("state", "unknown"),
+        "model": config.model.name,
+        "data": config.data.name,
+        "epoch": last["epoch"],
+        "epochs": config.train.epochs,
+        "split": last["split"],
+        "images": last["images"],
+        "last_error": last["top1_error"],
+        "last_top5_error": last["top5_error"],
+        "best_error": best["top1_error"],
+        "best_epoch": best["epoch"],
+        "images_per_s": speeds[len(speeds) // 2] if speeds else None,
+        "wall_s": last["wall_s"],
+        "records": records,
+        "config": config,
+    }
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """The runs as aligned columns."""
+    rows = [("run", "state", "model", "data", "epoch", "split", "last error %", "(best, epoch)", "images/s", "minutes")]
+    for run in runs:
+        rows.append(
+            (
+                run["run"],
+                run["state"],
+                run["model"],
+                run["data"],
+                f"{run['epoch']}/{run['epochs']}",
+                f"{run['split']} ({run['images']})",
+                f"{run['last_error']:.2f}",
+                f"({run['best_error']:.2f}, {run['best_epoch']})",
+                f"{run['images_per_s']:.0f}" if run["images_per_s"] else "-",
+                f"{run['wall_s'] / 60:.1f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def differences(runs: list[dict[str, Any]]) -> list[str]:
+    """A line for each config key in which the runs differ."""
+    from resnext_ignite.config import flatten
+
+    values = [flatten(run["config"]) for run in runs]
+    return [
+        f"{key}: " + " | ".join(json.dumps(value[key]) for value in values)
+        for key in values[0]
+        if any(value[key] != values[0][key] for value in values)
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    """The command; raises ResnextError for what a user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m resnext_ignite.report", description="A table of runs, and their curves in one picture."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--output", metavar="FILE.png", help="default: RUN/curves.png; of several runs: curves.png")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parsed = parser.parse_args(arguments)
+    runs = [summarize(Path(path)) for path in dict.fromkeys(parsed.runs)]
+
+    from resnext_ignite.pictures import draw_curves, save_figure
+
+    single = Path(runs[0]["run"]) / "curves.png"
+    output = Path(parsed.output) if parsed.output else single if len(runs) == 1 else Path("curves.png")
+    save_figure(draw_curves({_short_name(run, runs): run["records"] for run in runs}), output)
+    if parsed.json:
+        plain = [{key: value for key, value in run.items() if key not in ("records", "config")} for run in runs]
+        print(json.dumps({"runs": plain, "curves": str(output)}))
+        return 0
+    print(table(runs))
+    if len(runs) > 1:
+        print("\nconfigs differ in:", *differences(runs), sep="\n  ")
+    print(f"\ncurves: {output}")
+    return 0
+
+
+def _short_name(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    """The folder's name alone where that tells the runs apart."""
+    name = Path(run["run"]).resolve().name
+    return name if sum(Path(other["run"]).resolve().name == name for other in runs) == 1 else run["run"]
+
+
+if __name__ == "__main__":
+    run_command(main)
