@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +18,7 @@ from torch import nn
 
 from resnext_ignite.errors import CheckpointError
 from resnext_ignite.models import create_model
+from resnext_ignite.storage import replace_durably
 
 log = logging.getLogger(__name__)
 FORMAT = "resnext_ignite/1"
@@ -38,41 +37,6 @@ class _HashingFile:
 
     def flush(self) -> None:
         self.file.flush()
-
-
-def replace_durably(
-    path: Path, write: Callable[[IO[bytes]], None], before_rename: Callable[[Path], None] | None = None
-) -> None:
-    """Write a file so that its name holds the old or the new content, whole, whenever power fails.
-
-    Args:
-        write: fills the new file.
-        before_rename: is given the new file under its temporary name, once it is synced.
-
-    Raises:
-        OSError: what is under the name is then untouched.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if before_rename is not None:
-            before_rename(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checksum_path(path: Path) -> Path:

@@ -16,7 +16,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from resnext_ignite.checkpoint import replace_durably
+from resnext_ignite.storage import replace_durably
 
 Record = dict[str, Any]
 _MOST_NAMED_CLASSES = 40

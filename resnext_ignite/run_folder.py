@@ -15,11 +15,12 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from resnext_ignite import __version__
-from resnext_ignite.checkpoint import iteration_checkpoints, newest_state, replace_durably
+from resnext_ignite.checkpoint import iteration_checkpoints, newest_state
 from resnext_ignite.config import Config, config_of
 from resnext_ignite.config_files import SAFE_ON_RESUME, adopt_resolved, changed_values, dump_config, load_config
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import PreemptedError, RunFolderError, as_resnext_error
+from resnext_ignite.storage import replace_durably
 
 _PACKAGES = ("torch", "torchvision", "pytorch-ignite", "tensorboard")
 Record = dict[str, Any]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def in_fork() -> Iterator[Callable[[Callable[[], Any]], int]]:
+def in_fork() -> Callable[[Callable[[], Any]], int]:
     """Run a function in a forked child; its wait status, as os.waitpid gives it."""
 
     def run(function: Callable[[], Any]) -> int:
@@ -97,8 +98,10 @@ def in_fork() -> Iterator[Callable[[Callable[[], Any]], int]]:
             try:
                 function()
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         return os.waitpid(child, 0)[1]
 
-    yield run
+    return run

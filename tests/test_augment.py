@@ -24,9 +24,9 @@ def test_crop_takes_the_window_at_its_corner() -> None:
         assert torch.equal(out[k], images[k, top[k] : top[k] + 6, left[k] : left[k] + 6])
 
 
-@pytest.mark.parametrize(("fill", "mode"), [(torch.tensor([7, 8, 9], dtype=torch.uint8), "constant"), (None, "reflect")])
-def test_pad_is_numpys(fill: torch.Tensor | None, mode: str) -> None:
-    images = pictures(2, 5)
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_pad_is_numpys(mode: str) -> None:
+    images, fill = pictures(2, 5), torch.tensor([7, 8, 9], dtype=torch.uint8) if mode == "constant" else None
     out = augment.pad(images, 3, fill).numpy()
     for channel in range(3):
         kwargs = {} if fill is None else {"constant_values": int(fill[channel])}

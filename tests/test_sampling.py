@@ -33,18 +33,22 @@ def test_the_mixer_is_splitmix64() -> None:
     for index in (0, 1, 2**40, -1):
         # The tensor version adds index * gamma to the key, where splitmix64 itself adds one gamma more.
         state = (key + (index - 1) * 0x9E3779B97F4A7C15) & MASK
-        assert keyed_hash(7, 3, torch.tensor([index]), 5).item() & MASK == splitmix64(state)
+        assert int(keyed_hash(7, 3, torch.tensor([index]), 5).item()) & MASK == splitmix64(state)
 
 
 def test_numbers_are_uniform_and_differ_by_key() -> None:
     indices = torch.arange(100_000)
     draws = uniform(1, 2, indices, Purpose.FLIP)
-    assert 0 <= draws.min().item()
+    assert draws.min().item() >= 0
     assert draws.max().item() < 1
     counts = torch.histc(draws, 100, 0, 1)
     # Chi-square with 99 degrees of freedom: above 160 in fewer than 1 of 10,000 draws.
     assert ((counts - 1000) ** 2 / 1000).sum().item() < 160
-    for other in (uniform(2, 2, indices, Purpose.FLIP), uniform(1, 3, indices, Purpose.FLIP), uniform(1, 2, indices, 7)):
+    for other in (
+        uniform(2, 2, indices, Purpose.FLIP),
+        uniform(1, 3, indices, Purpose.FLIP),
+        uniform(1, 2, indices, 7),
+    ):
         assert abs(torch.corrcoef(torch.stack([draws, other]))[0, 1].item()) < 0.02
 
 

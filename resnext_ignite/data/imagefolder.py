@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ _AREA = (0.08, 1.0)
 _ASPECT = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
 _SHARE_OF_MEMORY = 0.4
+_PROBES = 64
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,10 @@ class ImageFiles:
         Raises:
             DataError: a picture cannot be read; the line names it.
         """
-        pictures = [center_crop(_open(self.paths[p]), self.size, self.crop_share) for p in positions.tolist()]
-        return torch.from_numpy(np.stack(pictures))
+        pictures = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
+        for place, position in enumerate(positions.tolist()):
+            pictures[place] = center_crop(_open(self.paths[position]), self.size, self.crop_share)
+        return torch.from_numpy(pictures)
 
     def load_random_crops(self, positions: Tensor, seed: int, epoch: int) -> Tensor:
         """Decode and take each picture's keyed random-resized crop: int64 (n,) -> uint8 (n, size, size, 3).
@@ -118,15 +121,26 @@ def find_images(
 
 
 def _open(path: str) -> Image.Image:
+    with _named_errors(path), Image.open(path) as picture:
+        pixels = picture.width * picture.height
+        # PIL itself warns here, and refuses at twice as many.
+        if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{pixels} pixels are more than a picture should have ({Image.MAX_IMAGE_PIXELS})")
+        return picture.convert("RGB")
+
+
+def _size(path: str) -> tuple[int, int]:
+    with _named_errors(path), Image.open(path) as picture:
+        return picture.size
+
+
+@contextlib.contextmanager
+def _named_errors(path: str) -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            # A picture too large to be honest is an error here, not a warning.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                return picture.convert("RGB")
+        yield
     except UnidentifiedImageError:
         raise DataError(f"{path}: not a picture; remove or replace it") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be read: {error}; remove or replace it") from None
 
 
@@ -172,6 +186,10 @@ def decode_into_memory(files: ImageFiles, *, any_size: bool, progress: bool) -> 
     """
     needed = len(files) * files.size**2 * 3
     if needed > _SHARE_OF_MEMORY * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        return None
+    # A look at a few headers spares large pictures a decoding in vain.
+    step = max(1, len(files) // _PROBES)
+    if not any_size and any(_size(path) != (files.size, files.size) for path in files.paths[::step]):
         return None
     pictures = np.empty((len(files), files.size, files.size, 3), dtype=np.uint8)
 

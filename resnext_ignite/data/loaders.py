@@ -109,8 +109,8 @@ class EvalLoader:
         self.workers = workers
 
     def __len__(self) -> int:
-        """Batches of this rank."""
-        return -(-len(self.share) // self.batch_size)
+        """Batches of this rank; one of no images where it has none, since an engine refuses to run on nothing."""
+        return max(1, -(-len(self.share) // self.batch_size))
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises DataError for a picture that cannot be read."""
@@ -128,13 +128,16 @@ class EvalLoader:
 
 
 class _Decoder(Dataset[Any]):
-    """A batch at a time: (epoch, positions) -> (pictures, epoch, positions), in a worker process."""
+    """A batch at a time, in a worker process: (epoch, positions) -> (pictures, epoch, positions).
+
+    The key is plain numbers: a tensor would travel to the worker through shared memory, a file descriptor each.
+    """
 
     def __init__(self, files: ImageFiles, crop_seed: int | None) -> None:
         self.files, self.crop_seed = files, crop_seed
 
-    def __getitem__(self, key: tuple[int, Tensor]) -> tuple[Tensor, int, Tensor] | DataError:
-        epoch, positions = key
+    def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Tensor, int, Tensor] | DataError:
+        epoch, positions = key[0], torch.tensor(key[1], dtype=torch.int64)
         try:
             if self.crop_seed is None:
                 return self.files.load(positions), epoch, positions
@@ -154,7 +157,7 @@ def _decoded(
     loader = DataLoader(
         _Decoder(files, crop_seed),
         batch_size=None,
-        sampler=batches,
+        sampler=((epoch, positions.tolist()) for epoch, positions in batches),
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=_ignore_signals,

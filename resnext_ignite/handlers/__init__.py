@@ -30,6 +30,7 @@ def attach_handlers(
     def lr() -> float:
         return float(parts.optimizer.param_groups[0]["lr"])
 
+    log_point = LogPoint(stop, lr, config.logging.every_iterations)
     evaluation = Evaluation(
         parts.evaluator,
         loaders.evaluation[selection],
@@ -39,6 +40,7 @@ def attach_handlers(
         every=config.evaluation.every,
         early=config.evaluation.early,
         lr=lr,
+        training=log_point.epoch_means,
     )
     best = BestRecord(
         selection,
@@ -47,7 +49,6 @@ def attach_handlers(
         min_delta=config.evaluation.min_delta,
         target_error=config.evaluation.target_error,
     )
-    log_point = LogPoint(stop, lr, config.logging.every_iterations)
     state = _run_state(config, parts, loaders, ranks, evaluation, best, log_point)
     saver = SaveCheckpoints(
         state,

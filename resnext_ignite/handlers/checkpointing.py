@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from ignite.engine import Engine
+from torch import nn
 
 from resnext_ignite.checkpoint import (
     checksum_path,
@@ -15,7 +16,7 @@ from resnext_ignite.checkpoint import (
     iteration_checkpoints,
     save_checkpoint,
 )
-from resnext_ignite.distributed import Ranks, StopAgreement, StopReason
+from resnext_ignite.distributed import Ranks, StopAgreement, StopReason, average_statistics
 
 
 class Stateful(Protocol):
@@ -50,6 +51,10 @@ class RunState:
 
     def collect(self) -> dict[str, Any]:
         """The state as plain values and tensors; to be called on all ranks."""
+        for part in self.parts.values():
+            if isinstance(part, nn.Module):
+                # What rank 0 writes must be what all ranks go on with.
+                average_statistics(part, self.ranks)
         return {
             **self.facts,
             "trainer": {"iteration": self.trainer.state.iteration, "epoch_length": self.trainer.state.epoch_length},

@@ -29,6 +29,7 @@ class Evaluation:
         models: whose BatchNorm statistics are averaged over ranks first; the evaluated one among them.
         every, early: epochs, as the config keys.
         lr: reads the learning rate at hand.
+        training: reads the training loss and speed of the epoch.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Evaluation:
         every: int,
         early: tuple[int, ...],
         lr: Callable[[], float],
+        training: Callable[[], dict[str, float | None]],
     ) -> None:
         self.evaluator, self.loader, self.split, self.models, self.ranks = evaluator, loader, split, models, ranks
-        self.every, self.early, self.lr = every, early, lr
+        self.every, self.early, self.lr, self.training = every, early, lr, training
         self.last_iteration = -1
         self.records = 0
         self._seconds_before = 0.0
@@ -68,7 +70,6 @@ class Evaluation:
             average_statistics(model, self.ranks)
         self.evaluator.run(loader)
         result = self.evaluator.state.metrics
-        metrics = engine.state.metrics
         engine.state.evaluation = result
         engine.state.record = {
             "epoch": engine.state.epoch,
@@ -76,9 +77,7 @@ class Evaluation:
             "split": split,
             **{key: result[key] for key in ("images", "correct", "top1_error", "top5_error", "loss")},
             "lr": self.lr(),
-            # Of training since the epoch began; before the first iteration there is none.
-            "train_loss": metrics.get("epoch_loss"),
-            "images_per_s": metrics.get("epoch_images_per_s"),
+            **self.training(),
             "wall_s": self.wall_seconds(),
         }
         self.last_iteration = engine.state.iteration

@@ -146,11 +146,12 @@ class TensorBoard:
 
     Args:
         folder: where the event files go.
-        resumed_iteration: points after it, of a process that was killed, are purged; None: a new run.
+        resumed_iteration: points after it, of a process that was killed, are purged; None: a new run, or one that was
+            cut before its first checkpoint, all of whose points are.
     """
 
     def __init__(self, folder: RunFolder, resumed_iteration: int | None) -> None:
-        purge = None if resumed_iteration is None else resumed_iteration + 1
+        purge = 0 if resumed_iteration is None else resumed_iteration + 1
         self.logger = TensorboardLogger(log_dir=str(folder.path), purge_step=purge)
         self.writer = self.logger.writer
 

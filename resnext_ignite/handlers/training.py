@@ -26,7 +26,7 @@ class LogPoint:
     computed after a bad number is ever evaluated or written. Attach it to ITERATION_COMPLETED.
 
     Sets `engine.state.metrics`: loss, top1_error (percent, of augmented images), lr, images_per_s; then fires
-    RunEvents.METRICS_READY. `epoch_loss` and `epoch_images_per_s` cover the epoch so far.
+    RunEvents.METRICS_READY.
 
     Args:
         stop: agrees on stops over all ranks.
@@ -88,13 +88,18 @@ class LogPoint:
             top1_error=100 * (1 - correct / images),
             lr=self.lr(),
             images_per_s=images / max(seconds, 1e-9),
-            epoch_loss=(self._epoch[0] / self._epoch[1]).item(),
-            epoch_images_per_s=(self._epoch[1] / self._epoch[2].clamp(min=1e-9)).item(),
         )
         in_five_seconds = int(_LONGEST_SILENCE_S / max(seconds, 1e-9) * (iteration - self._last_iteration))
         self.next_iteration = iteration + max(1, min(self.every_iterations, in_five_seconds))
         self._last_iteration, self._since = iteration, time.monotonic()
         engine.fire_event(RunEvents.METRICS_READY)
+
+    def epoch_means(self) -> dict[str, float | None]:
+        """Training loss and images/s over the epoch so far; None before the first log point."""
+        loss, images, seconds = self._epoch.tolist()
+        if not images:
+            return {"train_loss": None, "images_per_s": None}
+        return {"train_loss": loss / images, "images_per_s": images / max(seconds, 1e-9)}
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch's sums; log points themselves start anew at a checkpoint, before which there always is one."""
