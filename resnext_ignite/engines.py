@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from ignite.engine import Engine, EventEnum
+from ignite.engine import Engine, EventEnum, Events
 from ignite.metrics import Metric
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -121,7 +121,6 @@ def create_trainer(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def train_iteration(engine: Engine, batch: Batch) -> None:
-        model.train()
         count = len(batch.labels)
         if count % accumulate:
             raise ValueError(f"a batch of {count} images does not divide into {accumulate} micro-batches")
@@ -148,6 +147,8 @@ def create_trainer(
         optimizer.zero_grad(set_to_none=True)
 
     trainer = Engine(train_iteration)
+    # Once an epoch, since only an evaluation between epochs changes it: it walks all modules.
+    trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: model.train())
     # The counters that loggers and filters of these events read.
     counters = {RunEvents.METRICS_READY: "log_points", RunEvents.EVALUATED: "evaluations"}
     trainer.register_events(*counters, event_to_attr=counters)
@@ -249,7 +250,6 @@ def create_evaluator(
     """
 
     def evaluate_batch(engine: Engine, batch: Batch) -> tuple[Tensor, Batch]:
-        model.eval()
         with torch.inference_mode():
             with torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32"):
                 logits = model(batch.images)
@@ -257,6 +257,7 @@ def create_evaluator(
             return logits.float(), batch
 
     evaluator = Engine(evaluate_batch)
+    evaluator.add_event_handler(Events.STARTED, lambda engine: model.eval())
     ClassificationCounts(num_classes, ranks or Ranks(), device, keep_mistakes).attach(evaluator, "evaluation")
     return evaluator
 

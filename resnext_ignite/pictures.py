@@ -57,7 +57,8 @@ def draw_curves(runs: dict[str, Sequence[Record]]) -> Figure:
             last = records[-1]
             top.set_title(f"{name}: {last['split']} error {last['top1_error']:.2f} % at epoch {last['epoch']}")
     top.set_ylabel("top-1 error (%)")
-    top.set_ylim(bottom=0)
+    highest = max((record["top1_error"] for records in runs.values() for record in records), default=100)
+    top.set_ylim(0, 1.05 * max(highest, 1))
     middle.set_ylabel("loss")
     bottom.set_ylabel("learning rate")
     bottom.set_ylim(bottom=0)

@@ -133,11 +133,11 @@ def main(arguments: list[str]) -> int:
     output_dir = Path(parsed.output_dir) if parsed.output_dir else default_output_dir(Path(path))
 
     from resnext_ignite.distributed import launch
+    from resnext_ignite.handlers.loggers import describe, set_up_console
 
+    set_up_console()
     record = launch(run, config, output_dir, parsed.resume, nproc_per_node=ranks, backend=parsed.backend)
     if record is not None:
-        from resnext_ignite.handlers.loggers import describe
-
         print(f"{describe(record)} at epoch {record['epoch']}")
         print(f"run folder: {output_dir}")
     return 0

@@ -6,8 +6,10 @@ generator; what is random arrives as tensors computed in `Augment` from (seed, e
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,14 @@ from resnext_ignite.data.sampling import Purpose, integers, uniform
 _LUMA = (0.299, 0.587, 0.114)
 # Principal axes of ImageNet's colours and their standard deviations (AlexNet, section 4.1; values of fb.resnext.torch).
 _COLOR_SCALES = (0.2175, 0.0188, 0.0045)
+_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 _COLOR_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+@functools.cache
+def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Made once: copying numbers to a GPU waits for it.
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def pad(images: Tensor, padding: int, fill: Tensor | None) -> Tensor:
@@ -74,8 +83,8 @@ def jitter_color(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         factors: (N, 3), the weight of the image itself for brightness, contrast, saturation.
         order: int64 (N,), one of the six orders.
     """
-    orders = torch.tensor([(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)], device=images.device)
-    luma = torch.tensor(_LUMA, device=images.device)
+    orders = _constant(_ORDERS, torch.int64, images.device)
+    luma = _constant(_LUMA, torch.float32, images.device)
     for turn in range(3):
         kind = orders[order, turn]
         grey = (images * luma).sum(-1, keepdim=True)
@@ -88,7 +97,8 @@ def jitter_color(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 def add_lighting(images: Tensor, strengths: Tensor) -> Tensor:
     """Shift each image's colour along ImageNet's axes: float (N, H, W, 3), (N, 3) -> (N, H, W, 3)."""
-    axes = torch.tensor(_COLOR_AXES, device=images.device) * torch.tensor(_COLOR_SCALES, device=images.device)
+    axes = _constant(_COLOR_AXES, torch.float32, images.device)
+    axes = axes * _constant(_COLOR_SCALES, torch.float32, images.device)
     return images + (strengths @ axes.T)[:, None, None, :]
 
 
@@ -153,11 +163,11 @@ class Augment:
         if self.crop_fill == "reflect":
             return None
         # The mean colour is rounded to whole values: at most 0.5/255 off, a hundredth of a standard deviation.
-        color = [round(255 * value) for value in self.mean] if self.crop_fill == "mean" else [0, 0, 0]
-        return torch.tensor(color, dtype=torch.uint8, device=device)
+        color = tuple(round(255 * value) for value in self.mean) if self.crop_fill == "mean" else (0, 0, 0)
+        return _constant(color, torch.uint8, device)
 
     def _moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
+        return _constant(self.mean, torch.float32, device), _constant(self.std, torch.float32, device)
 
     def _normalized(self, images: Tensor) -> Tensor:
         mean, std = self._moments(images.device)

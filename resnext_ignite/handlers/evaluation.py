@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from resnext_ignite.distributed import Ranks, StopAgreement, StopReason, average_statistics
 from resnext_ignite.engines import RunEvents
+from resnext_ignite.errors import NonFiniteError
 from resnext_ignite.run_folder import Record
 
 
@@ -65,11 +67,19 @@ class Evaluation:
             self.evaluate(engine, self.loader, self.split)
 
     def evaluate(self, engine: Engine, loader: Iterable[Any], split: str) -> Record:
-        """Evaluate a split now."""
+        """Evaluate a split now.
+
+        Raises:
+            NonFiniteError: the loss is not finite.
+        """
         for model in self.models:
             average_statistics(model, self.ranks)
         self.evaluator.run(loader)
         result = self.evaluator.state.metrics
+        if not math.isfinite(result["loss"]):
+            raise NonFiniteError(
+                f"iteration {engine.state.iteration}: the {split} loss is not finite; lower optimizer.lr"
+            )
         engine.state.evaluation = result
         engine.state.record = {
             "epoch": engine.state.epoch,

@@ -40,9 +40,9 @@ def set_up_console(*, quiet: bool = False) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
-    # Ignite reports an error of the run too, which is answered once, at the end.
+    # Ignite reports an error of the run too, which is answered once, at the end. Its launcher sets its own level anew.
     for name in ("ignite.engine.engine.Engine", "ignite.distributed.launcher.Parallel"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+        logging.getLogger(name).disabled = True
 
 
 def describe(record: Record) -> str:
