@@ -154,7 +154,7 @@ def _attach_pictures(config: Config, parts: Parts, loaders: Loaders, run: OpenRu
         return
     new = run.state is None
     board = TensorBoard(run.folder, None if run.state is None else run.state["trainer"]["iteration"])
-    board.attach(trainer, config, parts.model, new=new, histograms=config.logging.histograms)
+    board.attach(trainer, config, parts.model, loaders.data.selection, new=new)
     saver.before = board.flush
     if config.logging.images:
         if new:
@@ -163,4 +163,4 @@ def _attach_pictures(config: Config, parts: Parts, loaders: Loaders, run: OpenRu
         sheets = MistakeSheets(board, {name: loader.split for name, loader in loaders.evaluation.items()}, classes)
         trainer.add_event_handler(RunEvents.EVALUATED, sheets)
         trainer.add_event_handler(Events.COMPLETED, sheets.draw)
-    trainer.add_event_handler(Events.COMPLETED, lambda engine: board.finish(config, engine.state.record))
+    trainer.add_event_handler(Events.COMPLETED, lambda engine: board.close())

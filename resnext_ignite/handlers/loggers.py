@@ -12,6 +12,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar, TensorboardLogger, global_step_from_engine
 from ignite.handlers.tensorboard_logger import OutputHandler, WeightsHistHandler
 from torch import nn
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from resnext_ignite.config import Config, flatten
@@ -155,17 +156,20 @@ class TensorBoard:
         self.logger = TensorboardLogger(log_dir=str(folder.path), purge_step=purge)
         self.writer = self.logger.writer
 
-    def attach(self, trainer: Engine, config: Config, model: nn.Module, *, new: bool, histograms: bool) -> None:
-        """Attach scalars, and histograms if asked; write the config down where the run is new."""
+    def attach(self, trainer: Engine, config: Config, model: nn.Module, split: str, *, new: bool) -> None:
+        """Attach scalars, and histograms if asked; write the config down where the run is new.
+
+        Args:
+            split: whose errors stand beside the config.
+        """
         step = global_step_from_engine(trainer, custom_event_name=Events.ITERATION_COMPLETED)
         scalars = OutputHandler(tag="train", metric_names=list(_SCALARS), global_step_transform=step)
         self.logger.attach(trainer, scalars, RunEvents.METRICS_READY)
         trainer.add_event_handler(RunEvents.EVALUATED, self.write_evaluation)
-        if histograms:
+        if config.logging.histograms:
             self.logger.attach(trainer, WeightsHistHandler(model), Events.EPOCH_COMPLETED)
         if new:
-            text = "".join(f"    {line}\n" for line in dump_config(config).splitlines())
-            self.writer.add_text("config", text, 0)
+            self._write_config(config, split)
 
     def write_evaluation(self, engine: Engine) -> None:
         """Scalars of an evaluation, by split."""
@@ -173,16 +177,22 @@ class TensorBoard:
         for name in _EVALUATED_SCALARS:
             self.writer.add_scalar(f"{record['split']}/{name}", record[name], record["iteration"])
 
-    def finish(self, config: Config, record: Record) -> None:
-        """The run as a row of TensorBoard's HPARAMS table; then close the files."""
+    def _write_config(self, config: Config, split: str) -> None:
+        """The config as text, and as a row of the HPARAMS table beside the errors that the run will log."""
+        text = "".join(f"    {line}\n" for line in dump_config(config).splitlines())
+        self.writer.add_text("config", text, 0)
         plain = {
             key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
             for key, value in flatten(config).items()
         }
-        metrics = {f"hparam/{record['split']}_{name}": record[name] for name in _EVALUATED_SCALARS}
-        self.writer.add_hparams(plain, metrics, run_name=".", global_step=record["iteration"])
-        self.logger.close()
+        # SummaryWriter.add_hparams would draw its metrics once more, as charts of one point.
+        for summary in hparams(plain, {f"{split}/{name}": 0.0 for name in _EVALUATED_SCALARS}):
+            self.writer.file_writer.add_summary(summary)
 
     def flush(self) -> None:
         """Put everything on disk; called before each checkpoint, so that none of it is missing after a resume."""
         self.writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.logger.close()

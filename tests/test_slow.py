@@ -1,0 +1,43 @@
+"""What takes over half a minute: `bash scripts/run_tests.sh -m slow`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, train_tiny
+
+from resnext_ignite import benchmark, train
+from resnext_ignite.checkpoint import load_checkpoint
+from resnext_ignite.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_quickstart_learns_the_shapes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train.main(["--config", str(ROOT / "configs/quickstart.yaml"), "--output-dir", str(run)]) == 0
+    last = RunFolder(run).read_metrics()[-1]
+    assert last["images"] == 2000
+    assert last["top1_error"] < 5
+
+
+def test_a_compiled_run_saves_plain_keys_and_learns_alike(tmp_path: Path) -> None:
+    values = ["train.epochs=1", "train.ema_decay=0.9", "optimizer.lr=1e-3"]
+    for name, compiled in (("plain", "false"), ("compiled", "true")):
+        assert train_tiny(tmp_path / name, *values, f"train.compile={compiled}") == 0
+    states = [load_checkpoint(tmp_path / name / "checkpoints/final.pt") for name in ("plain", "compiled")]
+    for part in ("model", "ema"):
+        assert list(states[0][part]) == list(states[1][part])
+        for key, value in states[0][part].items():
+            torch.testing.assert_close(states[1][part][key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_the_benchmarks_measure_what_they_say() -> None:
+    data = benchmark.measure_data(rounds=1)
+    assert set(data["samples"]) == {"torchvision, 0 workers", "torchvision, 2 workers", "resnext_ignite"}
+    assert data["ratios"]["data_vs_torchvision"] > 1
+    overhead = benchmark.measure_overhead(ROOT / "configs/quickstart.yaml", rounds=2, iterations=2)
+    assert all(len(values) == 2 and min(values) > 0 for values in overhead["samples"].values())
+    assert -1 < overhead["ratios"]["trainer_overhead"] < 1
