@@ -121,7 +121,7 @@ def measure_overhead(config_path: Path, rounds: int = 15, iterations: int = 8) -
     device, ranks = engines.resolve_device(config.train.device, 0), Ranks()
     precision = engines.resolve_precision(config.train.precision, device)
     config = with_values(config, {"model.num_classes": 10, "train.precision": precision})
-    engines.make_deterministic(device.type == "cpu")
+    engines.set_up_machine(device, deterministic=device.type == "cpu")
     loader = build_train_loader(config, load_data(config, ranks, ("train",)), device, ranks)
     model = engines.place(build_model(config), device, channels_last=config.train.channels_last)
     optimizer = build_optimizer(config, model)

@@ -39,8 +39,8 @@ def evaluate(checkpoint: Path, split: str, overrides: list[str]) -> tuple[dict[s
     if config.train.device == "cuda" and not torch.cuda.is_available():
         config = with_values(config, {"train.device": "cpu"})
     config = override_config(config, overrides)
-    engines.make_deterministic(bool(config.train.deterministic))
     device, ranks = engines.resolve_device(config.train.device, 0), Ranks()
+    engines.set_up_machine(device, deterministic=bool(config.train.deterministic))
     data = load_data(config, ranks, (split,))
     if data.classes != metadata.classes:
         raise CheckpointError(

@@ -45,7 +45,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
         device = engines.resolve_device(opened.config.train.device, local_rank)
         loaders = build_loaders(opened.config, device, ranks)
         config = settle(opened.config, loaders.data, device)
-        engines.make_deterministic(bool(config.train.deterministic))
+        engines.set_up_machine(device, deterministic=bool(config.train.deterministic))
         torch.manual_seed(config.seed)
         model = engines.place(build_model(config), device, channels_last=config.train.channels_last)
         if config.model.pretrained and opened.state is None:

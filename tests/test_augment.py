@@ -18,10 +18,10 @@ def pictures(count: int = 6, size: int = 8) -> torch.Tensor:
 
 def test_crop_takes_the_window_at_its_corner() -> None:
     images = pictures(4, 10)
-    top, left = torch.tensor([0, 1, 4, 2]), torch.tensor([3, 0, 4, 1])
-    out = augment.crop(images, top, left, 6)
+    positions, top, left = torch.tensor([2, 0, 3, 2]), torch.tensor([0, 1, 4, 2]), torch.tensor([3, 0, 4, 1])
+    out = augment.crop(images, positions, top, left, 6)
     for k in range(4):
-        assert torch.equal(out[k], images[k, top[k] : top[k] + 6, left[k] : left[k] + 6])
+        assert torch.equal(out[k], images[positions[k], top[k] : top[k] + 6, left[k] : left[k] + 6])
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
@@ -34,8 +34,9 @@ def test_pad_is_numpys(mode: str) -> None:
         np.testing.assert_array_equal(out[..., channel], expected)
 
 
-def test_flip_mirrors_the_chosen() -> None:
-    images = pictures(2)
+@pytest.mark.parametrize("size", [8, 5])
+def test_flip_mirrors_the_chosen(size: int) -> None:
+    images = pictures(2, size)
     out = augment.flip(images, torch.tensor([True, False]))
     assert torch.equal(out[0], images[0].flip(1))
     assert torch.equal(out[1], images[1])
@@ -51,7 +52,7 @@ def test_cut_out_is_clipped_at_the_edges() -> None:
 
 
 def test_normalize_by_hand() -> None:
-    out = augment.normalize(torch.full((1, 1, 1, 3), 51, dtype=torch.uint8), torch.tensor(MEAN), torch.tensor(STD))
+    out = augment.normalize(torch.full((1, 1, 1, 3), 51, dtype=torch.uint8), MEAN, STD)
     # 51 / 255 = 0.2; (0.2 - 0.5) / 0.25 = -1.2; (0.2 - 0.4) / 0.2 = -1; (0.2 - 0.3) / 0.5 = -0.2.
     torch.testing.assert_close(out.flatten(), torch.tensor([-1.2, -1.0, -0.2]))
 
@@ -82,23 +83,31 @@ def test_lighting_shifts_along_the_axes() -> None:
     torch.testing.assert_close(out.flatten(), 0.2175 * torch.tensor([-0.5675, -0.5808, -0.5836]))
 
 
+def augmented(chain: Augment, images: torch.Tensor, epoch: int, indices: torch.Tensor) -> torch.Tensor:
+    return chain(chain.pad(images), torch.arange(len(images)), epoch, indices)
+
+
 FULL = Augment(1, MEAN, STD, crop_padding=2, crop_fill="mean", flip="random", cutout=3, color=0.4, lighting=0.1)
 
 
 def test_a_sample_is_augmented_alike_in_any_batch() -> None:
     images, indices = pictures(), torch.tensor([3, 99, 5, 2**33, 7, 0])
-    whole = FULL(images, 4, indices)
+    whole = augmented(FULL, images, 4, indices)
     for part in (slice(0, 2), slice(2, 6), slice(5, 6)):
-        assert torch.equal(FULL(images[part], 4, indices[part]), whole[part])
+        assert torch.equal(augmented(FULL, images[part], 4, indices[part]), whole[part])
     order = torch.tensor([5, 0, 3])
-    assert torch.equal(FULL(images[order], 4, indices[order]), whole[order])
+    assert torch.equal(augmented(FULL, images[order], 4, indices[order]), whole[order])
 
 
 def test_another_epoch_seed_or_index_changes_it() -> None:
     images, indices = pictures(), torch.arange(6)
-    whole = FULL(images, 4, indices)
+    whole = augmented(FULL, images, 4, indices)
     other_seed = Augment(**{**FULL.__dict__, "seed": 2})
-    for changed in (FULL(images, 5, indices), FULL(images, 4, indices + 6), other_seed(images, 4, indices)):
+    for changed in (
+        augmented(FULL, images, 5, indices),
+        augmented(FULL, images, 4, indices + 6),
+        augmented(other_seed, images, 4, indices),
+    ):
         assert not torch.equal(changed, whole)
 
 
@@ -108,7 +117,7 @@ def test_alternating_flip_turns_every_image_every_epoch() -> None:
     plain, mirrored = chain.plain(images), chain.plain(images.flip(2))
     flipped = []
     for epoch in (1, 2, 3):
-        out = chain(images, epoch, indices)
+        out = augmented(chain, images, epoch, indices)
         flipped.append([torch.equal(out[k], mirrored[k]) for k in range(40)])
         assert all(torch.equal(out[k], (mirrored if flipped[-1][k] else plain)[k]) for k in range(40))
     assert flipped[0] == flipped[2] == [not was for was in flipped[1]]
@@ -117,7 +126,8 @@ def test_alternating_flip_turns_every_image_every_epoch() -> None:
 
 def test_crops_by_chance_reach_every_offset_and_flips_are_even() -> None:
     image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8, 1).expand(4000, 8, 8, 3).contiguous()
-    out = Augment(1, (0, 0, 0), (1, 1, 1), crop_padding=1, flip="random")(image, 1, torch.arange(4000))
+    chain = Augment(1, (0, 0, 0), (1, 1, 1), crop_padding=1, flip="random")
+    out = augmented(chain, image, 1, torch.arange(4000))
     # The middle pixel tells the offset (3 x 3) and the side.
     middle = (out[:, 0, 3, 3] * 255).round().long()
     assert len(middle.unique()) == 3 * 4
@@ -135,6 +145,6 @@ def test_normalised_pictures_come_back() -> None:
 def test_the_memory_format_is_the_one_asked_for(channels_last: bool) -> None:
     chain = Augment(1, MEAN, STD, crop_padding=1, cutout=2, channels_last=channels_last)
     wanted = torch.channels_last if channels_last else torch.contiguous_format
-    for out in (chain(pictures(), 1, torch.arange(6)), chain.plain(pictures())):
+    for out in (augmented(chain, pictures(), 1, torch.arange(6)), chain.plain(pictures())):
         assert out.shape == (6, 3, 8, 8)
         assert out.is_contiguous(memory_format=wanted)

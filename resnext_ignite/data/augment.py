@@ -16,6 +16,7 @@ from torch import Tensor
 
 from resnext_ignite.data.sampling import Purpose, integers, uniform
 
+Color = tuple[float, float, float]
 # ITU-R 601 luma, as in fb.resnext.torch's grayscale.
 _LUMA = (0.299, 0.587, 0.114)
 # Principal axes of ImageNet's colours and their standard deviations (AlexNet, section 4.1; values of fb.resnext.torch).
@@ -46,18 +47,22 @@ def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
     return torch.where(positions >= size, 2 * (size - 1) - positions, positions)
 
 
-def crop(padded: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
-    """A window of each image: (N, H, W, 3), int64 (N,) each -> (N, size, size, 3)."""
-    n, h, w, _ = padded.shape
-    batch, row, pixel = h * w * 3, w * 3, 3
+def crop(padded: Tensor, positions: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
+    """A window of some of the images: (M, H, W, 3), int64 (n,) each -> (n, size, size, 3)."""
+    m, h, w, _ = padded.shape
+    image, row, pixel = h * w * 3, w * 3, 3
     # Every window as a view, its rows contiguous runs of 3*size values: one gather then copies whole rows.
-    windows = padded.as_strided((n, h - size + 1, w - size + 1, size, size * 3), (batch, row, pixel, row, 1))
-    return windows[torch.arange(n, device=padded.device), top, left].view(n, size, size, 3)
+    windows = padded.as_strided((m, h - size + 1, w - size + 1, size, size * 3), (image, row, pixel, row, 1))
+    return windows[positions, top, left].view(-1, size, size, 3)
 
 
 def flip(images: Tensor, chosen: Tensor) -> Tensor:
-    """Mirror the chosen images left to right: (N, H, W, 3), bool (N,) -> (N, H, W, 3)."""
-    return torch.where(chosen[:, None, None, None], images.flip(2), images)
+    """Mirror the chosen images left to right: uint8 (N, H, W, 3), bool (N,) -> (N, H, W, 3)."""
+    flat, mirrored = images.flatten(1), images.flip(2).flatten(1)
+    if flat.shape[1] % 8 == 0:
+        # Eight values at a time: choosing between whole images does not need to see bytes.
+        flat, mirrored = flat.view(torch.int64), mirrored.view(torch.int64)
+    return torch.where(chosen[:, None], mirrored, flat).view(torch.uint8).view_as(images)
 
 
 def cut_out(images: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
@@ -69,10 +74,13 @@ def cut_out(images: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
     return images.masked_fill_((inside_rows[:, :, None] & inside_columns[:, None, :])[..., None], 0.0)
 
 
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 (N, H, W, 3) -> float32 (value / 255 - mean) / std; mean and std float32 (3,), of 0 to 1."""
-    scale = 1 / (255 * std)
-    return torch.addcmul(-mean / std, images.float(), scale)
+def normalize(images: Tensor, mean: Color, std: Color) -> Tensor:
+    """uint8 (N, H, W, 3) -> float32 (value / 255 - mean) / std; mean and std of 0 to 1."""
+    n, h, w, _ = images.shape
+    # Over rows of 3*W values: a trailing dimension of 3 is too short for wide instructions.
+    shift = _constant(tuple(-m / s for m, s in zip(mean, std, strict=True)) * w, torch.float32, images.device)
+    scale = _constant(tuple(1 / (255 * s) for s in std) * w, torch.float32, images.device)
+    return torch.addcmul(shift, images.reshape(n, h, w * 3).float(), scale).view(n, h, w, 3)
 
 
 def jitter_color(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
@@ -114,8 +122,8 @@ class Augment:
     """
 
     seed: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Color
+    std: Color
     crop_padding: int = 0
     crop_fill: str = "zero"
     flip: str = "none"
@@ -124,23 +132,43 @@ class Augment:
     lighting: float = 0.0
     channels_last: bool = True
 
-    def __call__(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
-        """Augment and normalise: uint8 (N, H, W, 3), epoch from 1, int64 (N,) -> float32 (N, 3, H, W)."""
-        size, device = images.shape[1], images.device
+    def pad(self, pictures: Tensor) -> Tensor:
+        """The border that crops may reach into: uint8 (M, H, W, 3) -> (M, H+2p, W+2p, 3), or the pictures themselves.
+
+        Pictures that stay in memory are padded once, not in every batch.
+        """
+        return pad(pictures, self.crop_padding, self._fill(pictures.device)) if self.crop_padding else pictures
+
+    def __call__(self, padded: Tensor, positions: Tensor, epoch: int, indices: Tensor) -> Tensor:
+        """Augment and normalise some pictures, given as `pad` made them.
+
+        Args:
+            padded: uint8 (M, H+2p, W+2p, 3).
+            positions: int64 (n,), which of them.
+            epoch: from 1.
+            indices: int64 (n,), their indices in the whole split, which key what is random.
+
+        Returns:
+            float32 (n, 3, H, W).
+        """
+        size, device = padded.shape[1] - 2 * self.crop_padding, padded.device
         if self.crop_padding:
             offsets = 2 * self.crop_padding + 1
             top = integers(self.seed, epoch, indices, Purpose.CROP_Y, offsets)
             left = integers(self.seed, epoch, indices, Purpose.CROP_X, offsets)
-            images = crop(pad(images, self.crop_padding, self._fill(device)), top, left, size)
+            images = crop(padded, positions, top, left, size)
+        else:
+            images = padded[positions]
         if self.flip == "random":
             images = flip(images, uniform(self.seed, epoch, indices, Purpose.FLIP) < 0.5)
         elif self.flip == "alternating":
             # Each image's first side is drawn once; from then on it changes every epoch.
             images = flip(images, (integers(self.seed, 0, indices, Purpose.FLIP, 2) + epoch) % 2 == 0)
         if self.color or self.lighting:
-            out = self._normalized(self._colored(images.float() / 255, epoch, indices))
+            mean, std = self._moments(device)
+            out = (self._colored(images.float() / 255, epoch, indices) - mean) / std
         else:
-            out = normalize(images, *self._moments(device))
+            out = normalize(images, self.mean, self.std)
         if self.cutout:
             # The centre lies anywhere in the image (DeVries and Taylor, arXiv:1708.04552, section 3.2), so that a
             # square may hang over the edge; zero is the mean colour here.
@@ -152,7 +180,7 @@ class Augment:
 
     def plain(self, images: Tensor) -> Tensor:
         """Normalise only: uint8 (N, H, W, 3) -> float32 (N, 3, H, W)."""
-        return self._as_nchw(normalize(images, *self._moments(images.device)))
+        return self._as_nchw(normalize(images, self.mean, self.std))
 
     def unnormalize(self, images: Tensor) -> Tensor:
         """Back to pictures: float (N, 3, H, W) -> uint8 (N, 3, H, W)."""
@@ -168,10 +196,6 @@ class Augment:
 
     def _moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
         return _constant(self.mean, torch.float32, device), _constant(self.std, torch.float32, device)
-
-    def _normalized(self, images: Tensor) -> Tensor:
-        mean, std = self._moments(images.device)
-        return (images - mean) / std
 
     def _colored(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
         def draw(purpose: int) -> Tensor:

@@ -67,18 +67,20 @@ class TrainLoader:
         """Raises DataError for a picture that cannot be read."""
         batches = self.order.batches(self.start_iteration)
         if isinstance(self.split, Images):
+            padded = self.augment.pad(self.split.pictures)
             for epoch, positions in batches:
-                yield self._batch(self.split.load(positions), epoch, positions)
+                yield self._batch(padded, positions, epoch, positions)
             return
         seed = self.augment.seed if self.random_resized_crop else None
         for pictures, epoch, positions in _decoded(self.split, batches, self.workers, self.device, seed):
-            yield self._batch(pictures, epoch, positions)
+            padded = self.augment.pad(pictures.to(self.device, non_blocking=True))
+            yield self._batch(padded, torch.arange(len(positions), device=self.device), epoch, positions)
 
-    def _batch(self, pictures: Tensor, epoch: int, positions: Tensor) -> Batch:
+    def _batch(self, padded: Tensor, places: Tensor, epoch: int, positions: Tensor) -> Batch:
+        # `places` are the batch's pictures in `padded`, `positions` those in the split.
         indices = self.split.indices[positions].to(self.device, non_blocking=True)
         labels = self.split.labels[positions].to(self.device, non_blocking=True)
-        images = self.augment(pictures.to(self.device, non_blocking=True), epoch, indices)
-        return Batch(images, labels, indices)
+        return Batch(self.augment(padded, places, epoch, indices), labels, indices)
 
 
 class EvalLoader:
