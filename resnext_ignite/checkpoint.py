@@ -9,15 +9,18 @@ import hashlib
 import logging
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
+from resnext_ignite.config import Config, config_of
 from resnext_ignite.errors import CheckpointError
-from resnext_ignite.models import create_model
+from resnext_ignite.models import build_model
 from resnext_ignite.storage import replace_durably
 
 log = logging.getLogger(__name__)
@@ -112,10 +115,11 @@ def verify_checkpoint(path: Path) -> None:
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"{path}: damaged: the CRC of its record {damaged} is wrong")
-    except zipfile.BadZipFile:
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError):
+        # A damaged directory makes zipfile raise any of these.
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint") from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -135,6 +139,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path}: its format is {found!r}, not {FORMAT!r}")
     return state
+
+
+def config_of_checkpoint(path: Path, state: dict[str, Any]) -> Config:
+    """The config in a checkpoint.
+
+    Raises:
+        CheckpointError: it is none that this version understands.
+    """
+    try:
+        return config_of(state["config"])
+    except (KeyError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{path}: its config is not one of this version ({reason})") from None
 
 
 def iteration_checkpoints(folder: Path) -> list[Path]:
@@ -195,7 +212,7 @@ def find_checkpoint(path: Path) -> Path:
 class ModelMetadata:
     """What goes with the weights: enough to feed the model and to name its answers.
 
-    `errors` holds the run's records of its last and best evaluation; `config` the resolved config as plain values.
+    `errors` holds the run's records of its last and best evaluation; `config` is the resolved config.
     """
 
     classes: tuple[str, ...]
@@ -204,7 +221,7 @@ class ModelMetadata:
     image_size: int
     iteration: int
     errors: dict[str, Any]
-    config: dict[str, Any]
+    config: Config
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
@@ -217,11 +234,11 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
     """
     file = find_checkpoint(Path(path))
     state = load_checkpoint(file)
-    model_config = state["config"]["model"]
-    model = create_model(model_config["name"], model_config["num_classes"], stem_channels=model_config["stem_channels"])
+    config = config_of_checkpoint(file, state)
+    model = build_model(config)
     try:
-        model.load_state_dict(state["ema"] or state["model"])
-    except RuntimeError as error:
+        model.load_state_dict(state.get("ema") or state["model"])
+    except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{file}: does not fit its model: {' '.join(str(error).split())[:200]}") from None
     metadata = ModelMetadata(
         classes=tuple(state["classes"]),
@@ -230,7 +247,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
         image_size=state["image_size"],
         iteration=state["trainer"]["iteration"],
         errors=state["errors"],
-        config=state["config"],
+        config=config,
     )
     return model.eval(), metadata
 

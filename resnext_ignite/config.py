@@ -243,6 +243,8 @@ class Config(Section):
                 f"train.ghost_batch: {ghost} does not divide the micro-batch of {batch // accumulate} images "
                 "(train.batch_size / train.accumulate)"
             )
+        if ghost and self.train.sync_bn:
+            raise ValueError("train.sync_bn: and train.ghost_batch exclude each other; set one of them to 0 or false")
         if self.augment.random_resized_crop and self.data.name != "imagefolder":
             raise ValueError("augment.random_resized_crop: needs data.name=imagefolder; CIFAR and shapes are 32x32")
         if self.optimizer.nesterov and self.optimizer.momentum == 0:

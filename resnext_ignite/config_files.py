@@ -1,4 +1,4 @@
-"""Configs as files and command lines: read with the line of every key, written, compared, documented.
+"""Configs as files and command lines: read with the line of every key, written, compared.
 
 The YAML read here is a plain subset: no tags, no aliases, no duplicate keys, and `1e-4` is a number.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from resnext_ignite.config import Config, Section, Values, config_of, flatten, with_values
+from resnext_ignite.config import Config, Values, config_of, flatten, with_values
 from resnext_ignite.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -39,8 +39,16 @@ SAFE_ON_RESUME = (
     "logging.images",
     "logging.histograms",
 )
-# Resolved by the machine or the data at the first start, and kept from then on.
-_RESOLVED = (None, "auto")
+# Left open (null, auto), these are settled by the machine or the data at the first start, and kept from then on.
+_SETTLED = (
+    "model.num_classes",
+    "data.image_size",
+    "data.mean",
+    "data.std",
+    "train.device",
+    "train.precision",
+    "train.deterministic",
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -192,6 +200,9 @@ def _first_line(error: ValidationError, places: dict[str, str], fallback: str) -
     dotted = ".".join(parts)
     place = next((places[p] for p in _prefixes(parts) if p in places), fallback)
     if first["type"] == "extra_forbidden":
+        if len(parts) == 1 and dotted in flatten(Config()):
+            section, _, key = dotted.partition(".")
+            return f"{place}: {dotted}: in a file, write '{key}' beneath the section '{section}:'"
         guess = _closest(dotted)
         return f"{place}: {dotted}: unknown key" + (f" (did you mean '{guess}'?)" if guess else "")
     if first["type"] in ("model_type", "model_attributes_type"):
@@ -234,10 +245,8 @@ def dump_config(config: Config) -> str:
 def adopt_resolved(config: Config, saved: Config) -> Config:
     """`config`, with what it leaves to the machine or the data taken from a run that settled it already."""
     now = flatten(config)
-    settled = {
-        key: value for key, value in flatten(saved).items() if now[key] in _RESOLVED and key not in SAFE_ON_RESUME
-    }
-    return with_values(config, settled)
+    before = flatten(saved)
+    return with_values(config, {key: before[key] for key in _SETTLED if now[key] in (None, "auto")})
 
 
 def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
@@ -246,38 +255,22 @@ def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
 
 
-def config_reference() -> str:
-    """All keys with type, default and meaning, as Markdown, from the code's own docstrings."""
-    lines = [
-        "# Config reference",
-        "",
-        "Written by `python -m resnext_ignite.train --help-config`. A file names only what it changes.",
-    ]
-    top = {name: field for name, field in Config.model_fields.items() if not _is_section(field.annotation)}
-    sections = {name: field for name, field in Config.model_fields.items() if _is_section(field.annotation)}
-    lines += ["", *_table("", top)]
-    for name, field in sections.items():
-        section = field.annotation
-        assert isinstance(section, type)
-        assert issubclass(section, Section)
-        lines += ["", f"## {name}", "", _flat(section.__doc__), "", *_table(f"{name}.", section.model_fields)]
-    return "\n".join(lines) + "\n"
+def check_shares(config: Config, world_size: int) -> None:
+    """Whether so many ranks can share each batch evenly.
 
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
-
-
-def _table(prefix: str, fields: dict[str, Any]) -> list[str]:
-    rows = ["| key | default | meaning |", "|---|---|---|"]
-    for name, field in fields.items():
-        default = json.dumps(field.default if not isinstance(field.default, tuple) else list(field.default))
-        choices = getattr(field.annotation, "__args__", ())
-        words = [str(choice) for choice in choices if isinstance(choice, str)]
-        meaning = _flat(field.description) + (f" One of: {', '.join(words)}." if words else "")
-        rows.append(f"| `{prefix}{name}` | `{default}` | {meaning.replace('|', chr(92) + '|')} |")
-    return rows
-
-
-def _flat(text: str | None) -> str:
-    return " ".join((text or "").split())
+    Raises:
+        ConfigError: with the nearest sizes that they can.
+    """
+    train = config.train
+    share, rest = divmod(train.batch_size, world_size * train.accumulate)
+    if rest:
+        unit = world_size * train.accumulate
+        fits = [size for size in (train.batch_size // unit * unit, (train.batch_size // unit + 1) * unit) if size]
+        raise ConfigError(
+            f"train.batch_size: {train.batch_size} cannot be shared by {world_size} ranks of {train.accumulate} "
+            f"micro-batches; {' or '.join(map(str, fits))} can"
+        )
+    if train.ghost_batch and share % train.ghost_batch:
+        raise ConfigError(
+            f"train.ghost_batch: {train.ghost_batch} does not divide a rank's micro-batch of {share} images"
+        )

@@ -26,16 +26,18 @@ def evaluate(checkpoint: Path, split: str, overrides: list[str]) -> tuple[dict[s
 
     from resnext_ignite import engines
     from resnext_ignite.checkpoint import load_model
-    from resnext_ignite.config import config_of, with_values
+    from resnext_ignite.config import with_values
     from resnext_ignite.config_files import override_config
     from resnext_ignite.data import build_eval_loader, load_data
     from resnext_ignite.distributed import Ranks
+    from resnext_ignite.handlers.loggers import set_up_console
 
+    set_up_console()
     refused = [override for override in overrides if not override.startswith(_ALLOWED)]
     if refused:
         raise ConfigError(f"{refused[0]}: an evaluation takes {', '.join(_ALLOWED)} only")
     model, metadata = load_model(checkpoint)
-    config = config_of(metadata.config)
+    config = metadata.config
     if config.train.device == "cuda" and not torch.cuda.is_available():
         config = with_values(config, {"train.device": "cpu"})
     config = override_config(config, overrides)

@@ -15,11 +15,11 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from resnext_ignite import __version__
-from resnext_ignite.checkpoint import iteration_checkpoints, newest_state
-from resnext_ignite.config import Config, config_of
+from resnext_ignite.checkpoint import config_of_checkpoint, iteration_checkpoints, newest_state
+from resnext_ignite.config import Config
 from resnext_ignite.config_files import SAFE_ON_RESUME, adopt_resolved, changed_values, dump_config, load_config
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.errors import PreemptedError, RunFolderError, as_resnext_error
+from resnext_ignite.errors import PreemptedError, RunFolderError, StorageError, as_resnext_error
 from resnext_ignite.storage import replace_durably
 
 _PACKAGES = ("torch", "torchvision", "pytorch-ignite", "tensorboard")
@@ -67,9 +67,12 @@ class RunFolder:
 
         Raises:
             RunFolderError: another process has it.
-            OSError: it cannot be made.
+            StorageError: it cannot be made.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self.path}: {error.strerror}; choose another --output-dir") from None
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -168,7 +171,7 @@ def open_run(path: Path, config: Config, ranks: Ranks, *, resume: bool) -> Itera
         state = ranks.from_rank_zero(take)
         changes: dict[str, tuple[Any, Any]] = {}
         if state is not None:
-            saved = config_of(state["config"])
+            saved = config_of_checkpoint(folder.checkpoints, state)
             config = adopt_resolved(config, saved)
             changes = changed_values(config, saved)
             _refuse_changes(path, changes)

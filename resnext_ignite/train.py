@@ -10,7 +10,7 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnext_ignite.errors import ConfigError, run_command
+from resnext_ignite.errors import ConfigError, DataError, run_command
 
 # torch, and all that imports it, waits until the command line and the config are known to be right.
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def settle(config: Config, data: Data, device: torch.device) -> Config:
     from resnext_ignite.config import with_values
     from resnext_ignite.engines import resolve_precision
 
+    if len(data.classes) < 2:
+        raise DataError(f"{config.data.root}: a single class, {data.classes[0]}; there is nothing to tell apart")
     if config.model.num_classes not in (None, len(data.classes)):
         raise ConfigError(f"model.num_classes: {config.model.num_classes}, but the data has {len(data.classes)}")
     deterministic = config.train.deterministic
@@ -111,9 +113,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """The command; raises ResnextError for what a user can mend."""
     parsed = parse_arguments(arguments)
-    from resnext_ignite.config_files import config_reference, load_config
+    from resnext_ignite.config_files import check_shares, load_config
 
     if parsed.help_config:
+        from resnext_ignite.config_reference import config_reference
+
         print(config_reference(), end="")
         return 0
     path = parsed.config
@@ -122,21 +126,16 @@ def main(arguments: list[str]) -> int:
     if path is None:
         raise ConfigError("--config FILE: say what to train, as in --config configs/quickstart.yaml")
     config = load_config(path, parsed.overrides)
-    ranks = parsed.nproc_per_node
-    if ranks and (config.train.batch_size // config.train.accumulate) % ranks:
-        micro = config.train.batch_size // config.train.accumulate
-        fits = [size * config.train.accumulate for size in (micro // ranks * ranks, (micro // ranks + 1) * ranks)]
-        raise ConfigError(
-            f"train.batch_size: {config.train.batch_size} cannot be shared by {ranks} ranks; "
-            f"{' or '.join(str(size) for size in fits if size)} can"
-        )
+    check_shares(config, parsed.nproc_per_node or 1)
     output_dir = Path(parsed.output_dir) if parsed.output_dir else default_output_dir(Path(path))
 
     from resnext_ignite.distributed import launch
     from resnext_ignite.handlers.loggers import describe, set_up_console
 
     set_up_console()
-    record = launch(run, config, output_dir, parsed.resume, nproc_per_node=ranks, backend=parsed.backend)
+    record = launch(
+        run, config, output_dir, parsed.resume, nproc_per_node=parsed.nproc_per_node, backend=parsed.backend
+    )
     if record is not None:
         print(f"{describe(record)} at epoch {record['epoch']}")
         print(f"run folder: {output_dir}")

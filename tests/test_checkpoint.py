@@ -194,6 +194,9 @@ def test_a_file_of_another_kind_says_so(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="No such file"):
         load_checkpoint(tmp_path / "none.pt")
+    save_checkpoint(tmp_path / "y.pt", {"config": {"train": {"epocs": 1}}})
+    with pytest.raises(CheckpointError, match="its config is not one of this version"):
+        load_model(tmp_path / "y.pt")
 
 
 def test_a_run_means_final_else_the_newest(finished_run: Path, tmp_path: Path) -> None:

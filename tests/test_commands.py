@@ -64,7 +64,7 @@ def test_a_wrong_config_is_one_line_before_torch(tmp_path: Path) -> None:
         (("--config", "configs/quickstart.yaml", "--nproc-per-node", "0"), "--nproc-per-node: 0; at least 1"),
         (
             ("--config", "configs/quickstart.yaml", "--nproc-per-node", "3"),
-            "train.batch_size: 64 cannot be shared by 3 ranks; 63 or 66 can",
+            "train.batch_size: 64 cannot be shared by 3 ranks of 1 micro-batches; 63 or 66 can",
         ),
     ],
 )

@@ -11,10 +11,10 @@ from resnext_ignite.config import Config, flatten, with_values
 from resnext_ignite.config_files import (
     adopt_resolved,
     changed_values,
-    config_reference,
     dump_config,
     load_config,
 )
+from resnext_ignite.config_reference import config_reference
 from resnext_ignite.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +60,7 @@ def test_the_last_override_wins(tmp_path: Path) -> None:
         ("train:\n  epocs: 3\n", ":2: train.epocs: unknown key (did you mean 'train.epochs'?)"),
         ("lr: 3\n", ":1: lr: unknown key (did you mean 'optimizer.lr'?)"),
         ("zzz: 3\n", ":1: zzz: unknown key"),
+        ("train.epochs: 3\n", ":1: train.epochs: in a file, write 'epochs' beneath the section 'train:'"),
         ("seed: 1\ntrain:\n  epochs: true\n", ":3: train.epochs: input should be a valid integer, not true"),
         ("train: {epochs: '3'}\n", ':1: train.epochs: input should be a valid integer, not "3"'),
         ("train: {epochs: 0}\n", ":1: train.epochs: input should be greater than or equal to 1, not 0"),
@@ -135,6 +136,9 @@ def test_what_was_resolved_is_adopted_and_changes_are_listed() -> None:
     adopted = adopt_resolved(again, saved)
     assert adopted.train.precision == "bf16"
     assert changed_values(adopted, saved) == {"train.epochs": (10, 20)}
+    # A null that a user may mean is not taken for an open question.
+    limited = with_values(saved, {"data.train_size": 50})
+    assert changed_values(adopt_resolved(saved, limited), limited) == {"data.train_size": (50, None)}
 
 
 def test_the_reference_on_disk_is_the_codes_own() -> None:

@@ -18,7 +18,7 @@ import torchvision
 from PIL import Image
 
 from resnext_ignite.config import Config, with_values
-from resnext_ignite.data import build_eval_loader, build_train_loader, load_data, shapes
+from resnext_ignite.data import build_eval_loader, build_loaders, build_train_loader, load_data, shapes
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.imagefolder import ImageFiles, center_crop, find_images, random_box
 from resnext_ignite.data.images import Images
@@ -411,3 +411,35 @@ def test_the_central_crop_keeps_its_share() -> None:
 def test_an_order_too_short_is_a_config_error() -> None:
     with pytest.raises(ValueError, match="no batch"):
         TrainOrder(seed=1, count=3, batch_size=4)
+
+
+def test_with_only_train_the_held_out_images_are_evaluated(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / "train" / name / f"{number}.png")
+    data = load_data(folder_config(tmp_path, **{"data.val_size": 3}), Ranks())
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 9, "val": 3}
+    with pytest.raises(DataError, match="nothing to evaluate on"):
+        build_loaders(folder_config(tmp_path), CPU, Ranks())
+    (tmp_path / "train").rename(tmp_path / "test")
+    assert list(load_data(folder_config(tmp_path), Ranks(), ("test",)).splits) == ["test"]
+    with pytest.raises(DataError, match="has no train split; it holds test"):
+        load_data(folder_config(tmp_path), Ranks(), ("train",))
+
+
+@pytest.mark.parametrize(
+    ("values", "ranks", "line"),
+    [
+        ({"train.batch_size": 8}, 3, "cannot be shared by 3 ranks of 1 micro-batches; 6 or 9 can"),
+        ({"train.batch_size": 16, "train.ghost_batch": 8}, 4, "does not divide a rank's micro-batch of 4"),
+        ({"augment.crop_padding": 16, "data.image_size": 16}, 1, "less than the image's 16"),
+    ],
+)
+def test_what_ranks_and_sizes_forbid_is_exit_2(
+    picture_folder: Path, values: dict[str, int], ranks: int, line: str
+) -> None:
+    config = folder_config(picture_folder, **values)
+    data = load_data(config, Ranks())
+    with pytest.raises(ConfigError, match=line):
+        build_train_loader(config, data, CPU, Ranks(0, ranks))

@@ -17,7 +17,7 @@ LEVELS = [
     {"engines"},
     {"models", "optim", "data"},
     {"distributed"},
-    {"config_files"},
+    {"config_files", "config_reference"},
     {"config"},
     {"architecture", "errors", "storage"},
 ]

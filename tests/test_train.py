@@ -20,7 +20,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from resnext_ignite import engines, evaluate, train
 from resnext_ignite.checkpoint import load_checkpoint, verify_checkpoint
 from resnext_ignite.config_files import load_config
-from resnext_ignite.errors import CheckpointError, ConfigError, NonFiniteError, PreemptedError, RunFolderError
+from resnext_ignite.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+    PreemptedError,
+    RunFolderError,
+    StorageError,
+)
 from resnext_ignite.run_folder import RunFolder
 
 
@@ -336,6 +343,13 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
             train_tiny(tmp_path / "run")
     finally:
         folder.unlock()
+
+
+def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(StorageError, match="choose another --output-dir"):
+            train_tiny(path)
 
 
 def test_resuming_nothing_starts_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from resnext_ignite.architecture import parse_model_name
 from resnext_ignite.config import Config
+from resnext_ignite.config_files import check_shares
 from resnext_ignite.data import cifar, imagefolder, shapes
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.imagefolder import ImageFiles, decode_into_memory, find_images
@@ -102,22 +103,22 @@ def _load_folder(config: Config, root: Path, size: int, splits: tuple[str, ...] 
     if both and config.data.val_size:
         raise ConfigError(f"data.val_size: {root} has a val/ folder to choose on already; set it to 0")
     # With only one of val/ and test/ it is the test split.
-    folders = {"train": "train", "val": "val" if both else None, "test": "test" if "test" in there else "val"}
+    folders = {"train": "train", "val": "val" if both else "", "test": "test" if "test" in there else "val"}
+    folders = {split: folder for split, folder in folders.items() if folder in there}
+    limits = {"train": config.data.train_size, "test": config.data.test_size}
     wanted = set(splits or ("train", "val", "test"))
+    needed = wanted | ({"train"} if config.data.val_size and "val" in wanted else set())
     classes: tuple[str, ...] | None = None
     files: dict[str, Split] = {}
     for split, folder in folders.items():
-        held_out_source = split == "train" and "val" in wanted and config.data.val_size
-        # The classes are those of the training folder, so that it is listed whatever is asked for.
-        if folder is None or (split != "train" and split not in wanted) or (split == "train" and split not in there):
-            continue
-        paths, labels, classes = find_images(root, folder, classes)
-        if split not in wanted and not held_out_source:
-            continue
-        limit = config.data.train_size if split == "train" else config.data.test_size if split == "test" else None
-        images = ImageFiles(paths, labels, torch.arange(len(labels)), size, config.data.eval_crop)
-        files[split] = images.subset(_subset(len(images), limit, f"data.{split}_size"))
-    assert classes is not None
+        # The training folder is listed whatever is asked for: its classes are the classes.
+        if split in needed or split == "train":
+            paths, labels, classes = find_images(root, folder, classes)
+            if split in needed:
+                images = ImageFiles(paths, labels, torch.arange(len(labels)), size, config.data.eval_crop)
+                files[split] = images.subset(_subset(len(images), limits.get(split), f"data.{split}_size"))
+    if classes is None:
+        raise DataError(f"{root}: has no {' or '.join(sorted(wanted))} split; it holds {', '.join(sorted(there))}")
     loaded = _hold_out(config, files, wanted)
     for name, split_files in loaded.items():
         loaded[name] = _decoded(split_files, config, name, ranks)
@@ -187,6 +188,11 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
         raise ConfigError(
             f"train.batch_size: {config.train.batch_size} is more than the {len(split)} training images; "
             f"at most {len(split)}"
+        )
+    check_shares(config, ranks.world_size)
+    if config.augment.crop_padding >= data.image_size:
+        raise ConfigError(
+            f"augment.crop_padding: {config.augment.crop_padding} pixels; less than the image's {data.image_size}"
         )
     if isinstance(split, Images):
         split = split.to(device)

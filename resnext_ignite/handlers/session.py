@@ -88,7 +88,7 @@ class AttachedRun:
         if started_at >= epoch_length * max_epochs or self.best.verdict():
             if self._is_finished(started_at):
                 log.info(f"{self.run.folder.path} is finished already; nothing is left to do")
-                return self.run.folder.read_metrics()[-1]
+                return self.state.ranks.from_rank_zero(lambda: self.run.folder.read_metrics()[-1])
             # It was cut after its last iteration was saved: what follows that is left.
             self._forget_lost_evaluations()
             trainer.fire_event(Events.COMPLETED)

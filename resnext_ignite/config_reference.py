@@ -1,0 +1,45 @@
+"""The reference of all config keys, made from the code's own docstrings (`docs/config.md`, `--help-config`)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from resnext_ignite.config import Config, Section
+
+
+def config_reference() -> str:
+    """All keys with type, default and meaning, as Markdown, from the code's own docstrings."""
+    lines = [
+        "# Config reference",
+        "",
+        "Written by `python -m resnext_ignite.train --help-config`. A file names only what it changes.",
+    ]
+    top = {name: field for name, field in Config.model_fields.items() if not _is_section(field.annotation)}
+    sections = {name: field for name, field in Config.model_fields.items() if _is_section(field.annotation)}
+    lines += ["", *_table("", top)]
+    for name, field in sections.items():
+        section = field.annotation
+        assert isinstance(section, type)
+        assert issubclass(section, Section)
+        lines += ["", f"## {name}", "", _flat(section.__doc__), "", *_table(f"{name}.", section.model_fields)]
+    return "\n".join(lines) + "\n"
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _table(prefix: str, fields: dict[str, Any]) -> list[str]:
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in fields.items():
+        default = json.dumps(field.default if not isinstance(field.default, tuple) else list(field.default))
+        choices = getattr(field.annotation, "__args__", ())
+        words = [str(choice) for choice in choices if isinstance(choice, str)]
+        meaning = _flat(field.description) + (f" One of: {', '.join(words)}." if words else "")
+        rows.append(f"| `{prefix}{name}` | `{default}` | {meaning.replace('|', chr(92) + '|')} |")
+    return rows
+
+
+def _flat(text: str | None) -> str:
+    return " ".join((text or "").split())
