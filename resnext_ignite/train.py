@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False) -> dict[str, Any] | None:
-    """Train on this rank, from the start or from the run in `output_dir`; the record of the last evaluation.
+    """Train on this rank, from the start or from the run in `output_dir`; rank 0 gets the last record.
 
     Raises:
         ResnextError: each with its exit code; `output_dir/status.json` says the same.
@@ -61,7 +61,8 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
         attached = attach_handlers(config, parts, loaders, opened, ranks, stop)
         loaders.train.start_iteration = attached.resume(config.train.epochs)
         begin()
-        return attached.train(loaders.train, len(loaders.train), config.train.epochs)
+        record = attached.train(loaders.train, len(loaders.train), config.train.epochs)
+        return record if ranks.rank == 0 else None
 
 
 def settle(config: Config, data: Data, device: torch.device) -> Config:

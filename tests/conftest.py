@@ -65,6 +65,16 @@ def without_times(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in ("images_per_s", "wall_s")}
 
 
+class Payload:
+    """Unpickled, it makes the folder that it names: the sentinel of a test that nothing is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole tiny run with TensorBoard and pictures."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Payload
 
 from resnext_ignite import checkpoint
 from resnext_ignite.checkpoint import (
@@ -158,14 +159,6 @@ def test_the_steps_of_a_save_come_in_order(tmp_path: Path, monkeypatch: pytest.M
         "rename a.pt",
         folder,
     ]
-
-
-class Payload:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import pickle
 import shutil
 import tarfile
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import Payload
 from PIL import Image
 
 from resnext_ignite.config import Config, with_values
@@ -99,16 +99,6 @@ def test_cifar_is_unpacked_checked_and_read(
     # The second time the unpacked files are there.
     (tmp_path / dataset.filename).unlink()
     assert len(load_data(cifar_config(tmp_path, **{"data.name": name}), Ranks()).splits["test"]) == 4
-
-
-class Payload:
-    """Unpickled, it makes the file that it names."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("where", ["archive", "batch"])
