@@ -167,26 +167,58 @@ def iteration_checkpoint_path(folder: Path, iteration: int) -> Path:
     return folder / f"iteration_{iteration:08d}.pt"
 
 
-def newest_state(folder: Path) -> dict[str, Any] | None:
-    """The newest resume point that verifies; None where there is none at all.
+def resume_candidates(folder: Path) -> list[Path]:
+    """What a run can be continued from, in the order in which it is tried: the newest resume points first.
+
+    `final.pt` and `best.pt` hold a whole state too, and are better than nothing.
+    """
+    return [*iteration_checkpoints(folder), *(p for p in (folder / "final.pt", folder / "best.pt") if p.exists())]
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A verified state, the file it is from, and the files that should have served and are damaged."""
+
+    path: Path
+    state: dict[str, Any]
+    damaged: tuple[Path, ...]
+
+
+def newest_resume_point(folder: Path) -> ResumePoint | None:
+    """The first of the resume candidates that verifies; None where there is none at all.
 
     Raises:
         CheckpointError: there are some, and every one is damaged.
     """
-    candidates = iteration_checkpoints(folder)
-    reasons = []
-    for path in candidates:
+    damaged: dict[Path, str] = {}
+    for path in resume_candidates(folder):
         try:
             state = load_checkpoint(path)
         except CheckpointError as error:
-            reasons.append(str(error))
+            damaged[path] = str(error)
             continue
-        if reasons:
-            log.warning("%s; resuming from %s instead", "; ".join(reasons), path)
-        return state
-    if candidates:
-        raise CheckpointError(f"no checkpoint in {folder} can be used: {'; '.join(reasons)}")
+        if damaged:
+            log.warning("%s; resuming from %s instead", "; ".join(damaged.values()), path)
+        return ResumePoint(path, state, tuple(damaged))
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint in {folder} can be used: {'; '.join(damaged.values())}; "
+            "restore one, or start anew with another --output-dir"
+        )
     return None
+
+
+def set_aside(path: Path) -> None:
+    """Take a damaged file out of the way of the next one of its name, without destroying the evidence."""
+    path.replace(path.with_name(path.name + ".damaged"))
+    checksum_path(path).unlink(missing_ok=True)
+
+
+def remove_remains(folder: Path) -> None:
+    """Remove what a killed save or prune left: half-written files, and checksums without their file."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob("*.pt.sha256")]:
+        if path.suffix == ".tmp" or not path.with_suffix("").exists():
+            path.unlink(missing_ok=True)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -250,43 +282,3 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
         config=config,
     )
     return model.eval(), metadata
-
-
-def load_pretrained(model: nn.Module, source: str) -> None:
-    """Start a model from the weights of a checkpoint file or run, or of torchvision's `source`; keys must fit.
-
-    A classifier of another shape is left as initialised.
-
-    Raises:
-        CheckpointError: no such weights, or weights of another architecture.
-    """
-    state = _pretrained_weights(source)
-    own = model.state_dict()
-    for key in ("fc.weight", "fc.bias"):
-        if key in state and state[key].shape != own[key].shape:
-            state[key] = own[key]
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"model.pretrained: {source} does not fit: {' '.join(str(error).split())[:200]}"
-        ) from None
-
-
-def _pretrained_weights(source: str) -> dict[str, Any]:
-    if Path(source).exists():
-        state = load_checkpoint(find_checkpoint(Path(source)))
-        return dict(state["ema"] or state["model"])
-    import torchvision
-
-    try:
-        weights = torchvision.models.get_weight(source)
-    except (ValueError, KeyError):
-        raise CheckpointError(
-            f"model.pretrained: '{source}' is neither a file nor the name of torchvision weights "
-            "(ResNeXt50_32X4D_Weights.IMAGENET1K_V2)"
-        ) from None
-    try:
-        return dict(weights.get_state_dict(progress=True, check_hash=True))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"model.pretrained: {source} cannot be downloaded: {error}") from None

@@ -1,221 +1,24 @@
-"""The typed, frozen config of a run: every key with its unit and default. Reading files is `config_files.py`'s work.
-
-Values alone live here; nothing imports torch, so that a wrong config is refused at once.
-"""
+"""The typed, frozen config of a run, and its values as plain ones. Reading files is `config_files.py`'s work."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from resnext_ignite.architecture import parse_model_name
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PerChannel = tuple[float, float, float]
-
-
-class Section(BaseModel):
-    """A group of keys: frozen, strict (no string for a number, no boolean for an integer), nothing unknown."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class ModelConfig(Section):
-    """The network."""
-
-    name: str = "cifar_resnext29_8x64d"
-    """`cifar_resnext<9n+2>_<C>x<W>d` or `resnext50|101|152_<C>x<W>d`: depth, cardinality C, base width W."""
-    num_classes: Annotated[int, Field(ge=2, le=100_000)] | None = None
-    """Classes; null: as many as the data has."""
-    stem_channels: Annotated[int, Field(ge=1, le=1024)] = 64
-    """Channels after the stem (64 as published; smaller for small machines); all stages scale with it."""
-    pretrained: str | None = None
-    """Weights to start from: a checkpoint file of this project, or a torchvision weights name
-    (`ResNeXt50_32X4D_Weights.IMAGENET1K_V2`); a classifier for other classes is left as initialised."""
-    zero_init_residual: bool = False
-    """Start the last BatchNorm of each block at zero, so that every block begins as the identity."""
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        parse_model_name(name)
-        return name
-
-    @model_validator(mode="after")
-    def _check_groups(self) -> ModelConfig:
-        architecture = parse_model_name(self.name)
-        if architecture.group_width(self.stem_channels) < 1:
-            raise ValueError(
-                f"model.stem_channels: {self.stem_channels} leaves the groups of {self.name} without a channel "
-                f"(stem_channels x base width / 64 < 1): at least {-(-64 // architecture.base_width)}"
-            )
-        return self
-
-
-class DataConfig(Section):
-    """The pictures."""
-
-    name: Literal["cifar10", "cifar100", "imagefolder", "shapes"] = "shapes"
-    """`shapes` is drawn from a seed, without any file; `imagefolder` reads `root`'s `train/<class>/*` and
-    `val/<class>/*` or `test/<class>/*`."""
-    root: str = "data"
-    """Folder of the data (`~` is expanded); not used by `shapes`."""
-    download: bool = True
-    """Download CIFAR where it is missing; false: an archive that lies in `root` is still checked and unpacked."""
-    val_size: Annotated[int, Field(ge=0)] = 0
-    """Training images held out to choose the best weights (keyed by `seed`); 0: evaluate on the test split."""
-    train_size: Annotated[int, Field(ge=1)] | None = None
-    """Use only so many training images, the same ones for every seed (for `shapes`: draw so many); null: all."""
-    test_size: Annotated[int, Field(ge=1)] | None = None
-    """Use only so many test images; null: all."""
-    image_size: Annotated[int, Field(ge=8, le=512)] | None = None
-    """Height and width in pixels; null: 32, or 224 for an `imagefolder` with an ImageNet layout."""
-    eval_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """`imagefolder`: side of the central square kept in evaluation, over the shorter side (ImageNet: 0.875)."""
-    in_memory: bool | None = None
-    """`imagefolder`: decode once into memory; null: where all pictures have `image_size` already and they fit."""
-    workers: Annotated[int, Field(ge=0, le=256)] | None = None
-    """Processes a rank that decode an `imagefolder`; null: the cores a rank has, at most 8."""
-    mean: PerChannel | None = None
-    """Mean of red, green and blue, 0 to 1; null: the data set's published one (ImageNet's for a folder)."""
-    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = (
-        None
-    )
-    """Standard deviation of red, green and blue, on the same scale."""
-
-
-class AugmentConfig(Section):
-    """What happens to a training image; all of it keyed by (seed, epoch, index)."""
-
-    crop_padding: Annotated[int, Field(ge=0, le=64)] = 4
-    """Pixels added on each side before a random crop of the image's own size; 0: no crop."""
-    crop_fill: Literal["zero", "mean", "reflect"] = "zero"
-    """What the padding holds: black, the data's mean colour, or the picture reflected."""
-    flip: Literal["none", "random", "alternating"] = "random"
-    """Mirror left to right: by chance each epoch, or every second epoch from a random start."""
-    cutout: Annotated[int, Field(ge=0, le=512)] = 0
-    """Side in pixels of a square set to the mean colour, its centre anywhere in the image; 0: none."""
-    random_resized_crop: bool = False
-    """`imagefolder`: crop 8 to 100 % of the area at an aspect of 3/4 to 4/3, resized; replaces the padded crop."""
-    color: Fraction = 0.0
-    """Strength of brightness, contrast and saturation jitter, in random order (fb.resnext on ImageNet: 0.4)."""
-    lighting: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Standard deviation of the noise along ImageNet's colour axes (AlexNet, section 4.1; fb.resnext: 0.1)."""
-
-
-class OptimizerConfig(Section):
-    """The update."""
-
-    name: Literal["sgd"] = "sgd"
-    """Stochastic gradient descent with momentum."""
-    lr: Annotated[float, Field(gt=0, le=100)] = 0.1
-    """Learning rate at factor 1 of the schedule, for the whole `train.batch_size`."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum."""
-    nesterov: bool = True
-    """Nesterov's form of the momentum."""
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 5e-4
-    """L2 penalty added to the gradient."""
-    decay_norm_and_bias: bool = True
-    """Decay BatchNorm weights and all biases too, as published; false: convolutions and classifier weights only."""
-
-
-class ScheduleConfig(Section):
-    """The learning rate over the run, set anew each iteration."""
-
-    name: Literal["multistep", "cosine", "triangular", "constant"] = "multistep"
-    """Shape of the learning rate after the warm-up."""
-    milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """`multistep`: epochs after which the rate is multiplied by `gamma`, ascending."""
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """`multistep`: factor at each milestone."""
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs over which the rate rises linearly from 0 (`triangular`: to its peak)."""
-    final_factor: Fraction = 0.0
-    """`cosine`, `triangular`: the rate after the last iteration, over `optimizer.lr`."""
-
-    @model_validator(mode="after")
-    def _check_milestones(self) -> ScheduleConfig:
-        if any(later <= earlier for earlier, later in zip(self.milestones, self.milestones[1:], strict=False)):
-            raise ValueError(f"schedule.milestones: {list(self.milestones)} must ascend")
-        return self
-
-
-class TrainConfig(Section):
-    """The training loop."""
-
-    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 10
-    """Passes over the training images."""
-    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 128
-    """Images an update, over all ranks and micro-batches; an epoch's incomplete last batch is dropped."""
-    accumulate: Annotated[int, Field(ge=1)] = 1
-    """Micro-batches an update."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto: a GPU if there is one."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward pass (autocast); auto: bf16 where the machine computes in it, else fp32."""
-    channels_last: bool = True
-    """Keep images as NHWC in memory, which convolutions prefer."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability spread over all classes in the training loss."""
-    clip_grad_norm: Annotated[float, Field(ge=0)] = 0.0
-    """Largest norm of the whole gradient; 0: not clipped."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay an iteration of a moving average of weights and statistics, which is then what is evaluated; 0: none."""
-    sync_bn: bool = False
-    """BatchNorm over all ranks' images (GPUs only)."""
-    ghost_batch: Annotated[int, Field(ge=0)] = 0
-    """BatchNorm statistics over groups of so many images (the paper's 8 GPUs saw 16 each); 0: a rank's micro-batch."""
-    deterministic: bool | None = None
-    """Bit-identical repeats, at some speed on a GPU; null: true on a CPU, false on a GPU."""
-    max_hours: Annotated[float, Field(gt=0)] | None = None
-    """Stop, saved and resumable, after so many hours of this process; null: never."""
-
-
-class EvaluationConfig(Section):
-    """When to evaluate, and when that ends the run."""
-
-    every: Annotated[int, Field(ge=1)] = 1
-    """Epochs between evaluations; the last epoch is always evaluated."""
-    early: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
-    """Epochs that are evaluated whatever `every` says; 0: before the first iteration."""
-    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 500
-    """Images a rank evaluates at once."""
-    patience: Annotated[int, Field(ge=0)] = 0
-    """Stop after so many evaluations without a lower error; 0: never."""
-    min_delta: Annotated[float, Field(ge=0, le=100)] = 0.0
-    """Percentage points by which an error must fall to count as lower."""
-    target_error: Annotated[float, Field(ge=0, le=100)] | None = None
-    """Stop once the error, in percent, is at most this; null: never."""
-
-
-class CheckpointConfig(Section):
-    """When to save the state of the run."""
-
-    every_epochs: Annotated[int, Field(ge=1)] = 1
-    """Epochs between saves; the last epoch is always saved."""
-    every_iterations: Annotated[int, Field(ge=0)] = 0
-    """Iterations between saves inside an epoch; 0: none."""
-    keep: Annotated[int, Field(ge=2)] = 2
-    """Newest checkpoints kept."""
-
-
-class LoggingConfig(Section):
-    """What is written down."""
-
-    every_iterations: Annotated[int, Field(ge=1)] = 50
-    """Iterations between log points (about five seconds at most)."""
-    tensorboard: bool = True
-    """Write TensorBoard event files into the run folder."""
-    images: Annotated[int, Field(ge=0, le=256)] = 64
-    """Pictures on a TensorBoard sheet (augmented training images, worst mistakes); 0: no sheets."""
-    histograms: bool = False
-    """Histograms of all weights at each evaluation."""
+from resnext_ignite.config_sections import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    DistributedConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    Section,
+    TrainConfig,
+)
 
 
 class Config(Section):
@@ -231,6 +34,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    distributed: DistributedConfig = DistributedConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from resnext_ignite.config import Config, Values, config_of, flatten, with_value
 from resnext_ignite.errors import ConfigError
 
 COMMAND_LINE = "command line"
-_LARGEST_FILE = 1_000_000
+_LONGEST_TEXT = 100_000
 _DEEPEST = 8
+# No key has a use for these, and where a path or a name is printed they would break the line or steer the terminal.
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 # A run may be continued with other values of these: none changes what an iteration computes from its state.
 SAFE_ON_RESUME = (
@@ -29,11 +32,14 @@ SAFE_ON_RESUME = (
     "data.root",
     "data.download",
     "data.workers",
+    "data.on_error",
+    "data.max_skipped",
     "evaluation.every",
     "evaluation.early",
     "checkpoint.every_epochs",
     "checkpoint.every_iterations",
     "checkpoint.keep",
+    "distributed.timeout_s",
     "logging.every_iterations",
     "logging.tensorboard",
     "logging.images",
@@ -57,6 +63,10 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that YAML 1.1 (PyYAML's) or 1.2 (read here) would take for more, as a folder called `1e-4`."""
+
+
 _SCALARS = {
     "null": (r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
     "bool": (r"(?:true|True|TRUE|false|False|FALSE)", list("tTfF")),
@@ -64,7 +74,8 @@ _SCALARS = {
     "float": (r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", list("-+0123456789.")),
 }
 for _kind, (_pattern, _first_letters) in _SCALARS.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern + r"\Z"), _first_letters)
+    for _reads in (_Loader, _Dumper):
+        _reads.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern + r"\Z"), _first_letters)
 
 
 class _Source:
@@ -72,7 +83,7 @@ class _Source:
 
     def __init__(self) -> None:
         self.values: Values = {}
-        self.places: dict[str, str] = {}
+        self.places: dict[tuple[str, ...], str] = {}
 
     def read(self, text: str, place: str, path: tuple[str, ...] = (), *, lines: bool = True) -> None:
         """Add what a YAML text says at `path`, over what was there."""
@@ -80,6 +91,8 @@ class _Source:
         def where(mark: Any) -> str:
             return f"{place}:{mark.line + 1}" if lines else place
 
+        if len(text) > _LONGEST_TEXT:
+            raise ConfigError(f"{place}: longer than a config can be ({_LONGEST_TEXT} characters)")
         try:
             _refuse_extras(text, where)
             node = yaml.compose(text, Loader=_Loader)
@@ -89,6 +102,9 @@ class _Source:
             raise ConfigError(f"{where(mark) if mark else place}: not YAML: {error.problem}") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"{place}: not YAML: {' '.join(str(error).split())}") from None
+        except (ValueError, OverflowError):
+            # PyYAML lets these through, of `%YAML 1.999...` and of `"\UFFFFFFFF"`.
+            raise ConfigError(f"{place}: not YAML: a version or a \\U escape with too large a number") from None
         if not path:
             if plain is not None and not isinstance(plain, dict):
                 raise ConfigError(f"{place}: a config is keys with values, not {_shown(plain)}")
@@ -100,23 +116,22 @@ class _Source:
                 target[part] = {}
             target = target[part]
         target[path[-1]] = plain
-        self.places.setdefault(".".join(path), place)
-        self.places[".".join(path)] = place
+        self.places[path] = place
 
     def _plain(self, node: yaml.Node, where: Any, path: tuple[str, ...]) -> Any:
         if path:
-            self.places[".".join(path)] = where(node.start_mark)
+            self.places[path] = where(node.start_mark)
         if isinstance(node, yaml.MappingNode):
             mapping = {}
             for key_node, value_node in node.value:
                 if not isinstance(key_node, yaml.ScalarNode):
                     raise ConfigError(f"{where(key_node.start_mark)}: a key is a word, not a list or a mapping")
                 key = str(key_node.value)
-                dotted = ".".join((*path, key))
                 if key in mapping:
+                    dotted = ".".join((*path, key))
                     raise ConfigError(f"{where(key_node.start_mark)}: {dotted}: the key stands here a second time")
                 mapping[key] = self._plain(value_node, where, (*path, key))
-                self.places[dotted] = where(key_node.start_mark)
+                self.places[(*path, key)] = where(key_node.start_mark)
             return mapping
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(item, where, (*path, str(i))) for i, item in enumerate(node.value)]
@@ -137,9 +152,11 @@ def _refuse_extras(text: str, where: Any) -> None:
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise ConfigError(f"{where(event.start_mark)}: anchors and aliases are not read; write the value out")
-        tag = getattr(event, "tag", None)
+        tag, value = getattr(event, "tag", None), getattr(event, "value", "")
         if tag:
             raise ConfigError(f"{where(event.start_mark)}: YAML tags are not read ({tag}); write a plain value")
+        if _UNFIT.search(value):
+            raise ConfigError(f"{where(event.start_mark)}: a line break or control character in {_shown(value)}")
         documents += isinstance(event, yaml.DocumentStartEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST or documents > 1:
@@ -147,6 +164,18 @@ def _refuse_extras(text: str, where: Any) -> None:
             raise ConfigError(f"{where(event.start_mark)}: {reason}")
 
 
+@contextmanager
+def _one_line() -> Iterator[None]:
+    # Paths, keys and values are the user's: none may break or flood the line, or reach the terminal as an escape.
+    try:
+        yield
+    except ConfigError as error:
+        line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(error))
+        error.args = (line if len(line) <= 400 else f"{line[:200]} ... {line[-195:]}",)
+        raise
+
+
+@_one_line()
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """Read a config file and lay `KEY=VALUE` overrides over it; of two for one key the last wins.
 
@@ -159,6 +188,7 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     return _with_overrides(source, overrides, str(path or COMMAND_LINE))
 
 
+@_one_line()
 def override_config(config: Config, overrides: Iterable[str]) -> Config:
     """Lay `KEY=VALUE` overrides over a config; raises as `load_config`."""
     source = _Source()
@@ -169,26 +199,32 @@ def override_config(config: Config, overrides: Iterable[str]) -> Config:
 def _with_overrides(source: _Source, overrides: Iterable[str], fallback: str) -> Config:
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_][\w]*)*", key):
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,7}", key):
             raise ConfigError(f"{COMMAND_LINE}: '{override}' is not KEY=VALUE, as in train.epochs=5")
         source.read(value, COMMAND_LINE, tuple(key.split(".")), lines=False)
     try:
-        return config_of(source.values)
+        config = config_of(source.values)
     except ValidationError as error:
         raise ConfigError(_first_line(error, source.places, fallback)) from None
+    # The run keeps it as a file, in a longer form than the user's, and must be able to read that.
+    if len(dump_config(config)) > _LONGEST_TEXT:
+        raise ConfigError(f"{fallback}: longer than a config can be ({_LONGEST_TEXT} characters)")
+    return config
 
 
 def _read_text(path: Path) -> str:
     try:
-        if path.is_file() and path.stat().st_size > _LARGEST_FILE:
-            raise ConfigError(f"{path}: larger than a config can be ({path.stat().st_size} bytes)")
-        return path.read_text(encoding="utf-8")
+        # A pipe may keep its reader waiting for ever; a device such as /dev/zero has no end.
+        if path.is_fifo():
+            raise ConfigError(f"{path}: is a pipe; --config takes a YAML file, as in configs/")
+        with path.open(encoding="utf-8") as file:
+            return file.read(_LONGEST_TEXT + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: {reason}; --config takes a YAML file, as in configs/") from None
 
 
-def _first_line(error: ValidationError, places: dict[str, str], fallback: str) -> str:
+def _first_line(error: ValidationError, places: dict[tuple[str, ...], str], fallback: str) -> str:
     """One line for the first thing that is wrong, in the order in which it stands."""
     first = error.errors(include_url=False)[0]
     parts = [str(part) for part in first["loc"]]
@@ -198,23 +234,21 @@ def _first_line(error: ValidationError, places: dict[str, str], fallback: str) -
     if named is not None:
         parts, message = named[1].split("."), message[named.end() :]
     dotted = ".".join(parts)
-    place = next((places[p] for p in _prefixes(parts) if p in places), fallback)
+    # An empty or a blank key is seen only in quotes.
+    key = dotted if re.fullmatch(r"[\w.]*\w", dotted) else _shown(dotted)
+    prefixes = (tuple(parts[:length]) for length in range(len(parts), 0, -1))
+    place = next((places[prefix] for prefix in prefixes if prefix in places), fallback)
     if first["type"] == "extra_forbidden":
         if len(parts) == 1 and dotted in flatten(Config()):
-            section, _, key = dotted.partition(".")
-            return f"{place}: {dotted}: in a file, write '{key}' beneath the section '{section}:'"
+            section, _, last = dotted.partition(".")
+            return f"{place}: {key}: in a file, write '{last}' beneath the section '{section}:'"
         guess = _closest(dotted)
-        return f"{place}: {dotted}: unknown key" + (f" (did you mean '{guess}'?)" if guess else "")
+        return f"{place}: {key}: unknown key" + (f" (did you mean '{guess}'?)" if guess else "")
     if first["type"] in ("model_type", "model_attributes_type"):
-        return f"{place}: {dotted}: a section of keys, not {_shown(first['input'])}"
+        return f"{place}: {key}: a section of keys, not {_shown(first['input'])}"
     if named is None and first["type"] != "value_error":
         message = f"{message[:1].lower()}{message[1:]}, not {_shown(first['input'])}"
-    return f"{place}: {dotted}: {message}"
-
-
-def _prefixes(parts: list[str]) -> Iterator[str]:
-    for length in range(len(parts), 0, -1):
-        yield ".".join(parts[:length])
+    return f"{place}: {key}: {message}"
 
 
 def _shown(value: Any) -> str:
@@ -223,23 +257,23 @@ def _shown(value: Any) -> str:
 
 
 def _closest(dotted: str) -> str | None:
-    keys = [*flatten(Config()), *Config.model_fields]
-    by_last: dict[str, list[str]] = {}
-    for key in keys:
-        by_last.setdefault(key.rsplit(".", 1)[-1], []).append(key)
-    section, _, last = dotted.rpartition(".")
-    # First within the section, then the whole path, then the last word alone, wherever it lives.
-    here = [key for key in keys if key.rpartition(".")[0] == section]
-    for word, known in ((dotted, here), (dotted, keys), (last, list(by_last))):
-        found = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
+    head, _, word = dotted.lower().rpartition(".")
+    section = (difflib.get_close_matches(head, ["", *Config.model_fields], n=1) or [head])[0]
+    keys = [*Config.model_fields, *flatten(Config())]
+    here = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
+    anywhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    # One edit of `lr` leaves as little as half of it.
+    near = 0.6 if len(word) > 2 else 0.5
+    for known, cutoff in ((here, 1.0), (anywhere, 1.0), (here, near), (anywhere, 0.75)):
+        found = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
         if found:
-            return by_last[found[0]][0] if known is not here and found[0] in by_last else found[0]
+            return known[found[0]]
     return None
 
 
 def dump_config(config: Config) -> str:
     """The config as YAML, every key in the order of its definition."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def adopt_resolved(config: Config, saved: Config) -> Config:

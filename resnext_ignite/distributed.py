@@ -1,6 +1,7 @@
-"""Ranks: how they start, what they agree on, and every stop they make together.
+"""Ranks: where they stand, what they agree on, and every stop they make together.
 
 All collectives of a run are called here: in the training loop only `StopAgreement.exchange`, one packed all-reduce.
+How ranks start is `launch.py`'s, how they fail `rank_failures.py`'s.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ import ignite.distributed as idist
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch import multiprocessing as mp
 
-from resnext_ignite.errors import ConfigError, PreemptedError, RankError, ResnextError, as_resnext_error
+from resnext_ignite.errors import ConfigError, RankError, ResnextError
+from resnext_ignite.signals import STOP_SIGNALS, end_start
 
 T = TypeVar("T")
+_LONGEST_SILENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,12 @@ class StopAgreement:
         self.reason = StopReason.NONE
         self.signal_name = ""
         self._wish = StopReason.NONE
+        self._signal = 0
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
 
-    def wish(self, reason: StopReason) -> None:
-        """Ask for a stop at the next log point; safe in a signal handler."""
-        self._wish = max(self._wish, reason)
+    def wish(self, reason: StopReason, signal_number: int = 0) -> None:
+        """Ask for a stop at the next exchange; safe in a signal handler."""
+        self._wish, self._signal = max(self._wish, reason), signal_number or self._signal
 
     def decide(self, reason: StopReason) -> None:
         """Stop for a reason that every rank has found by itself."""
@@ -122,47 +124,87 @@ class StopAgreement:
         """One packed all-reduce: this rank's float64 (k,) -> all ranks' (world_size, k), and the wishes settled."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self.wish(StopReason.TIME_LIMIT)
-        packed = torch.zeros(self.ranks.world_size, len(numbers) + 1, dtype=torch.float64)
-        packed[self.ranks.rank, :-1] = numbers
-        packed[self.ranks.rank, -1] = self._wish
+        packed = torch.zeros(self.ranks.world_size, len(numbers) + 2, dtype=torch.float64)
+        packed[self.ranks.rank, :-2] = numbers
+        packed[self.ranks.rank, -2], packed[self.ranks.rank, -1] = self._wish, self._signal
         if self.ranks.world_size > 1:
             # Each rank fills its own row of zeros, so that the sum is a gather, and holds minima and maxima too.
             shared = packed.to(idist.device())
             dist.all_reduce(shared)
             packed = shared.cpu()
-        self.decide(StopReason(int(packed[:, -1].max())))
-        return packed[:, :-1]
+        self.decide(StopReason(int(packed[:, -2].max())))
+        number = int(packed[:, -1].max())
+        self.signal_name = signal.Signals(number).name if number else ""
+        return packed[:, :-2]
+
+
+class Pace:
+    """When the ranks meet next: right after the start, whose speed nobody knows yet, then about every five seconds.
+
+    Each exchange fixes the next, from the slowest rank's clock, so that all ranks come to it at the same position: an
+    iteration of training, or a batch of an evaluation.
+    """
+
+    def __init__(self, stop: StopAgreement) -> None:
+        self.stop = stop
+        self._stride = 1
+        self.start(0)
+
+    def start(self, position: int) -> None:
+        """Begin, or go on after something else than what is paced took its time."""
+        self._last, self._next, self._since = position, position + self._stride, time.monotonic()
+
+    def due(self, position: int) -> bool:
+        """Whether the ranks meet at this position at the latest."""
+        return position >= self._next
+
+    def exchange(self, position: int, numbers: Tensor) -> Tensor:
+        """As StopAgreement.exchange: float64 (k,) -> (world_size, k + 1), the seconds since the last exchange last."""
+        elapsed = torch.tensor([time.monotonic() - self._since], dtype=torch.float64)
+        gathered = self.stop.exchange(torch.cat([numbers, elapsed]))
+        slowest = max(gathered[:, -1].max().item(), 1e-9)
+        self._stride = max(1, int(_LONGEST_SILENCE_S / slowest * max(1, position - self._last)))
+        self.start(position)
+        return gathered
 
 
 @contextlib.contextmanager
 def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
-    """Turn SIGTERM, SIGUSR1 and Ctrl-C into a stop at the next log point, inside the block.
+    """Turn SIGTERM, SIGUSR1 and Ctrl-C into a stop at the next exchange, inside the block.
 
     Until the yielded function is called - before the first iteration - there is nothing to save, and a signal ends the
-    start at once.
+    start at once. Any further signal changes nothing.
 
     Raises:
         PreemptedError: a signal came before anything could be saved.
     """
-    running = False
+    running, heard = False, False
 
     def started() -> None:
         nonlocal running
         running = True
 
     def on_signal(number: int, frame: object) -> None:
-        stop.signal_name = signal.Signals(number).name
-        stop.wish(StopReason.SIGNAL)
+        nonlocal heard
+        if heard:
+            return
+        heard = True
+        stop.wish(StopReason.SIGNAL, number)
         if not running:
-            raise PreemptedError(f"stopped by {stop.signal_name} before there was anything to save")
+            end_start(number, frame)
+        if stop.ranks.rank == 0:
+            # Not through a logger or a file object, in the middle of which the signal may have come.
+            os.write(2, f"{signal.Signals(number).name}: saving, then leaving\n".encode())
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.signal(number, on_signal) for number in numbers}
+    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
         yield started
     finally:
+        heard = True
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # A process that is a run and nothing else is on its way out: a late signal must not change its exit code.
+            if handler is not end_start:
+                signal.signal(number, handler)
 
 
 def wrap_for_ranks(
@@ -203,49 +245,3 @@ def average_statistics(model: nn.Module, ranks: Ranks) -> None:
     flat /= ranks.world_size
     for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
-
-
-def launch(
-    function: Callable[..., Any], *args: Any, nproc_per_node: int | None = None, backend: str | None = None
-) -> Any:
-    """Run `function(local_rank, *args)` on every rank: those a launcher (torchrun, srun) made, or spawned ones.
-
-    Args:
-        nproc_per_node: spawn so many processes here; None: this process is the only one, or one of a launcher's.
-        backend: "nccl" or "gloo"; None: nccl where there is a GPU for each rank.
-
-    Returns:
-        What the function returned, or None where processes were spawned.
-
-    Raises:
-        ConfigError: processes are asked for under a launcher that makes its own.
-        ResnextError: as the function's.
-    """
-    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
-    if nproc_per_node is not None and world_size > 1:
-        raise ConfigError(f"--nproc-per-node {nproc_per_node}: a launcher has made {world_size} processes already")
-    count = nproc_per_node or world_size
-    if count > 1 and backend is None:
-        backend = "nccl" if torch.cuda.device_count() >= (nproc_per_node or 1) and torch.cuda.is_available() else "gloo"
-    if nproc_per_node is None or nproc_per_node == 1:
-        with idist.Parallel(backend=backend if world_size > 1 else None):
-            return function(idist.get_local_rank(), *args)
-    with idist.Parallel(backend=backend, nproc_per_node=nproc_per_node) as parallel:
-        try:
-            parallel.run(_in_spawned_process, function, *args)
-        except mp.ProcessExitedException as error:
-            # The rank has printed its line.
-            sys.exit(error.exit_code if error.exit_code in (2, 3, 4, 5, 6, 7, 75) else RankError.exit_code)
-    return None
-
-
-def _in_spawned_process(local_rank: int, function: Callable[..., Any], *args: Any) -> None:
-    try:
-        function(local_rank, *args)
-    except (Exception, KeyboardInterrupt) as error:
-        known = as_resnext_error(error)
-        if known is None or os.environ.get("RESNEXT_DEBUG") == "1":
-            raise
-        if not isinstance(known, RankError) and (local_rank == 0 or not isinstance(known, PreemptedError)):
-            print(f"error: {known}", file=sys.stderr)
-        sys.exit(known.exit_code)

@@ -1,26 +1,22 @@
-"""The two engines: one iteration of training, one batch of evaluation, and the metrics both count on their device.
-
-Nothing here waits for the device: numbers stay in tensors until a handler reads them.
-"""
+"""The two engines: one iteration of training, one batch of evaluation. What both count is `metrics.py`'s."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from ignite.engine import Engine, EventEnum, Events
-from ignite.metrics import Metric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnext_ignite.config import Config
+from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.loaders import Batch
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError
+from resnext_ignite.metrics import ClassificationCounts, TrainingSums
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,6 +26,8 @@ class RunEvents(EventEnum):
 
     METRICS_READY = "metrics_ready"
     """The training metrics since the last log point stand in `state.metrics`."""
+    PROGRESS = "progress"
+    """A log point, or about five seconds since the last: `state.metrics` holds what there is so far."""
     EVALUATED = "evaluated"
     """An evaluation's record stands in `state.evaluation`."""
 
@@ -76,35 +74,6 @@ def _keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
 
 
-class TrainingSums:
-    """What training counts between two log points, on its device.
-
-    `first_bad` is the first iteration whose loss or gradient was not finite, or infinity. It is raised after the
-    gradients are reduced, so that a bad number of one rank is on all of them.
-    """
-
-    SIZE = 4
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(self.SIZE - 1, dtype=torch.float64, device=device)
-        self._first_bad = torch.full((), math.inf, dtype=torch.float64, device=device)
-
-    def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
-        """Sums over one micro-batch: the summed loss and the correct answers, both without a dimension."""
-        self._sums += torch.stack([loss.double(), correct.double(), torch.full_like(loss, images).double()])
-
-    def check(self, finite: Tensor, iteration: int) -> None:
-        """Raise the flag at this iteration unless it is up already or all is finite (bool, without a dimension)."""
-        bad = torch.where(finite, math.inf, float(iteration))
-        self._first_bad = torch.minimum(self._first_bad, bad.double())
-
-    def read_and_reset(self) -> Tensor:
-        """Loss, correct answers, images, first bad iteration: float64 (4,) on the CPU. Waits for the device."""
-        numbers = torch.cat([self._sums, self._first_bad[None]]).cpu()
-        self._sums.zero_()
-        return numbers
-
-
 def create_trainer(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -114,6 +83,7 @@ def create_trainer(
     accumulate: int = 1,
     label_smoothing: float = 0.0,
     clip_grad_norm: float = 0.0,
+    skip_unreadable: bool = False,
 ) -> Engine:
     """An engine whose iteration is one update; run it over `Batch`es.
 
@@ -125,6 +95,7 @@ def create_trainer(
         accumulate: micro-batches an iteration; divides each batch.
         label_smoothing: probability spread over all classes.
         clip_grad_norm: largest norm of the whole gradient; 0: not clipped.
+        skip_unreadable: images labelled UNREADABLE are left out of the loss and of all counts.
 
     Raises:
         ValueError: a batch does not divide into `accumulate` micro-batches.
@@ -143,18 +114,23 @@ def create_trainer(
             with _synchronised(model, turn == accumulate):
                 with torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32"):
                     logits = model(images).float()
-                loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-                scaler.scale(loss / accumulate).backward()
+                loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
+                readable = (labels != UNREADABLE).sum() if skip_unreadable else torch.full_like(loss, len(labels))
+                # Never by zero, where no image of a micro-batch could be read.
+                scaler.scale(loss / readable.clamp(min=1) / accumulate).backward()
             with torch.no_grad():
-                loss = loss.detach()
-                sums.add(loss * len(labels), (logits.argmax(1) == labels).sum(), len(labels))
+                sums.add(loss.detach(), (logits.argmax(1) == labels).sum(), readable, len(labels) - readable)
                 finite &= loss.isfinite()
         scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
         if clip_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm, foreach=True)
-        # With fp16 an infinite gradient is the scaler's to answer: it skips the update and scales less.
-        sums.check(finite if scaler.is_enabled() else finite & norm.isfinite(), engine.state.iteration)
+        if scaler.is_enabled():
+            # An infinite gradient is the scaler's to answer: it skips the update and scales less.
+            sums.count_skip(norm.isfinite(), engine.state.iteration)
+        else:
+            finite &= norm.isfinite()
+        sums.check(finite, engine.state.iteration)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -163,7 +139,11 @@ def create_trainer(
     # Once an epoch, since only an evaluation between epochs changes it: it walks all modules.
     trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: model.train())
     # The counters that loggers and filters of these events read.
-    counters = {RunEvents.METRICS_READY: "log_points", RunEvents.EVALUATED: "evaluations"}
+    counters = {
+        RunEvents.METRICS_READY: "log_points",
+        RunEvents.PROGRESS: "progress_points",
+        RunEvents.EVALUATED: "evaluations",
+    }
     trainer.register_events(*counters, event_to_attr=counters)
     trainer.state.sums = sums
     trainer.state.scaler = scaler
@@ -178,70 +158,6 @@ def _synchronised(model: nn.Module, last: bool) -> Iterator[None]:
     else:
         with model.no_sync():
             yield
-
-
-class ClassificationCounts(Metric):
-    """Exact counts of an evaluation on its device, reduced once over all ranks.
-
-    `compute` gives a dict: images, correct, correct_top5 (integers), top1_error, top5_error (percent), loss (mean),
-    confusion (int64 (true, predicted)), mistakes (the worst: dicts of index, label, predicted, loss).
-
-    Args:
-        num_classes: C.
-        keep_mistakes: how many of the mistakes with the highest loss are kept.
-    """
-
-    def __init__(self, num_classes: int, ranks: Ranks, device: torch.device, keep_mistakes: int = 0) -> None:
-        self.num_classes, self.ranks, self.keep_mistakes = num_classes, ranks, keep_mistakes
-        super().__init__(device=device)
-
-    def reset(self) -> None:
-        """Forget everything counted."""
-        size = self.num_classes**2
-        self._counts = torch.zeros(size + 1, dtype=torch.int64, device=self._device)
-        self._loss = torch.zeros(1, dtype=torch.float64, device=self._device)
-        self._mistakes = torch.zeros(0, 4, dtype=torch.float64, device=self._device)
-
-    def update(self, output: tuple[Tensor, Batch]) -> None:
-        """Count logits float32 (n, C) against their batch."""
-        logits, batch = output
-        losses = F.cross_entropy(logits, batch.labels, reduction="none").double()
-        predicted = logits.argmax(1)
-        top5 = logits.topk(min(5, self.num_classes), dim=1).indices
-        cells = batch.labels * self.num_classes + predicted
-        self._counts[:-1] += torch.zeros_like(self._counts[:-1]).scatter_add_(0, cells, torch.ones_like(cells))
-        self._counts[-1] += (top5 == batch.labels[:, None]).sum()
-        self._loss += losses.sum()
-        if self.keep_mistakes:
-            wrong = torch.where(predicted == batch.labels, -1.0, losses)
-            rows = torch.stack([wrong, batch.indices.double(), batch.labels.double(), predicted.double()], dim=1)
-            rows = torch.cat([self._mistakes, rows])
-            self._mistakes = rows[rows[:, 0].topk(min(self.keep_mistakes, len(rows))).indices]
-
-    def compute(self) -> dict[str, Any]:
-        """The figures over all ranks; waits for the device."""
-        loss = self._loss
-        if self.ranks.world_size > 1:
-            torch.distributed.all_reduce(self._counts)
-            torch.distributed.all_reduce(loss)
-        mistakes = sorted((row for rows in self.ranks.gather(self._mistakes.tolist()) for row in rows), reverse=True)
-        counts = self._counts.cpu()
-        confusion = counts[:-1].view(self.num_classes, self.num_classes)
-        images, correct, correct_top5 = int(confusion.sum()), int(confusion.diagonal().sum()), int(counts[-1])
-        return {
-            "images": images,
-            "correct": correct,
-            "correct_top5": correct_top5,
-            "top1_error": 100 * (images - correct) / images,
-            "top5_error": 100 * (images - correct_top5) / images,
-            "loss": float(loss) / images,
-            "confusion": confusion,
-            "mistakes": [
-                {"index": int(index), "label": int(label), "predicted": int(predicted), "loss": loss}
-                for loss, index, label, predicted in mistakes[: self.keep_mistakes]
-                if loss >= 0
-            ],
-        }
 
 
 def create_evaluator(
@@ -291,6 +207,7 @@ def build_trainer(config: Config, model: nn.Module, optimizer: torch.optim.Optim
         accumulate=config.train.accumulate,
         label_smoothing=config.train.label_smoothing,
         clip_grad_norm=config.train.clip_grad_norm,
+        skip_unreadable=config.data.on_error == "skip",
     )
 
 

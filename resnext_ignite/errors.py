@@ -8,13 +8,18 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 
 class ResnextError(Exception):
-    """An error that is answered with one line: what is wrong, its value, what would do."""
+    """An error that is answered with one line: what is wrong, its value, what would do.
+
+    `quiet`: of several ranks' errors, whether another rank tells it; None: not settled yet.
+    """
 
     exit_code = 1
+    quiet: bool | None = None
 
 
 class ConfigError(ResnextError):
@@ -85,11 +90,24 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
     return None
 
 
-def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """Run a command's `main` on the process's arguments and leave with the exit code of what happened.
+def report_error(error: BaseException) -> int:
+    """Say on standard error what happened, in one line; a bug keeps its traceback. Returns the exit code.
 
     With `RESNEXT_DEBUG=1` every error keeps its traceback.
     """
+    known = as_resnext_error(error)
+    bug = error if known is None else known.__cause__
+    if known is not None and not known.quiet:
+        print(f"error: {known}", file=sys.stderr)
+    if os.environ.get("RESNEXT_DEBUG") == "1":
+        bug = error
+    if bug is not None and not (known and known.quiet):
+        traceback.print_exception(bug)
+    return known.exit_code if known else 1
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> None:
+    """Run a command's `main` on the process's arguments and leave with the exit code of what happened."""
     try:
         code = main(sys.argv[1:])
     except BrokenPipeError:
@@ -97,9 +115,5 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (Exception, KeyboardInterrupt) as error:
-        known = as_resnext_error(error)
-        if known is None or os.environ.get("RESNEXT_DEBUG") == "1":
-            raise
-        print(f"error: {known}", file=sys.stderr)
-        sys.exit(known.exit_code)
+        sys.exit(report_error(error))
     sys.exit(code or 0)

@@ -40,7 +40,8 @@ def evaluate(checkpoint: Path, split: str, overrides: list[str]) -> tuple[dict[s
     config = metadata.config
     if config.train.device == "cuda" and not torch.cuda.is_available():
         config = with_values(config, {"train.device": "cpu"})
-    config = override_config(config, overrides)
+    # Whatever the run did while training: an evaluation leaves no picture out.
+    config = with_values(override_config(config, overrides), {"data.on_error": "fail"})
     device, ranks = engines.resolve_device(config.train.device, 0), Ranks()
     engines.set_up_machine(device, deterministic=bool(config.train.deterministic))
     data = load_data(config, ranks, (split,))

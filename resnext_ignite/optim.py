@@ -78,7 +78,11 @@ class IterationLRScheduler(ParamScheduler):
 
     def get_param(self) -> float:
         """The rate of the iteration at hand."""
-        return self.lr * self.factor(self.event_index)
+        return self.rate_at(self.event_index + 1)
+
+    def rate_at(self, iteration: int) -> float:
+        """The rate of an iteration, counted from 1."""
+        return self.lr * self.factor(iteration - 1)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, decay_norm_and_bias: bool) -> list[dict[str, Any]]:

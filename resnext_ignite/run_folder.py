@@ -15,12 +15,19 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from resnext_ignite import __version__
-from resnext_ignite.checkpoint import config_of_checkpoint, iteration_checkpoints, newest_state
+from resnext_ignite.checkpoint import (
+    ResumePoint,
+    config_of_checkpoint,
+    newest_resume_point,
+    remove_remains,
+    resume_candidates,
+    set_aside,
+)
 from resnext_ignite.config import Config
 from resnext_ignite.config_files import SAFE_ON_RESUME, adopt_resolved, changed_values, dump_config, load_config
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import PreemptedError, RunFolderError, StorageError, as_resnext_error
-from resnext_ignite.storage import replace_durably
+from resnext_ignite.storage import append_durably, replace_durably
 
 _PACKAGES = ("torch", "torchvision", "pytorch-ignite", "tensorboard")
 Record = dict[str, Any]
@@ -60,7 +67,7 @@ class RunFolder:
 
     def holds_a_run(self) -> bool:
         """Whether anything of a run lies here."""
-        return self._config.exists() or bool(iteration_checkpoints(self.checkpoints))
+        return self._config.exists() or bool(resume_candidates(self.checkpoints))
 
     def lock(self) -> None:
         """Make the folder and take it for this process; the system frees it when the process ends, however.
@@ -83,8 +90,10 @@ class RunFolder:
         self._lock.release()
 
     def start(self, config: Config) -> None:
-        """Write down a config and make room for checkpoints."""
+        """Write down a config and make room for checkpoints; what a killed process left half-written goes."""
         self.checkpoints.mkdir(exist_ok=True)
+        for folder in (self.path, self.checkpoints):
+            remove_remains(folder)
         replace_durably(self._config, lambda file: _write(file, dump_config(config)))
 
     def saved_config(self) -> Config | None:
@@ -93,8 +102,7 @@ class RunFolder:
 
     def append_metrics(self, record: Record) -> None:
         """Add one evaluation to `metrics.jsonl`."""
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        append_durably(self._metrics, json.dumps(record, allow_nan=False))
 
     def read_metrics(self) -> list[Record]:
         """All evaluations, in order."""
@@ -112,6 +120,8 @@ class RunFolder:
     def keep_metrics(self, count: int) -> None:
         """Drop all evaluations after the first `count`: those a resumed run will make again."""
         kept = self.read_metrics()[:count]
+        if len(kept) < count:
+            log.warning(f"{self._metrics}: only {len(kept)} of the run's {count} evaluations are still there")
         if kept or self._metrics.exists():
             text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
             replace_durably(self._metrics, lambda file: _write(file, text))
@@ -161,25 +171,27 @@ def open_run(path: Path, config: Config, ranks: Ranks, *, resume: bool) -> Itera
     """
     folder = RunFolder(path)
 
-    def take() -> dict[str, Any] | None:
+    def take() -> ResumePoint | None:
         if not resume and folder.holds_a_run():
             raise RunFolderError(f"{path}: holds a run already; add --resume, or choose another --output-dir")
         folder.lock()
-        return newest_state(folder.checkpoints) if resume else None
+        return newest_resume_point(folder.checkpoints) if resume else None
 
     try:
-        state = ranks.from_rank_zero(take)
+        point = ranks.from_rank_zero(take)
         changes: dict[str, tuple[Any, Any]] = {}
-        if state is not None:
-            saved = config_of_checkpoint(folder.checkpoints, state)
+        if point is not None:
+            saved = config_of_checkpoint(point.path, point.state)
             config = adopt_resolved(config, saved)
             changes = changed_values(config, saved)
             _refuse_changes(path, changes)
-            log.info(f"resuming {path} from iteration {state['trainer']['iteration']}")
+            log.info(f"resuming {path} from iteration {point.state['trainer']['iteration']}")
+            for damaged in point.damaged if ranks.rank == 0 else ():
+                set_aside(damaged)
         elif resume:
             log.info(f"nothing to resume in {path}: starting at iteration 0")
         try:
-            yield OpenRun(folder, config, state, changes)
+            yield OpenRun(folder, config, None if point is None else point.state, changes)
         except BaseException as error:
             if ranks.rank == 0:
                 _write_failure(folder, error)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
+
+log = logging.getLogger(__name__)
 
 
 def replace_durably(
@@ -29,10 +33,37 @@ def replace_durably(
         if before_rename is not None:
             before_rename(temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            # A write to an open file does not know its name; who reads the error wants it.
+            error.filename = str(path)
         raise
     _sync_folder(path.parent)
+
+
+def append_durably(path: Path, line: str) -> None:
+    """Add a line to a text file; once this returns it survives a power failure.
+
+    Raises:
+        OSError: the line may stand there in part.
+    """
+    new = not path.exists()
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if new:
+        _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def warned_of(what: str) -> Iterator[None]:
+    """Let an error of writing something that a run can do without be a warning."""
+    try:
+        yield
+    except OSError as error:
+        log.warning(f"{what} could not be written ({error.strerror or error}); training goes on")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from resnext_ignite.errors import ConfigError, DataError, run_command
+from resnext_ignite.signals import end_start_on_signals
 
 # torch, and all that imports it, waits until the command line and the config are known to be right.
 if TYPE_CHECKING:
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from resnext_ignite.data import Data
 
 
-def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False) -> dict[str, Any] | None:
-    """Train on this rank, from the start or from the run in `output_dir`; rank 0 gets the last record.
+def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False) -> None:
+    """Train on this rank, from the start or from the run in `output_dir`; rank 0 prints the result.
 
     Raises:
         ResnextError: each with its exit code; `output_dir/status.json` says the same.
@@ -29,19 +31,21 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     import torch
 
     from resnext_ignite import engines
-    from resnext_ignite.checkpoint import load_pretrained
     from resnext_ignite.data import build_loaders
     from resnext_ignite.distributed import Ranks, StopAgreement, stop_on_signals, wrap_for_ranks
     from resnext_ignite.handlers import Parts, attach_handlers, build_average
-    from resnext_ignite.handlers.loggers import set_up_console
+    from resnext_ignite.handlers.loggers import describe, set_up_console
     from resnext_ignite.models import build_model
     from resnext_ignite.optim import build_lr_scheduler, build_optimizer
+    from resnext_ignite.pretrained import load_pretrained
+    from resnext_ignite.rank_failures import failures_named
     from resnext_ignite.run_folder import open_run
 
     ranks = Ranks.current()
     set_up_console(quiet=ranks.rank != 0)
     stop = StopAgreement(ranks, config.train.max_hours)
-    with stop_on_signals(stop) as begin, open_run(output_dir, config, ranks, resume=resume) as opened:
+    run_folder = open_run(output_dir, config, ranks, resume=resume)
+    with stop_on_signals(stop) as begin, run_folder as opened, failures_named(ranks):
         device = engines.resolve_device(opened.config.train.device, local_rank)
         loaders = build_loaders(opened.config, device, ranks)
         config = settle(opened.config, loaders.data, device)
@@ -62,7 +66,9 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
         loaders.train.start_iteration = attached.resume(config.train.epochs)
         begin()
         record = attached.train(loaders.train, len(loaders.train), config.train.epochs)
-        return record if ranks.rank == 0 else None
+    if ranks.rank == 0 and record is not None:
+        print(f"{describe(record)} at epoch {record['epoch']}")
+        print(f"run folder: {output_dir}")
 
 
 def settle(config: Config, data: Data, device: torch.device) -> Config:
@@ -130,16 +136,21 @@ def main(arguments: list[str]) -> int:
     check_shares(config, parsed.nproc_per_node or 1)
     output_dir = Path(parsed.output_dir) if parsed.output_dir else default_output_dir(Path(path))
 
-    from resnext_ignite.distributed import launch
-    from resnext_ignite.handlers.loggers import describe, set_up_console
+    # torch's C++ parts warn of a rank that is gone with a stack of frames; the run says it in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from resnext_ignite.handlers.loggers import set_up_console
+    from resnext_ignite.launch import launch
 
     set_up_console()
-    record = launch(
-        run, config, output_dir, parsed.resume, nproc_per_node=parsed.nproc_per_node, backend=parsed.backend
+    launch(
+        run,
+        config,
+        output_dir,
+        parsed.resume,
+        nproc_per_node=parsed.nproc_per_node,
+        backend=parsed.backend,
+        timeout_s=config.distributed.timeout_s,
     )
-    if record is not None:
-        print(f"{describe(record)} at epoch {record['epoch']}")
-        print(f"run folder: {output_dir}")
     return 0
 
 
@@ -150,4 +161,5 @@ def default_output_dir(config_path: Path) -> Path:
 
 
 if __name__ == "__main__":
+    end_start_on_signals()
     run_command(main)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import signal
+import subprocess
+import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine, Events
 from PIL import Image
 
-from resnext_ignite import train
+from resnext_ignite import engines, launch, train
 from resnext_ignite.checkpoint import load_checkpoint
+from resnext_ignite.errors import run_command
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.signals import end_start_on_signals
 
 # One thread: no OpenMP pool exists, so that a test may fork a run and kill it.
 torch.set_num_threads(1)
@@ -36,10 +46,15 @@ TINY = [
 TINY_ITERATIONS = 12
 
 
-def train_tiny(folder: Path, *overrides: str, resume: bool = False) -> int:
-    """The train command on a tiny model and data set: 3 epochs of 4 iterations, in well under a second each."""
+def tiny_arguments(folder: Path, *overrides: str, resume: bool = False) -> list[str]:
+    """The command line of a tiny run: 3 epochs of 4 iterations, in well under a second each."""
     arguments = ["--config", str(ROOT / "configs/quickstart.yaml"), "--output-dir", str(folder), *TINY, *overrides]
-    return train.main([*arguments, "--resume"] if resume else arguments)
+    return [*arguments, "--resume"] if resume else arguments
+
+
+def train_tiny(folder: Path, *overrides: str, resume: bool = False) -> int:
+    """The train command on a tiny model and data set, in this process."""
+    return train.main(tiny_arguments(folder, *overrides, resume=resume))
 
 
 def digest(folder: Path) -> dict[str, Any]:
@@ -73,6 +88,142 @@ class Payload:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.path),)
+
+
+def at_iteration(iteration: int, act: Callable[[Engine], None], monkeypatch: pytest.MonkeyPatch | None = None) -> None:
+    """Do something in a run right before its log point of an iteration: as the first handler of its end."""
+    create = engines.create_trainer
+
+    def with_hook(*args: Any, **kwargs: Any) -> Engine:
+        trainer = create(*args, **kwargs)
+
+        def hook(engine: Engine) -> None:
+            if engine.state.iteration == iteration:
+                act(engine)
+
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, hook)
+        return trainer
+
+    (monkeypatch or pytest.MonkeyPatch()).setattr(engines, "create_trainer", with_hook)
+
+
+def rank() -> int:
+    """The rank of this process in a run of several."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its exit code (negative: by that signal), what it said, and which processes it left."""
+
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+    left: list[int]
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that tell an error."""
+        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+
+
+class Command:
+    """The train command in a process of its own, forked from this one, in which torch is loaded; ranks fork from it.
+
+    Args:
+        patch: is called in that process first; its ranks inherit what it does.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        resume: bool = False,
+        ranks: int = 1,
+        patch: Callable[[], None] | None = None,
+    ) -> None:
+        self.outputs = [folder.with_name(f"{folder.name}.{time.monotonic_ns()}.{name}") for name in ("out", "err")]
+        self.began = time.monotonic()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._be_the_command(folder, overrides, resume, ranks, patch)
+
+    def _be_the_command(
+        self, folder: Path, overrides: tuple[str, ...], resume: bool, ranks: int, patch: Callable[[], None] | None
+    ) -> None:
+        code = 70
+        try:
+            os.setsid()
+            for number, path in enumerate(self.outputs, start=1):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            launch.mp.start_processes = functools.partial(launch.mp.start_processes, start_method="fork")
+            if patch is not None:
+                patch()
+            sys.argv = ["train", *tiny_arguments(folder, *overrides, resume=resume)]
+            if ranks > 1:
+                sys.argv += ["--nproc-per-node", str(ranks), "--backend", "gloo"]
+            end_start_on_signals()
+            run_command(train.main)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 70
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def processes(self) -> list[int]:
+        """All processes of this command that still run."""
+        found = []
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                # pid (name) state parent group session ...
+                state, _, _, session = status.read_text().rpartition(") ")[2].split()[:4]
+                if int(session) == self.pid and state != "Z":
+                    found.append(int(status.parent.name))
+        return found
+
+    def wait(self, seconds: float = 60) -> Outcome:
+        """Wait for the end; a command that does not come to it is killed, and fails the test."""
+        deadline = time.monotonic() + seconds
+        while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                os.killpg(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise AssertionError(f"no end after {seconds} s: {self.outputs[1].read_text()}")
+            time.sleep(0.02)
+        took = time.monotonic() - self.began
+        stdout, stderr = (path.read_text() for path in self.outputs)
+        return Outcome(os.waitstatus_to_exitcode(ended[1]), stdout, stderr, took, self.processes())
+
+    def wait_until_gone(self, seconds: float = 10) -> float:
+        """Wait until none of its processes runs; the seconds it took."""
+        began = time.monotonic()
+        while self.processes():
+            assert time.monotonic() - began < seconds, f"still there: {self.processes()}"
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int, *options: str) -> Iterator[Path]:
+    """A file system of `size` bytes in memory; skips the test where this user may not mount one."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -22,13 +22,13 @@ from resnext_ignite.checkpoint import (
     iteration_checkpoints,
     load_checkpoint,
     load_model,
-    load_pretrained,
-    newest_state,
+    newest_resume_point,
     save_checkpoint,
     verify_checkpoint,
 )
 from resnext_ignite.errors import CheckpointError
 from resnext_ignite.models import create_model
+from resnext_ignite.pretrained import load_pretrained
 from resnext_ignite.storage import replace_durably
 
 STATE: dict[str, Any] = {"model": {"w": torch.arange(200.0)}, "config": {"seed": 1}}
@@ -66,7 +66,7 @@ def test_damage_is_always_found(tmp_path: Path, with_sum: bool) -> None:
 
 
 def test_the_newest_good_one_is_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert newest_state(tmp_path / "none") is None
+    assert newest_resume_point(tmp_path / "none") is None
     for iteration in (2, 10, 9):
         save_checkpoint(tmp_path / f"iteration_{iteration:08}.pt", {"at": iteration})
     # File times prove nothing.
@@ -75,15 +75,16 @@ def test_the_newest_good_one_is_resumed(tmp_path: Path, caplog: pytest.LogCaptur
     newest = tmp_path / "iteration_00000010.pt"
     newest.write_bytes(newest.read_bytes()[:-9])
     logging.getLogger("resnext_ignite").propagate = True
-    state = newest_state(tmp_path)
-    assert state is not None
-    assert state["at"] == 9
+    point = newest_resume_point(tmp_path)
+    assert point is not None
+    assert point.state["at"] == 9
+    assert point.damaged == (newest,)
     assert "iteration_00000010.pt: damaged" in caplog.text
     assert "resuming from" in caplog.text
     for path in iteration_checkpoints(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used"):
-        newest_state(tmp_path)
+        newest_resume_point(tmp_path)
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

@@ -22,7 +22,7 @@ from resnext_ignite.errors import (
 )
 from resnext_ignite.run_folder import RunFolder
 
-COMMANDS = ("train", "evaluate", "report", "benchmark")
+COMMANDS = ("train", "evaluate", "report", "verify", "benchmark")
 
 
 def command(name: str, *arguments: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:

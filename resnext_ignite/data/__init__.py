@@ -14,7 +14,7 @@ from resnext_ignite.config_files import check_shares
 from resnext_ignite.data import cifar, imagefolder, shapes
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.imagefolder import ImageFiles, decode_into_memory, find_images
-from resnext_ignite.data.images import Images
+from resnext_ignite.data.images import Images, whole_color
 from resnext_ignite.data.loaders import EvalLoader, Split, TrainLoader
 from resnext_ignite.data.sampling import Purpose, TrainOrder, permutation
 from resnext_ignite.distributed import Ranks
@@ -47,6 +47,8 @@ class Data:
 
 def load_data(config: Config, ranks: Ranks, splits: tuple[str, ...] | None = None) -> Data:
     """Load the splits of a config: train, val (where images are held out), test.
+
+    Where `data.on_error` is skip, unreadable pictures of a training split in memory are marked (`Images.labels`).
 
     Args:
         splits: load only these; None: all there are.
@@ -132,7 +134,9 @@ def _decoded(files: Split, config: Config, split: str, ranks: Ranks) -> Split:
     if crops:
         raise ConfigError("data.in_memory: a random-resized crop reads the files; set one of the two to false")
     whole = config.data.in_memory is True
-    images = decode_into_memory(files, any_size=whole, progress=ranks.rank == 0)
+    skips = split == "train" and config.data.on_error == "skip"
+    fill = whole_color(config.data.mean or imagefolder.MEAN) if skips else None
+    images = decode_into_memory(files, any_size=whole, report=ranks.rank == 0, fill=fill)
     if images is None and whole:
         raise ConfigError(f"data.in_memory: the {split} split does not fit into memory; set it to null or false")
     return images or files
@@ -211,6 +215,7 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
         device,
         workers=data.workers,
         random_resized_crop=config.augment.random_resized_crop,
+        skip_unreadable=config.data.on_error == "skip",
     )
 
 
@@ -218,7 +223,7 @@ def build_eval_loader(config: Config, data: Data, split: str, device: torch.devi
     """The evaluation batches of this rank's share of a split.
 
     Raises:
-        DataError: the data has no such split.
+        DataError: the data has no such split, or pictures of it are marked as unreadable.
     """
     if split not in data.splits:
         raise DataError(f"the data has no {split} split; it has {', '.join(data.splits) or 'none'}")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnext_ignite.data.images import whole_color
 from resnext_ignite.data.sampling import Purpose, integers, uniform
 
 Color = tuple[float, float, float]
@@ -190,9 +191,7 @@ class Augment:
     def _fill(self, device: torch.device) -> Tensor | None:
         if self.crop_fill == "reflect":
             return None
-        # The mean colour is rounded to whole values: at most 0.5/255 off, a hundredth of a standard deviation.
-        color = tuple(round(255 * value) for value in self.mean) if self.crop_fill == "mean" else (0, 0, 0)
-        return _constant(color, torch.uint8, device)
+        return _constant(whole_color(self.mean) if self.crop_fill == "mean" else (0, 0, 0), torch.uint8, device)
 
     def _moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
         return _constant(self.mean, torch.float32, device), _constant(self.std, torch.float32, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tarfile
 from pathlib import Path
 
 import torch
@@ -20,25 +21,31 @@ _DATASETS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 def prepare_cifar(name: str, root: Path, *, download: bool) -> None:
     """Have the checked files of a data set in `root`: unpack the archive that lies there, or download it.
 
+    Files that are missing are unpacked once more; one that differs is never replaced in silence.
+
     Raises:
         DataError: a file is missing or its checksum is wrong, with both sums.
     """
     dataset = _DATASETS[name]
     files = _files(dataset, root)
-    if all(path.exists() for path, _ in files):
-        for path, md5 in files:
-            _check(path, md5)
+    there = [(path, md5) for path, md5 in files if path.exists()]
+    for path, md5 in there:
+        _check(path, md5)
+    if len(there) == len(files):
         return
     archive = root / dataset.filename
     if archive.exists():
         _check(archive, dataset.tgz_md5)
     elif download:
         _download(dataset, root)
+    elif there:
+        missing = next(path for path, _ in files if not path.exists())
+        raise DataError(f"{missing}: not there, nor is {archive}; set data.download=true, or put {dataset.url} there")
     else:
         raise DataError(f"{archive}: not there; set data.download=true, or put {dataset.url} there")
     try:
         extract_archive(str(archive), str(root))
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, tarfile.TarError) as error:
         raise DataError(f"{archive}: cannot be unpacked: {error}") from None
     for path, md5 in files:
         _check(path, md5)

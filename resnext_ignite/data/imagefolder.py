@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,9 +20,11 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from resnext_ignite.data.images import Images
+from resnext_ignite.data.images import UNREADABLE, Images
 from resnext_ignite.data.sampling import Purpose, uniform
 from resnext_ignite.errors import DataError
+
+log = logging.getLogger(__name__)
 
 # ImageNet's, as torchvision publishes them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -58,32 +62,46 @@ class ImageFiles:
         return ImageFiles(paths, self.labels[positions], self.indices[positions], self.size, self.crop_share)
 
     def load(self, positions: Tensor) -> Tensor:
-        """Decode, resize and centre-crop: int64 (n,) -> uint8 (n, size, size, 3).
+        """Decode, resize and centre-crop: int64 (n,) -> uint8 (n, size, size, 3); raises as `read`."""
+        return self.read(positions)[0]
+
+    def read(
+        self, positions: Tensor, crop_key: tuple[int, int] | None = None, fill: tuple[int, int, int] | None = None
+    ) -> tuple[Tensor, dict[int, str]]:
+        """Decode some pictures: int64 (n,) -> uint8 (n, size, size, 3), and why some could not be read.
+
+        Args:
+            crop_key: (seed, epoch): take each picture's keyed random-resized crop; None: the centre.
+            fill: the colour that stands for a picture that cannot be read, whose place among `positions` is then
+                returned with the reason; None: such a picture is an error.
 
         Raises:
-            DataError: a picture cannot be read; the line names it.
+            DataError: a picture cannot be read and there is no `fill`; the line names it.
         """
         pictures = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
-        for place, position in enumerate(positions.tolist()):
-            pictures[place] = center_crop(_open(self.paths[position]), self.size, self.crop_share)
-        return torch.from_numpy(pictures)
+        draws = None if crop_key is None else self._crop_draws(positions, *crop_key)
+        unreadable: dict[int, str] = {}
+        with _no_warnings():
+            for place, position in enumerate(positions.tolist()):
+                try:
+                    picture = _open(self.paths[position])
+                except DataError as error:
+                    if fill is None:
+                        raise
+                    pictures[place], unreadable[place] = fill, str(error)
+                    continue
+                if draws is None:
+                    pictures[place] = center_crop(picture, self.size, self.crop_share)
+                else:
+                    pictures[place] = _resized(picture, self.size, random_box(*picture.size, draws[place]))
+        return torch.from_numpy(pictures), unreadable
 
-    def load_random_crops(self, positions: Tensor, seed: int, epoch: int) -> Tensor:
-        """Decode and take each picture's keyed random-resized crop: int64 (n,) -> uint8 (n, size, size, 3).
-
-        Raises:
-            DataError: as `load`.
-        """
-        indices = self.indices[positions]
+    def _crop_draws(self, positions: Tensor, seed: int, epoch: int) -> list[list[list[float]]]:
+        """Uniform numbers: n times attempts times 4."""
         purposes = range(Purpose.RESIZED_CROP, Purpose.RESIZED_CROP + 4 * _ATTEMPTS)
-        # Shape (n, attempts, 4).
-        draws = torch.stack([uniform(seed, epoch, indices, k) for k in purposes], dim=1).view(-1, _ATTEMPTS, 4)
-        pictures = []
-        for position, draw in zip(positions.tolist(), draws.tolist(), strict=True):
-            picture = _open(self.paths[position])
-            box = random_box(picture.width, picture.height, draw)
-            pictures.append(np.asarray(picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box)))
-        return torch.from_numpy(np.stack(pictures))
+        indices = self.indices[positions]
+        draws = torch.stack([uniform(seed, epoch, indices, k) for k in purposes], dim=1)
+        return draws.view(-1, _ATTEMPTS, 4).tolist()
 
 
 def find_images(
@@ -98,10 +116,7 @@ def find_images(
         DataError: no such folder, no class, a class without a picture, or one that training does not know.
     """
     folder = root / split
-    try:
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}; an imagefolder holds {split}/<class>/*.jpg") from None
+    found = sorted(entry.name for entry in _entries(folder, split) if entry.is_dir())
     if not found:
         raise DataError(f"{folder}: holds no class folder; an imagefolder holds {split}/<class>/*.jpg")
     unknown = sorted(set(found) - set(classes or found))
@@ -111,13 +126,21 @@ def find_images(
     paths: list[str] = []
     labels: list[int] = []
     for name in found:
-        with os.scandir(folder / name) as entries:
-            files = sorted(entry.path for entry in entries if entry.name.lower().endswith(IMG_EXTENSIONS))
+        entries = _entries(folder / name, split)
+        files = sorted(entry.path for entry in entries if entry.name.lower().endswith(IMG_EXTENSIONS))
         if not files:
             raise DataError(f"{folder / name}: a class without a picture ({' '.join(IMG_EXTENSIONS)})")
         paths += files
         labels += [known.index(name)] * len(files)
     return paths, torch.tensor(labels), known
+
+
+def _entries(folder: Path, split: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}; an imagefolder holds {split}/<class>/*.jpg") from None
 
 
 def _open(path: str) -> Image.Image:
@@ -129,19 +152,34 @@ def _open(path: str) -> Image.Image:
         return picture.convert("RGB")
 
 
-def _size(path: str) -> tuple[int, int]:
-    with _named_errors(path), Image.open(path) as picture:
-        return picture.size
+def _has_size(path: str, size: int) -> bool:
+    # What cannot be read is met when it is decoded.
+    with contextlib.suppress(DataError), _named_errors(path), Image.open(path) as picture:
+        return picture.size == (size, size)
+    return True
 
 
 @contextlib.contextmanager
 def _named_errors(path: str) -> Iterator[None]:
     try:
         yield
+    except MemoryError:
+        raise
     except UnidentifiedImageError:
         raise DataError(f"{path}: not a picture; remove or replace it") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; remove or replace it") from None
+    except Exception as error:
+        # Whatever it is: PIL's readers answer damaged files with a dozen types, TypeError among them.
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+        raise DataError(f"{path}: cannot be read: {reason or type(error).__name__}; remove or replace it") from None
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    # PIL warns of odd metadata, which says nothing of the pixels. Never entered in a thread: the filters are the
+    # process's.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def center_crop(picture: Image.Image, size: int, share: float = 1.0) -> NDArray[np.uint8]:
@@ -150,7 +188,10 @@ def center_crop(picture: Image.Image, size: int, share: float = 1.0) -> NDArray[
         return np.asarray(picture)
     side = min(picture.size) * share
     left, top = (picture.width - side) / 2, (picture.height - side) / 2
-    box = (left, top, left + side, top + side)
+    return _resized(picture, size, (left, top, left + side, top + side))
+
+
+def _resized(picture: Image.Image, size: int, box: tuple[float, float, float, float]) -> NDArray[np.uint8]:
     return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box))
 
 
@@ -174,38 +215,54 @@ def random_box(width: int, height: int, draws: Sequence[Sequence[float]]) -> tup
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def decode_into_memory(files: ImageFiles, *, any_size: bool, progress: bool) -> Images | None:
+def decode_into_memory(
+    files: ImageFiles, *, any_size: bool, report: bool, fill: tuple[int, int, int] | None = None
+) -> Images | None:
     """Decode a whole split once, in parallel; None where it does not fit, or a picture has not `size` as it is.
 
     Args:
         any_size: resize pictures of other sizes instead of giving up.
-        progress: draw a bar on standard error.
+        report: draw a bar on standard error, and warn of pictures that cannot be read.
+        fill: as for `ImageFiles.read`; the label of such a picture is UNREADABLE.
 
     Raises:
-        DataError: a picture cannot be read.
+        DataError: a picture cannot be read and there is no `fill`; the line names it.
     """
     needed = len(files) * files.size**2 * 3
     if needed > _SHARE_OF_MEMORY * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         return None
-    # A look at a few headers spares large pictures a decoding in vain.
-    step = max(1, len(files) // _PROBES)
-    if not any_size and any(_size(path) != (files.size, files.size) for path in files.paths[::step]):
-        return None
     pictures = np.empty((len(files), files.size, files.size, 3), dtype=np.uint8)
+    unreadable: dict[int, str] = {}
 
     def decode(position: int) -> bool:
-        picture = _open(files.paths[position])
+        try:
+            picture = _open(files.paths[position])
+        except DataError as error:
+            if fill is None:
+                raise
+            pictures[position], unreadable[position] = fill, str(error)
+            return True
         if picture.size != (files.size, files.size) and not any_size:
             return False
         pictures[position] = center_crop(picture, files.size, files.crop_share)
         return True
 
-    bar: Any = tqdm(total=len(files), desc="decoding", unit=" images", disable=None if progress else True)
-    # Threads: PIL decodes outside the interpreter's lock.
-    with bar, ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        for start in range(0, len(files), 1024):
-            fits = list(pool.map(decode, range(start, min(start + 1024, len(files)))))
-            bar.update(len(fits))
-            if not all(fits):
-                return None
-    return Images(torch.from_numpy(pictures), files.labels, files.indices)
+    with _no_warnings():
+        # A look at a few headers spares large pictures a decoding in vain.
+        step = max(1, len(files) // _PROBES)
+        if not any_size and not all(_has_size(path, files.size) for path in files.paths[::step]):
+            return None
+        bar: Any = tqdm(total=len(files), desc="decoding", unit=" images", disable=None if report else True)
+        # Threads: PIL decodes outside the interpreter's lock.
+        with bar, ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+            for start in range(0, len(files), 1024):
+                fits = list(pool.map(decode, range(start, min(start + 1024, len(files)))))
+                bar.update(len(fits))
+                if not all(fits):
+                    return None
+    labels = files.labels.clone()
+    for position, reason in sorted(unreadable.items()):
+        labels[position] = UNREADABLE
+        if report:
+            log.warning("skipped: %s", reason)
+    return Images(torch.from_numpy(pictures), labels, files.indices)

@@ -5,8 +5,8 @@ Both kinds of split (in memory, as files) give the same batches; which images, i
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,22 @@ from torch.utils.data import DataLoader, Dataset
 
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.imagefolder import ImageFiles
-from resnext_ignite.data.images import Images
+from resnext_ignite.data.images import UNREADABLE, Images, whole_color
 from resnext_ignite.data.sampling import TrainOrder, rank_share
+from resnext_ignite.data.workers import ignore_signals, share, watched
 from resnext_ignite.errors import DataError
+
+log = logging.getLogger(__name__)
 
 Split = Images | ImageFiles
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images float32 (n, 3, H, W), labels int64 (n,), and the images' indices in their whole split int64 (n,)."""
+    """Images float32 (n, 3, H, W), labels int64 (n,), and the images' indices in their whole split int64 (n,).
+
+    The label of a training image that could not be read is UNREADABLE; the image is the mean colour.
+    """
 
     images: Tensor
     labels: Tensor
@@ -42,6 +48,7 @@ class TrainLoader:
         device: where batches are made.
         workers: processes that decode files.
         random_resized_crop: files: take a keyed random-resized crop instead of the centre.
+        skip_unreadable: files: mark a picture that cannot be read, and warn of it once, instead of raising.
     """
 
     def __init__(
@@ -53,10 +60,12 @@ class TrainLoader:
         *,
         workers: int = 0,
         random_resized_crop: bool = False,
+        skip_unreadable: bool = False,
     ) -> None:
         self.split, self.order, self.augment, self.device = split, order, augment, device
         self.workers = workers
-        self.random_resized_crop = random_resized_crop
+        self.random_resized_crop, self.skip_unreadable = random_resized_crop, skip_unreadable
+        self._warned: set[int] = set()
         self.start_iteration = 0
 
     def __len__(self) -> int:
@@ -64,7 +73,7 @@ class TrainLoader:
         return self.order.iterations_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises DataError for a picture that cannot be read."""
+        """Raises DataError for a picture that cannot be read (unless it is skipped) and for a dead worker."""
         batches = self.order.batches(self.start_iteration)
         if isinstance(self.split, Images):
             padded = self.augment.pad(self.split.pictures)
@@ -72,14 +81,28 @@ class TrainLoader:
                 yield self._batch(padded, positions, epoch, positions)
             return
         seed = self.augment.seed if self.random_resized_crop else None
-        for pictures, epoch, positions in _decoded(self.split, batches, self.workers, self.device, seed):
+        fill = whole_color(self.augment.mean) if self.skip_unreadable else None
+        decoder = _Decoder(self.split, seed, fill)
+        for pictures, epoch, positions, unreadable in _decoded(decoder, batches, self.workers, self.device):
+            self._warn({int(positions[place]): reason for place, reason in unreadable.items()})
             padded = self.augment.pad(pictures.to(self.device, non_blocking=True))
-            yield self._batch(padded, torch.arange(len(positions), device=self.device), epoch, positions)
+            places = torch.arange(len(positions), device=self.device)
+            yield self._batch(padded, places, epoch, positions, list(unreadable))
 
-    def _batch(self, padded: Tensor, places: Tensor, epoch: int, positions: Tensor) -> Batch:
+    def _warn(self, reasons: dict[int, str]) -> None:
+        for position in sorted(set(reasons) - self._warned):
+            log.warning("skipped: %s", reasons[position])
+        self._warned.update(reasons)
+
+    def _batch(
+        self, padded: Tensor, places: Tensor, epoch: int, positions: Tensor, unreadable: Sequence[int] = ()
+    ) -> Batch:
         # `places` are the batch's pictures in `padded`, `positions` those in the split.
         indices = self.split.indices[positions].to(self.device, non_blocking=True)
-        labels = self.split.labels[positions].to(self.device, non_blocking=True)
+        labels = self.split.labels[positions]
+        if unreadable:
+            labels[list(unreadable)] = UNREADABLE
+        labels = labels.to(self.device, non_blocking=True)
         return Batch(self.augment(padded, places, epoch, indices), labels, indices)
 
 
@@ -93,6 +116,11 @@ class EvalLoader:
         batch_size: images at once.
         rank, world_size: this rank takes a contiguous run of the split.
         workers: processes that decode files.
+
+    `common_batches` is the number of batches that every rank has.
+
+    Raises:
+        DataError: pictures of the split are marked UNREADABLE; an evaluation leaves none out.
     """
 
     def __init__(
@@ -106,8 +134,15 @@ class EvalLoader:
         world_size: int = 1,
         workers: int = 0,
     ) -> None:
+        unreadable = int((split.labels == UNREADABLE).sum())
+        if unreadable:
+            raise DataError(
+                f"{unreadable} of {len(split)} pictures cannot be read, and an evaluation skips none; "
+                "data.on_error=fail names the first"
+            )
         self.split, self.augment, self.device, self.batch_size = split, augment, device, batch_size
         self.share = rank_share(len(split), rank, world_size)
+        self.common_batches = -(-(len(split) // world_size) // batch_size)
         self.workers = workers
 
     def __len__(self) -> int:
@@ -115,65 +150,63 @@ class EvalLoader:
         return max(1, -(-len(self.share) // self.batch_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises DataError for a picture that cannot be read."""
+        """Raises DataError for a picture that cannot be read, and for a dead worker."""
         device = self.split.labels.device
         batches = ((0, part) for part in torch.arange(self.share.start, self.share.stop).split(self.batch_size))
-        decoded: Iterable[tuple[Tensor, int, Tensor]]
+        decoded: Iterable[Decoded]
         if isinstance(self.split, Images):
-            decoded = ((self.split.load(positions), 0, positions.to(device)) for _, positions in batches)
+            decoded = ((self.split.load(positions), 0, positions.to(device), {}) for _, positions in batches)
         else:
-            decoded = _decoded(self.split, batches, self.workers, self.device, None)
-        for pictures, _, positions in decoded:
+            decoded = _decoded(_Decoder(self.split), batches, self.workers, self.device)
+        for pictures, _, positions, _ in decoded:
             images = self.augment.plain(pictures.to(self.device, non_blocking=True))
             labels, indices = (part[positions].to(self.device) for part in (self.split.labels, self.split.indices))
             yield Batch(images, labels, indices)
 
 
-class _Decoder(Dataset[Any]):
-    """A batch at a time, in a worker process: (epoch, positions) -> (pictures, epoch, positions).
+# Pictures uint8 (n, size, size, 3), epoch, positions int64 (n,), and by place in the batch why some are unreadable.
+Decoded = tuple[Tensor, int, Tensor, dict[int, str]]
 
-    The key is plain numbers: a tensor would travel to the worker through shared memory, a file descriptor each.
+
+class _Decoder(Dataset[Any]):
+    """A batch at a time, in a worker process: (epoch, positions) -> (pictures, epoch, positions, unreadable).
+
+    Positions are plain numbers: each tensor travels through shared memory, a file descriptor each.
+
+    Args:
+        files: the split.
+        crop_seed: key of random-resized crops; None: the centre.
+        fill: as for `ImageFiles.read`.
     """
 
-    def __init__(self, files: ImageFiles, crop_seed: int | None) -> None:
-        self.files, self.crop_seed = files, crop_seed
+    def __init__(
+        self, files: ImageFiles, crop_seed: int | None = None, fill: tuple[int, int, int] | None = None
+    ) -> None:
+        self.files, self.crop_seed, self.fill = files, crop_seed, fill
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Tensor, int, Tensor] | DataError:
-        epoch, positions = key[0], torch.tensor(key[1], dtype=torch.int64)
+    def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Tensor, int, list[int], dict[int, str]] | DataError:
+        epoch, positions = key
+        crop_key = None if self.crop_seed is None else (self.crop_seed, epoch)
         try:
-            if self.crop_seed is None:
-                return self.files.load(positions), epoch, positions
-            return self.files.load_random_crops(positions, self.crop_seed, epoch), epoch, positions
+            pictures, unreadable = self.files.read(torch.tensor(positions, dtype=torch.int64), crop_key, self.fill)
+            return share(pictures), epoch, positions, unreadable
         except DataError as error:
             # Returned, since an error raised in a worker arrives wrapped in its traceback.
             return error
 
 
 def _decoded(
-    files: ImageFiles,
-    batches: Iterable[tuple[int, Tensor]],
-    workers: int,
-    device: torch.device,
-    crop_seed: int | None,
-) -> Iterator[tuple[Tensor, int, Tensor]]:
+    decoder: _Decoder, batches: Iterable[tuple[int, Tensor]], workers: int, device: torch.device
+) -> Iterator[Decoded]:
     loader = DataLoader(
-        _Decoder(files, crop_seed),
+        decoder,
         batch_size=None,
         sampler=((epoch, positions.tolist()) for epoch, positions in batches),
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
         # Its own generator: drawing the workers' seeds from torch's would change that one's state.
         generator=torch.Generator(),
     )
-    for item in loader:
-        if isinstance(item, DataError):
-            raise item
-        yield item
-
-
-def _ignore_signals(worker: int) -> None:
-    # A signal to the process group is the main process's to answer: it saves, then ends its workers.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for pictures, epoch, positions, unreadable in watched(loader):
+        yield pictures, epoch, torch.tensor(positions, dtype=torch.int64), unreadable

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 
-from resnext_ignite.checkpoint import load_checkpoint
 from resnext_ignite.config import Config
 from resnext_ignite.data import Loaders
 from resnext_ignite.distributed import Ranks, StopAgreement
 from resnext_ignite.engines import RunEvents
-from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints, Stateful
+from resnext_ignite.handlers.checkpointing import RunState, SaveBest, SaveCheckpoints, Stateful, best_weights
 from resnext_ignite.handlers.evaluation import BestRecord, Evaluation, FinalTest
 from resnext_ignite.handlers.loggers import MetricsFile, Progress, StatusFile, TensorBoard
 from resnext_ignite.handlers.session import AttachedRun, Parts
@@ -30,17 +29,19 @@ def attach_handlers(
     def lr() -> float:
         return float(parts.optimizer.param_groups[0]["lr"])
 
-    log_point = LogPoint(stop, lr, config.logging.every_iterations)
+    log_point = LogPoint(
+        stop, parts.lr_scheduler.rate_at, config.logging.every_iterations, max_skipped=config.data.max_skipped
+    )
     evaluation = Evaluation(
         parts.evaluator,
         loaders.evaluation[selection],
         selection,
         [parts.model] if parts.average is None else [parts.model, parts.average.ema_model],
-        ranks,
+        stop,
         every=config.evaluation.every,
         early=config.evaluation.early,
         lr=lr,
-        training=log_point.epoch_means,
+        training=log_point.epoch_figures,
     )
     best = BestRecord(
         selection,
@@ -76,25 +77,19 @@ def attach_handlers(
         status = StatusFile(run.folder, best, {"changes_on_resume": run.changes})
         _attach_writers(config, parts, run, status)
 
-    def save_best(engine: Engine) -> None:
-        if best.improved:
-            saver.save_as("best.pt")
-
-    trainer.add_event_handler(RunEvents.EVALUATED, save_best)
+    trainer.add_event_handler(RunEvents.EVALUATED, SaveBest(best, saver))
     # The resume point comes last, when everything it has to remember has happened.
     trainer.add_event_handler(Events.ITERATION_COMPLETED, saver.at_iteration)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.at_epoch_end)
     trainer.add_event_handler(Events.COMPLETED, lambda engine: saver.save_as("final.pt"))
     if selection == "val" and "test" in loaders.evaluation:
-
-        def best_weights() -> dict[str, Any]:
-            content = ranks.from_rank_zero(lambda: load_checkpoint(run.folder.checkpoints / "best.pt"))
-            return content["ema"] or content["model"]
-
-        final_test = FinalTest(evaluation, parts.evaluated, loaders.evaluation["test"], best_weights)
+        best_path = run.folder.checkpoints / "best.pt"
+        final_test = FinalTest(
+            evaluation, parts.evaluated, loaders.evaluation["test"], lambda: best_weights(best_path, best, ranks)
+        )
         trainer.add_event_handler(Events.COMPLETED, final_test)
     if ranks.rank == 0:
-        _attach_pictures(config, parts, loaders, run, saver)
+        _attach_pictures(config, parts, loaders, run, saver, evaluation)
     return AttachedRun(parts, state, evaluation, best, stop, status, run)
 
 
@@ -142,7 +137,9 @@ def _attach_writers(config: Config, parts: Parts, run: OpenRun, status: StatusFi
     Progress(config.train.batch_size).attach(parts.trainer)
 
 
-def _attach_pictures(config: Config, parts: Parts, loaders: Loaders, run: OpenRun, saver: SaveCheckpoints) -> None:
+def _attach_pictures(
+    config: Config, parts: Parts, loaders: Loaders, run: OpenRun, saver: SaveCheckpoints, evaluation: Evaluation
+) -> None:
     """TensorBoard and `curves.png`, on rank 0; after everything whose figures they show."""
     from resnext_ignite.handlers.pictures import AugmentedSheet, Curves, MistakeSheets
 
@@ -153,8 +150,13 @@ def _attach_pictures(config: Config, parts: Parts, loaders: Loaders, run: OpenRu
     if not config.logging.tensorboard:
         return
     new = run.state is None
-    board = TensorBoard(run.folder, None if run.state is None else run.state["trainer"]["iteration"])
+    resumed = -1 if run.state is None else run.state["trainer"]["iteration"]
+    pending = run.state is not None and _evaluation_pends(run.state, evaluation, config.train.epochs)
+    # A process that was killed may have written the points of an evaluation that is made again at this iteration.
+    board = TensorBoard(run.folder, resumed if pending else resumed + 1)
     board.attach(trainer, config, parts.model, loaders.data.selection, new=new)
+    if run.state is not None and pending:
+        board.write_metrics(run.state["handlers"]["log_point"]["last"], resumed)
     saver.before = board.flush
     if config.logging.images:
         if new:
@@ -164,3 +166,9 @@ def _attach_pictures(config: Config, parts: Parts, loaders: Loaders, run: OpenRu
         trainer.add_event_handler(RunEvents.EVALUATED, sheets)
         trainer.add_event_handler(Events.COMPLETED, sheets.draw)
     trainer.add_event_handler(Events.COMPLETED, lambda engine: board.close())
+
+
+def _evaluation_pends(state: dict[str, Any], evaluation: Evaluation, max_epochs: int) -> bool:
+    iteration, length = state["trainer"]["iteration"], state["trainer"]["epoch_length"]
+    made = state["handlers"]["evaluation"]["last_iteration"] >= iteration
+    return iteration % length == 0 and not made and evaluation.due(iteration // length, max_epochs)

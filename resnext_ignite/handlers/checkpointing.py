@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,9 +15,15 @@ from resnext_ignite.checkpoint import (
     checksum_path,
     iteration_checkpoint_path,
     iteration_checkpoints,
+    load_checkpoint,
     save_checkpoint,
 )
 from resnext_ignite.distributed import Ranks, StopAgreement, StopReason, average_statistics
+from resnext_ignite.errors import CheckpointError
+from resnext_ignite.handlers.evaluation import BestRecord
+from resnext_ignite.storage import warned_of
+
+log = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
@@ -97,7 +104,6 @@ class SaveCheckpoints:
         folder: of the checkpoint files.
         every_epochs, every_iterations, keep: as the config keys.
         stop: a stop by signal or time limit is saved at the iteration at which it was agreed.
-        saved: is told of every resume point that is safe on disk (on rank 0).
         before: is called before every save (flushes logs).
     """
 
@@ -111,11 +117,10 @@ class SaveCheckpoints:
         every_iterations: int,
         keep: int,
         before: Callable[[], None] = lambda: None,
-        saved: Callable[[Engine], None] = lambda engine: None,
     ) -> None:
         self.state, self.folder, self.stop = state, folder, stop
         self.every_epochs, self.every_iterations, self.keep = every_epochs, every_iterations, keep
-        self.before, self.saved = before, saved
+        self.before = before
 
     def due_inside_epoch(self, iteration: int) -> bool:
         """Whether an iteration is saved that does not end an epoch."""
@@ -132,8 +137,10 @@ class SaveCheckpoints:
             self._save(engine)
 
     def at_epoch_end(self, engine: Engine) -> None:
-        """Save after the evaluation."""
-        if engine.state.epoch % self.every_epochs == 0 or engine.state.epoch == engine.state.max_epochs:
+        """Save after the evaluation; where a signal came during it, what there is to save without it."""
+        epoch = engine.state.epoch
+        due = epoch % self.every_epochs == 0 or epoch == engine.state.max_epochs
+        if due or self.stop.reason == StopReason.SIGNAL:
             self._save(engine)
 
     def _save(self, engine: Engine) -> None:
@@ -145,7 +152,6 @@ class SaveCheckpoints:
         for old in iteration_checkpoints(self.folder)[self.keep :]:
             old.unlink()
             checksum_path(old).unlink(missing_ok=True)
-        self.saved(engine)
 
     def save_as(self, name: str) -> None:
         """Write the state under a name of its own (`best.pt`, `final.pt`)."""
@@ -153,3 +159,44 @@ class SaveCheckpoints:
         if self.state.ranks.rank == 0:
             self.before()
             save_checkpoint(self.folder / name, content)
+
+
+class SaveBest:
+    """Keeps `best.pt`; attach it to RunEvents.EVALUATED, after `best`. A run can do without: a full disk is warned of.
+
+    Args:
+        best: says whether the evaluation is the best so far.
+    """
+
+    def __init__(self, best: BestRecord, saver: SaveCheckpoints) -> None:
+        self.best, self.saver = best, saver
+
+    def __call__(self, engine: Engine) -> None:
+        if not self.best.improved:
+            return
+        saved = False
+        with warned_of("best.pt"):
+            self.saver.save_as("best.pt")
+            saved = True
+        if not self.saver.state.ranks.from_rank_zero(lambda: saved):
+            self.best.withdraw()
+
+
+def best_weights(path: Path, best: BestRecord, ranks: Ranks) -> dict[str, torch.Tensor] | None:
+    """The weights that were best, from their checkpoint; None, with a warning, where it does not hold them."""
+
+    def read() -> dict[str, torch.Tensor] | None:
+        if best.best is None:
+            return None
+        try:
+            content = load_checkpoint(path)
+        except CheckpointError as error:
+            log.warning(f"{error}; the test split is read with the last weights")
+            return None
+        if content["trainer"]["iteration"] != best.best["iteration"]:
+            log.warning(f"{path} is not of the best evaluation; the test split is read with the last weights")
+            return None
+        weights: dict[str, torch.Tensor] = content["ema"] or content["model"]
+        return weights
+
+    return ranks.from_rank_zero(read)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from torch import nn
 
-from resnext_ignite.distributed import Ranks, StopAgreement, StopReason, average_statistics
+from resnext_ignite.data.loaders import EvalLoader
+from resnext_ignite.distributed import Pace, StopAgreement, StopReason, average_statistics
 from resnext_ignite.engines import RunEvents
 from resnext_ignite.errors import NonFiniteError
 from resnext_ignite.run_folder import Record
+
+
+class _AbandonedError(Exception):
+    """An evaluation that ends before its last batch, since the run is asked to stop."""
 
 
 class Evaluation:
@@ -22,35 +27,41 @@ class Evaluation:
 
     Attach it to STARTED (before the first iteration, or where a run was cut between an epoch's last iteration and its
     evaluation) and to EPOCH_COMPLETED. `state.record` is what `metrics.jsonl` holds; `state.evaluation` has the
-    confusion matrix and the worst mistakes besides.
+    confusion matrix and the worst mistakes besides. Where a signal asks for a stop it is given up, on all ranks at the
+    same batch, and the run ends; a resumed run makes it anew.
 
     Args:
         evaluator: from `create_evaluator`.
         loader: the split on which the best epoch is chosen.
         split: its name.
         models: whose BatchNorm statistics are averaged over ranks first; the evaluated one among them.
+        stop: agrees on stops over all ranks.
         every, early: epochs, as the config keys.
         lr: reads the learning rate at hand.
-        training: reads the training loss and speed of the epoch.
+        training: reads the figures of the epoch's training that stand in the record.
     """
 
     def __init__(
         self,
         evaluator: Engine,
-        loader: Iterable[Any],
+        loader: EvalLoader,
         split: str,
         models: list[nn.Module],
-        ranks: Ranks,
+        stop: StopAgreement,
         *,
         every: int,
         early: tuple[int, ...],
         lr: Callable[[], float],
         training: Callable[[], dict[str, float | None]],
     ) -> None:
-        self.evaluator, self.loader, self.split, self.models, self.ranks = evaluator, loader, split, models, ranks
+        self.evaluator, self.loader, self.split, self.models, self.stop = evaluator, loader, split, models, stop
         self.every, self.early, self.lr, self.training = every, early, lr, training
         self.last_iteration = -1
         self.records = 0
+        self.abandoned = False
+        self._pace = Pace(stop)
+        self._common_batches = 0
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._meet)
         self._seconds_before = 0.0
         self._started = time.monotonic()
 
@@ -58,23 +69,33 @@ class Evaluation:
         """Whether the end of an epoch (0: the start of the run) is evaluated."""
         return epoch in self.early or (epoch > 0 and epoch % self.every == 0) or epoch == max_epochs
 
-    def __call__(self, engine: Engine) -> None:
+    def pending(self, engine: Engine) -> bool:
+        """Whether the run stands at an evaluation that is due and not made."""
         state = engine.state
         assert state.max_epochs is not None
-        if state.iteration % (state.epoch_length or 1) or state.iteration <= self.last_iteration:
-            return
-        if self.due(state.epoch, state.max_epochs):
+        at_an_end = state.iteration % (state.epoch_length or 1) == 0
+        return at_an_end and state.iteration > self.last_iteration and self.due(state.epoch, state.max_epochs)
+
+    def __call__(self, engine: Engine) -> None:
+        if self.pending(engine):
             self.evaluate(engine, self.loader, self.split)
 
-    def evaluate(self, engine: Engine, loader: Iterable[Any], split: str) -> Record:
+    def evaluate(self, engine: Engine, loader: EvalLoader, split: str) -> None:
         """Evaluate a split now.
 
         Raises:
             NonFiniteError: the loss is not finite.
         """
         for model in self.models:
-            average_statistics(model, self.ranks)
-        self.evaluator.run(loader)
+            average_statistics(model, self.stop.ranks)
+        self._pace.start(0)
+        self._common_batches = loader.common_batches
+        try:
+            self.evaluator.run(loader)
+        except _AbandonedError:
+            self.abandoned = True
+            engine.terminate(skip_completed=True)
+            return
         result = self.evaluator.state.metrics
         if not math.isfinite(result["loss"]):
             raise NonFiniteError(
@@ -93,7 +114,14 @@ class Evaluation:
         self.last_iteration = engine.state.iteration
         self.records += 1
         engine.fire_event(RunEvents.EVALUATED)
-        return engine.state.record
+
+    def _meet(self, evaluator: Engine) -> None:
+        # Only at batches that every rank has: their shares may differ by one.
+        batch = evaluator.state.iteration
+        if batch < self._common_batches and self._pace.due(batch):
+            self._pace.exchange(batch, torch.zeros(0, dtype=torch.float64))
+            if self.stop.reason == StopReason.SIGNAL:
+                raise _AbandonedError
 
     def wall_seconds(self) -> float:
         """Seconds of this run, over all its processes, without the time between them."""
@@ -135,6 +163,7 @@ class BestRecord:
         self.patience, self.min_delta, self.target_error = patience, min_delta, target_error
         self.best: Record | None = None
         self.improved = False
+        self._before: Record | None = None
         self._reference: float | None = None
         self._without = 0
 
@@ -145,7 +174,7 @@ class BestRecord:
             return
         error = record["top1_error"]
         if self.best is None or error < self.best["top1_error"]:
-            self.best, self.improved = record, True
+            self._before, self.best, self.improved = self.best, record, True
         if self._reference is None or error < self._reference - self.min_delta:
             self._reference, self._without = error, 0
         else:
@@ -154,6 +183,10 @@ class BestRecord:
         if verdict:
             self.stop.decide(verdict)
             engine.terminate()
+
+    def withdraw(self) -> None:
+        """Go back to the best before this one, whose weights could not be kept."""
+        self.best, self.improved = self._before, False
 
     def verdict(self) -> StopReason:
         """Whether the records so far end the run."""
@@ -178,21 +211,21 @@ class FinalTest:
         evaluation: records it.
         model: the evaluated model; it is given the best weights for this, and its own back.
         loader: the test split.
-        best_weights: reads the best weights on every rank; None where no epoch was evaluated.
+        best_weights: reads the best weights on every rank; None: the model's own are taken.
     """
 
     def __init__(
         self,
         evaluation: Evaluation,
         model: nn.Module,
-        loader: Iterable[Any],
-        best_weights: Callable[[], dict[str, torch.Tensor]],
+        loader: EvalLoader,
+        best_weights: Callable[[], dict[str, torch.Tensor] | None],
     ) -> None:
         self.evaluation, self.model, self.loader, self.best_weights = evaluation, model, loader, best_weights
 
     def __call__(self, engine: Engine) -> None:
         own = {key: value.clone() for key, value in self.model.state_dict().items()}
-        self.model.load_state_dict(self.best_weights())
+        self.model.load_state_dict(self.best_weights() or own)
         try:
             self.evaluation.evaluate(engine, self.loader, "test")
         finally:

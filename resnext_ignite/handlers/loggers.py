@@ -6,6 +6,8 @@ import datetime
 import json
 import logging
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from ignite.engine import Engine, Events
@@ -20,6 +22,7 @@ from resnext_ignite.config_files import dump_config
 from resnext_ignite.engines import RunEvents
 from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.run_folder import Record, RunFolder
+from resnext_ignite.storage import warned_of
 
 log = logging.getLogger(__name__)
 _SCALARS = ("loss", "top1_error", "lr", "images_per_s")
@@ -56,7 +59,7 @@ def describe(record: Record) -> str:
 
 
 class Progress:
-    """Training progress: a bar where standard error is a terminal, else a line at each log point.
+    """Training progress: a bar where standard error is a terminal, else a line at each RunEvents.PROGRESS.
 
     Args:
         images_per_iteration: over all ranks, for the time that is left.
@@ -70,10 +73,10 @@ class Progress:
         """Attach to the trainer, in the form that fits standard error."""
         trainer.add_event_handler(RunEvents.EVALUATED, self.say_evaluation)
         if not sys.stderr.isatty():
-            trainer.add_event_handler(RunEvents.METRICS_READY, self.say_metrics)
+            trainer.add_event_handler(RunEvents.PROGRESS, self.say_metrics)
             return
-        trainer.add_event_handler(RunEvents.METRICS_READY, self._mark)
-        # Drawn at log points only: a terminal is slower than an iteration, and nothing new is known between.
+        trainer.add_event_handler(RunEvents.PROGRESS, self._mark)
+        # Drawn at these points only: a terminal is slower than an iteration, and nothing new is known between.
         at_log_point = Events.ITERATION_COMPLETED(event_filter=lambda engine, iteration: iteration == self._drawn)
         bar = ProgressBar(file=sys.stderr)
         bar.attach(trainer, output_transform=lambda output: self._postfix(trainer), event_name=at_log_point)
@@ -130,16 +133,50 @@ class StatusFile:
 
     def __call__(self, engine: Engine, state: str = "running", exit_code: int | None = None, reason: str = "") -> None:
         self.last = getattr(engine.state, "record", None) or self.last
-        self.folder.write_status(
-            state,
-            exit_code=exit_code,
-            epoch=engine.state.epoch,
-            iteration=engine.state.iteration,
-            reason=reason,
-            last=self.last,
-            best=self.best.best,
-            **self.facts,
-        )
+        with warned_of("status.json"):
+            self.folder.write_status(
+                state,
+                exit_code=exit_code,
+                epoch=engine.state.epoch,
+                iteration=engine.state.iteration,
+                reason=reason,
+                last=self.last,
+                best=self.best.best,
+                **self.facts,
+            )
+
+
+class _DispensableEvents:
+    """TensorBoard's writer as long as the disk takes what it writes; after that, with a warning, nothing."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer, self.failed = writer, False
+
+    def add_event(self, *event: Any) -> None:
+        self._try(self.writer.add_event, *event)
+
+    def flush(self) -> None:
+        self._try(self.writer.flush)
+
+    def close(self) -> None:
+        self._try(self.writer.close)
+
+    def get_logdir(self) -> str:
+        return str(self.writer.get_logdir())
+
+    def _try(self, act: Callable[..., None], *args: Any) -> None:
+        if self.failed:
+            return
+        self.failed = True
+        with warned_of("TensorBoard's events"):
+            act(*args)
+            self.failed = False
+
+
+def _mute_writer_thread(arguments: threading.ExceptHookArgs) -> None:
+    # What it died of is raised again at the next event, and answered there.
+    if type(arguments.thread).__name__ != "_AsyncWriterThread" or not isinstance(arguments.exc_value, OSError):
+        threading.__excepthook__(arguments)
 
 
 class TensorBoard:
@@ -147,14 +184,14 @@ class TensorBoard:
 
     Args:
         folder: where the event files go.
-        resumed_iteration: points after it, of a process that was killed, are purged; None: a new run, or one that was
-            cut before its first checkpoint, all of whose points are.
+        purge_from: points from this iteration on, of a process that was killed, are purged.
     """
 
-    def __init__(self, folder: RunFolder, resumed_iteration: int | None) -> None:
-        purge = 0 if resumed_iteration is None else resumed_iteration + 1
-        self.logger = TensorboardLogger(log_dir=str(folder.path), purge_step=purge)
+    def __init__(self, folder: RunFolder, purge_from: int) -> None:
+        threading.excepthook = _mute_writer_thread
+        self.logger = TensorboardLogger(log_dir=str(folder.path), purge_step=purge_from)
         self.writer = self.logger.writer
+        self.writer.file_writer.event_writer = _DispensableEvents(self.writer.file_writer.event_writer)
 
     def attach(self, trainer: Engine, config: Config, model: nn.Module, split: str, *, new: bool) -> None:
         """Attach scalars, and histograms if asked; write the config down where the run is new.
@@ -170,6 +207,12 @@ class TensorBoard:
             self.logger.attach(trainer, WeightsHistHandler(model), Events.EPOCH_COMPLETED)
         if new:
             self._write_config(config, split)
+
+    def write_metrics(self, metrics: dict[str, float], iteration: int) -> None:
+        """Scalars of a log point."""
+        for name in _SCALARS:
+            if name in metrics:
+                self.writer.add_scalar(f"train/{name}", metrics[name], iteration)
 
     def write_evaluation(self, engine: Engine) -> None:
         """Scalars of an evaluation, by split."""

@@ -13,6 +13,7 @@ from resnext_ignite.data.loaders import Split
 from resnext_ignite.handlers.loggers import TensorBoard
 from resnext_ignite.pictures import draw_confusion, draw_curves, draw_sheet, figure_to_array, save_figure
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.storage import warned_of
 
 
 class Curves:
@@ -28,7 +29,8 @@ class Curves:
 
     def draw(self) -> None:
         """Draw now."""
-        save_figure(draw_curves({self.name: self.folder.read_metrics()}), self.folder.curves)
+        with warned_of("curves.png"):
+            save_figure(draw_curves({self.name: self.folder.read_metrics()}), self.folder.curves)
         self._last = time.monotonic()
 
 

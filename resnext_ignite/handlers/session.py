@@ -12,7 +12,7 @@ from torch import nn, optim
 
 from resnext_ignite.checkpoint import load_checkpoint
 from resnext_ignite.distributed import StopAgreement, StopReason
-from resnext_ignite.errors import PreemptedError
+from resnext_ignite.errors import CheckpointError, PreemptedError
 from resnext_ignite.handlers.checkpointing import RunState
 from resnext_ignite.handlers.evaluation import BestRecord, Evaluation
 from resnext_ignite.handlers.loggers import StatusFile
@@ -91,33 +91,40 @@ class AttachedRun:
                 return self.state.ranks.from_rank_zero(lambda: self.run.folder.read_metrics()[-1])
             # It was cut after its last iteration was saved: what follows that is left.
             self._forget_lost_evaluations()
-            trainer.fire_event(Events.COMPLETED)
+            if self.evaluation.pending(trainer):
+                trainer.fire_event(Events.EPOCH_COMPLETED)
+            if not self.evaluation.abandoned:
+                trainer.fire_event(Events.COMPLETED)
         else:
             self._forget_lost_evaluations()
             trainer.run(loader, max_epochs=max_epochs, epoch_length=epoch_length)
-        return self._finish(trainer.state.iteration >= epoch_length * max_epochs)
+        ended = trainer.state.iteration >= epoch_length * max_epochs and not self.evaluation.abandoned
+        return self._finish(ended, started_at)
 
     def _is_finished(self, iteration: int) -> bool:
-        final = self.run.folder.checkpoints / "final.pt"
-        ranks = self.state.ranks
-        return ranks.from_rank_zero(
-            lambda: (
-                final.exists()
-                and load_checkpoint(final)["trainer"]["iteration"] == iteration
-                and self.run.folder.read_status().get("state") in ("completed", "stopped_early")
-            )
-        )
+        def is_finished() -> bool:
+            if self.run.folder.read_status().get("state") not in ("completed", "stopped_early"):
+                return False
+            try:
+                final = load_checkpoint(self.run.folder.checkpoints / "final.pt")
+            except CheckpointError:
+                return False
+            return bool(final["trainer"]["iteration"] == iteration)
+
+        return self.state.ranks.from_rank_zero(is_finished)
 
     def _forget_lost_evaluations(self) -> None:
         # Those after the saved state will be made again.
         if self.state.ranks.rank == 0:
             self.run.folder.keep_metrics(self.evaluation.records)
 
-    def _finish(self, whole: bool) -> Record | None:
+    def _finish(self, whole: bool, started_at: int) -> Record | None:
         state = self.parts.trainer.state
         if self.stop.reason == StopReason.SIGNAL and not whole:
-            name = f" by {self.stop.signal_name}" if self.stop.signal_name else ""
-            raise PreemptedError(f"stopped{name} and saved at iteration {state.iteration}; continue with --resume")
+            name = self.stop.signal_name
+            if state.iteration == started_at == 0:
+                raise PreemptedError(f"stopped by {name} before there was anything to save; start again with --resume")
+            raise PreemptedError(f"stopped by {name} and saved at iteration {state.iteration}; continue with --resume")
         if self.status is not None:
             reason = "" if whole else _REASONS[self.stop.reason or self.best.verdict()]
             if reason:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,102 +10,120 @@ from ignite.engine import Engine
 from ignite.handlers import EMAHandler
 
 from resnext_ignite.config import Config
-from resnext_ignite.distributed import StopAgreement
+from resnext_ignite.distributed import Pace, StopAgreement
 from resnext_ignite.engines import RunEvents
-from resnext_ignite.errors import NonFiniteError
-
-_LONGEST_SILENCE_S = 5.0
+from resnext_ignite.errors import DataError, NonFiniteError
+from resnext_ignite.metrics import TrainingSums
 
 
 class LogPoint:
-    """Reads the training metrics of all ranks every so often, settles stops, and refuses numbers that are not finite.
+    """Meets the other ranks every so often: settles stops, refuses bad numbers, and makes the training metrics.
 
-    A log point is due `every_iterations` after the last one or about five seconds after it, whichever comes first -
-    each one settles when the next is, for all ranks -, at the end of an epoch, and before a save: so that nothing
-    computed after a bad number is ever evaluated or written. Attach it to ITERATION_COMPLETED.
+    Ranks meet (`Pace`) at least about every five seconds and before a save, so that nothing computed after a bad
+    number is ever evaluated or written. A log point is a meeting at a multiple of `every_iterations` or the end of an
+    epoch, wherever the run was cut. Attach it to ITERATION_COMPLETED.
 
-    Sets `engine.state.metrics`: loss, top1_error (percent, of augmented images), lr, images_per_s; then fires
-    RunEvents.METRICS_READY.
+    Sets `engine.state.metrics`, over all ranks since the last log point: loss, top1_error (percent, of augmented
+    images), lr, images_per_s, skipped_updates; then fires RunEvents.METRICS_READY and RunEvents.PROGRESS.
 
     Args:
         stop: agrees on stops over all ranks.
-        lr: reads the learning rate at hand.
-        every_iterations: longest distance of two log points.
+        lr_at: the learning rate of an iteration, counted from 1.
+        every_iterations: distance of two log points.
+        max_skipped: unreadable images an epoch that are left out.
         save_due: whether a checkpoint is written after an iteration inside an epoch.
 
     Raises:
         NonFiniteError: a loss or gradient was not finite.
+        DataError: too many images of this epoch could not be read.
     """
+
+    # What is summed between log points, and over an epoch: TrainingSums', and seconds.
+    _SIZE = len(TrainingSums.NAMES) + 1
 
     def __init__(
         self,
         stop: StopAgreement,
-        lr: Callable[[], float],
+        lr_at: Callable[[int], float],
         every_iterations: int,
+        max_skipped: int = 0,
         save_due: Callable[[int], bool] = lambda iteration: False,
     ) -> None:
-        self.stop, self.lr, self.every_iterations, self.save_due = stop, lr, every_iterations, save_due
-        self.next_iteration: int | None = None
-        self._last_iteration = 0
-        self._since = time.monotonic()
-        self._epoch = torch.zeros(3, dtype=torch.float64)
+        self.stop, self.lr_at, self.every_iterations = stop, lr_at, every_iterations
+        self.max_skipped, self.save_due = max_skipped, save_due
+        self.last: dict[str, float] = {}
+        self._pace = Pace(stop)
+        self._since_log = torch.zeros(self._SIZE, dtype=torch.float64)
+        self._epoch = torch.zeros(self._SIZE, dtype=torch.float64)
 
     def begin_epoch(self, engine: Engine) -> None:
         """Attach to EPOCH_STARTED: leave the time of evaluations out, and start an epoch's sums anew."""
-        if self.next_iteration is None:
-            self._last_iteration = engine.state.iteration
-            self.next_iteration = engine.state.iteration + self.every_iterations
-        self._since = time.monotonic()
+        self._pace.start(engine.state.iteration)
         if engine.state.iteration % (engine.state.epoch_length or 1) == 0:
             self._epoch.zero_()
 
     def __call__(self, engine: Engine) -> None:
         iteration, length = engine.state.iteration, engine.state.epoch_length
         assert length is not None
-        assert self.next_iteration is not None
-        if iteration >= self.next_iteration or iteration % length == 0 or self.save_due(iteration):
-            self._read(engine, iteration)
+        logs = iteration % self.every_iterations == 0 or iteration % length == 0
+        in_time = self._pace.due(iteration)
+        if logs or in_time or self.save_due(iteration):
+            self._meet(engine, iteration)
+            if logs:
+                self._since_log.zero_()
+                self.last = dict(engine.state.metrics)
+                engine.fire_event(RunEvents.METRICS_READY)
+            if logs or in_time:
+                engine.fire_event(RunEvents.PROGRESS)
         if self.stop.reason and iteration != length * (engine.state.max_epochs or 0):
             engine.terminate(skip_completed=True)
 
-    def _read(self, engine: Engine, iteration: int) -> None:
-        numbers = engine.state.sums.read_and_reset()
-        elapsed = time.monotonic() - self._since
-        # (world_size, 5): loss, correct answers, images, first bad iteration, seconds
-        numbers = self.stop.exchange(torch.cat([numbers, torch.tensor([elapsed], dtype=torch.float64)]))
-        first_bad = numbers[:, 3].min().item()
+    def _meet(self, engine: Engine, iteration: int) -> None:
+        # (world_size, 7): the sums, the first bad iteration, seconds
+        numbers = self._pace.exchange(iteration, engine.state.sums.read_and_reset())
+        first_bad = numbers[:, -2].min().item()
         if first_bad <= iteration:
             raise NonFiniteError(
-                f"iteration {first_bad:.0f}: the loss or gradient is not finite (learning rate {self.lr():.4g}); "
+                f"iteration {first_bad:.0f}: the loss or gradient is not finite "
+                f"(learning rate {self.lr_at(int(first_bad)):.4g}); "
                 "lower optimizer.lr, lengthen schedule.warmup_epochs or set train.clip_grad_norm"
             )
-        loss, correct, images = numbers[:, :3].sum(0).tolist()
-        seconds = numbers[:, 4].max().item()
-        self._epoch += torch.tensor([loss, images, seconds], dtype=torch.float64)
+        sums = torch.cat([numbers[:, :-2].sum(0), numbers[:, -1].max()[None]])
+        self._since_log += sums
+        self._epoch += sums
+        loss, correct, images, _, skipped_updates, seconds = self._since_log.tolist()
         engine.state.metrics.update(
-            loss=loss / images,
-            top1_error=100 * (1 - correct / images),
-            lr=self.lr(),
+            loss=loss / max(images, 1),
+            top1_error=100 * (1 - correct / max(images, 1)),
+            lr=self.lr_at(iteration),
             images_per_s=images / max(seconds, 1e-9),
+            skipped_updates=skipped_updates,
         )
-        in_five_seconds = int(_LONGEST_SILENCE_S / max(seconds, 1e-9) * (iteration - self._last_iteration))
-        self.next_iteration = iteration + max(1, min(self.every_iterations, in_five_seconds))
-        self._last_iteration, self._since = iteration, time.monotonic()
-        engine.fire_event(RunEvents.METRICS_READY)
+        unreadable = int(self._epoch[3])
+        if unreadable > self.max_skipped:
+            raise DataError(
+                f"{unreadable} training images of this epoch cannot be read, more than data.max_skipped "
+                f"{self.max_skipped}; mend those named above, or raise it"
+            )
 
-    def epoch_means(self) -> dict[str, float | None]:
-        """Training loss and images/s over the epoch so far; None before the first log point."""
-        loss, images, seconds = self._epoch.tolist()
-        if not images:
-            return {"train_loss": None, "images_per_s": None}
-        return {"train_loss": loss / images, "images_per_s": images / max(seconds, 1e-9)}
+    def epoch_figures(self) -> dict[str, float | None]:
+        """Training loss, images/s and what was left out, over the epoch so far; None before the first meeting."""
+        loss, _, images, unreadable, skipped_updates, seconds = self._epoch.tolist()
+        return {
+            "train_loss": loss / images if images else None,
+            "images_per_s": images / max(seconds, 1e-9) if images else None,
+            "skipped_images": int(unreadable),
+            "skipped_updates": int(skipped_updates),
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch's sums; log points themselves start anew at a checkpoint, before which there always is one."""
-        return {"epoch": self._epoch.tolist()}
+        """The sums since the last log point and over the epoch, and the last metrics."""
+        return {"since_log": self._since_log.tolist(), "epoch": self._epoch.tolist(), "last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._since_log = torch.tensor(state["since_log"], dtype=torch.float64)
         self._epoch = torch.tensor(state["epoch"], dtype=torch.float64)
+        self.last = state["last"]
 
 
 class WeightAverage(EMAHandler):

@@ -1,0 +1,110 @@
+"""Processes that decode: what a DataLoader does not say, or says in a traceback, when they or their memory fail."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+from resnext_ignite.errors import DataError
+
+_SHM_FULL = "/dev/shm is full: enlarge it (docker run --shm-size=8g) or set data.workers=0"
+_ADVICE = {
+    signal.SIGKILL: "as when memory runs out; lower data.workers or give the machine more memory",
+    signal.SIGBUS: "as when /dev/shm is full; enlarge it (docker run --shm-size=8g) or set data.workers=0",
+}
+
+
+def ignore_signals(worker: int) -> None:
+    """Leave a signal to the process group to the main process: it saves, then ends its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def share(batch: Tensor) -> Tensor:
+    """Move a batch into the memory that the main process reads, where this is a worker.
+
+    Raises:
+        DataError: there is no room.
+    """
+    if get_worker_info() is None:
+        return batch
+    try:
+        # Left to the queue's own thread, a failure is printed, the batch lost, and waited for without end.
+        return batch.share_memory_()
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"{_SHM_FULL} ({' '.join(str(error).split())})") from None
+
+
+def watched(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What a loader gives; a DataError among it is raised. Its workers end with this, however it ends.
+
+    Raises:
+        DataError: a worker gave one, could not be started or is dead, or /dev/shm is full.
+    """
+    others = set(multiprocessing.active_children())
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        if loader.num_workers:
+            # Asked for before torch does, which leaves a traceback behind.
+            multiprocessing.Lock()
+        items = iter(loader)
+    except OSError as error:
+        reason = _SHM_FULL if error.errno == errno.ENOSPC else f"{error.strerror}; lower data.workers, or set it to 0"
+        raise DataError(f"data workers cannot be started: {reason}") from None
+    if signal.getsignal(signal.SIGCHLD) is not handler:
+        # torch's raises in the middle of whatever runs when a worker dies, a save too; here each batch asks.
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    # Deaf to SIGTERM, workers that a traceback keeps until the process exits would keep it from exiting.
+    end = Finalize(None, _end, (workers,), exitpriority=0)
+    atexit.register(end)
+    try:
+        while True:
+            _check(workers)
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError):
+                # A broken connection may be seen a moment before the death that broke it.
+                _check(workers, patience=1.0)
+                raise
+            if isinstance(item, DataError):
+                raise item
+            yield item
+    finally:
+        del items
+        end()
+        atexit.unregister(end)
+
+
+def _check(workers: list[BaseProcess], patience: float = 0.0) -> None:
+    ended = wait([worker.sentinel for worker in workers], patience) if workers else []
+    if not ended:
+        return
+    dead = next(worker for worker in workers if worker.sentinel in ended)
+    dead.join()
+    code = dead.exitcode or 0
+    if code >= 0:
+        raise DataError(f"a data worker (pid {dead.pid}) left with exit code {code}; try data.workers=0") from None
+    killer = signal.Signals(-code)
+    advice = _ADVICE.get(killer, "try data.workers=0")
+    raise DataError(f"a data worker (pid {dead.pid}) was killed by {killer.name}, {advice}") from None
+
+
+def _end(workers: list[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()

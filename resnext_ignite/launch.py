@@ -1,0 +1,171 @@
+"""How ranks start - spawned here, or by torchrun or srun - and how the process that spawned them answers for them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from torch import distributed as dist
+from torch import multiprocessing as mp
+
+from resnext_ignite.distributed import Ranks
+from resnext_ignite.errors import ConfigError, PreemptedError, RankError, report_error
+from resnext_ignite.rank_failures import Failure, FailureBoard, failures_named, watch_for_failures
+from resnext_ignite.signals import STOP_SIGNALS, end_start_on_signals, held_back, let_through
+
+_PR_SET_PDEATHSIG = 1
+# A rank that has not followed a failed one so long after it is killed.
+_GRACE_S = 8.0
+
+
+def launch(
+    function: Callable[..., None],
+    *args: Any,
+    nproc_per_node: int | None = None,
+    backend: str | None = None,
+    timeout_s: float = 600.0,
+) -> None:
+    """Run `function(local_rank, *args)` on every rank: those a launcher (torchrun, srun) made, or spawned ones.
+
+    Args:
+        nproc_per_node: spawn so many processes here; None: this process is the only one, or one of a launcher's.
+        backend: "nccl" or "gloo"; None: nccl where there is a GPU for each rank.
+        timeout_s: a rank that lets the others wait so long has failed.
+
+    Raises:
+        ConfigError: processes are asked for under a launcher that makes its own.
+        ResnextError: as the function's, or RankError where another rank failed.
+        SystemExit: spawned ranks failed, and have told why.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    if nproc_per_node is not None and world_size > 1:
+        raise ConfigError(f"--nproc-per-node {nproc_per_node}: a launcher has made {world_size} processes already")
+    count = nproc_per_node or 1
+    if world_size == count == 1:
+        function(0, *args)
+        return
+    if backend is None:
+        backend = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= count else "gloo"
+    if count == 1:
+        _die_with_parent()
+        _as_rank(function, args, backend, timeout_s)
+        return
+    code = _spawn_and_wait(function, args, count, backend, timeout_s)
+    if code:
+        sys.exit(code)
+
+
+def _as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str, timeout_s: float) -> None:
+    try:
+        idist.initialize(backend, timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise RankError(f"the ranks did not find one another: {reason}") from None
+    ranks = Ranks.current()
+    watch_for_failures(ranks)
+    with failures_named(ranks):
+        function(idist.get_local_rank(), *args)
+        # Only where all went well: it may wait for a rank that is gone.
+        idist.finalize()
+
+
+def _die_with_parent(parent: int | None = None) -> None:
+    """Have the system send this process SIGTERM when its parent dies: ranks must not outlive their launcher."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if parent is not None and os.getppid() != parent:
+        raise PreemptedError("the process that started this rank is gone")
+
+
+def _spawn_and_wait(
+    function: Callable[..., None], args: tuple[Any, ...], count: int, backend: str, timeout_s: float
+) -> int:
+    """Spawn ranks and wait for all; the exit code of the first that failed, or 0."""
+    # The parent keeps the store, as torchrun does: it outlives any rank, and its port is free for certain.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    arguments = (os.getpid(), environment, function, args, backend, timeout_s)
+    # A signal that comes before a rank can answer it waits until it can.
+    with held_back():
+        ranks = mp.start_processes(_spawned, arguments, nprocs=count, join=False).processes
+
+        def forward(number: int, frame: object) -> None:
+            for rank in ranks:
+                if rank.is_alive():
+                    os.kill(rank.pid, number)
+
+        before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    try:
+        return _wait_for_all(ranks, FailureBoard(store))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait_for_all(ranks: list[mp.Process], board: FailureBoard) -> int:
+    codes: dict[int, int] = {}
+    deadline = float("inf")
+    while len(codes) < len(ranks):
+        wait([rank.sentinel for number, rank in enumerate(ranks) if number not in codes], timeout=1)
+        for number, rank in enumerate(ranks):
+            if number in codes or rank.is_alive():
+                continue
+            codes[number] = _answer_for(number, rank.exitcode or 0, board)
+            # Preempted ranks leave while rank 0 still saves.
+            if codes[number] not in (0, PreemptedError.exit_code):
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+        if time.monotonic() >= deadline:
+            for rank in ranks:
+                rank.kill()
+    first = board.first()
+    return first.code if first else next((code for code in codes.values() if code), 0)
+
+
+def _answer_for(number: int, code: int, board: FailureBoard) -> int:
+    """Tell of a rank that could not tell itself; its exit code."""
+    if code < 0 or code == 1:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed before it began; see above"
+        own = Failure(number, RankError.exit_code, f"rank {number} {how}; go on with --resume", told_by=-1)
+        if board.post(own) == own:
+            report_error(RankError(own.text))
+        return own.code
+    return code
+
+
+def _spawned(
+    local_rank: int,
+    parent: int,
+    environment: dict[str, str],
+    function: Callable[..., None],
+    args: tuple[Any, ...],
+    backend: str,
+    timeout_s: float,
+) -> None:
+    try:
+        end_start_on_signals()
+        _die_with_parent(parent)
+        let_through()
+        os.environ.update(environment, RANK=str(local_rank), LOCAL_RANK=str(local_rank))
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Each rank its share of the cores, as torchrun would; else all of them fight for each.
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // int(environment["LOCAL_WORLD_SIZE"])))
+        _as_rank(function, args, backend, timeout_s)
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(report_error(error))

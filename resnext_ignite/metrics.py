@@ -1,0 +1,118 @@
+"""What the engines count on their device: nothing here waits for it until a handler reads the numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from ignite.metrics import Metric
+from torch import Tensor
+from torch.nn import functional as F
+
+from resnext_ignite.data.loaders import Batch
+from resnext_ignite.distributed import Ranks
+
+
+class TrainingSums:
+    """What training counts between two exchanges, on its device.
+
+    `first_bad` is the first iteration whose loss or gradient was not finite, or infinity. It is raised after the
+    gradients are reduced, so that a bad number of one rank is on all of them.
+    """
+
+    NAMES = ("loss", "correct", "images", "unreadable", "skipped_updates")
+    # Halved so often, a scale of 65,536 is too small for any gradient to overflow: it is not finite by itself.
+    HOPELESS_SKIPS = 40
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self._first_bad = torch.full((), math.inf, dtype=torch.float64, device=device)
+        self._skips_in_a_row = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, correct: Tensor, images: Tensor, unreadable: Tensor) -> None:
+        """Sums over one micro-batch, without a dimension: its summed loss, and three counts of images."""
+        # To a multiple of 2^-24, so that float64 holds every sum exactly: a run that is cut adds in other groups.
+        exact = (loss.double() * 2**24).round() / 2**24
+        self._sums[:4] += torch.stack([exact, correct.double(), images.double(), unreadable.double()])
+
+    def check(self, finite: Tensor, iteration: int) -> None:
+        """Raise the flag at this iteration unless it is up already or all is finite (bool, without a dimension)."""
+        bad = torch.where(finite, math.inf, float(iteration))
+        self._first_bad = torch.minimum(self._first_bad, bad.double())
+
+    def count_skip(self, finite: Tensor, iteration: int) -> None:
+        """Count an update that the fp16 scaler skips, its gradient not being finite; too many in a row are bad."""
+        self._sums[4] += ~finite
+        self._skips_in_a_row = torch.where(finite, 0.0, self._skips_in_a_row + 1)
+        self.check(self._skips_in_a_row < self.HOPELESS_SKIPS, iteration - self.HOPELESS_SKIPS + 1)
+
+    def read_and_reset(self) -> Tensor:
+        """The sums in the order of NAMES, and the first bad iteration: float64 (6,), CPU. Waits for the device."""
+        numbers = torch.cat([self._sums, self._first_bad[None]]).cpu()
+        self._sums.zero_()
+        return numbers
+
+
+class ClassificationCounts(Metric):
+    """Exact counts of an evaluation on its device, reduced once over all ranks.
+
+    `compute` gives a dict: images, correct, correct_top5 (integers), top1_error, top5_error (percent), loss (mean),
+    confusion (int64 (true, predicted)), mistakes (the worst: dicts of index, label, predicted, loss).
+
+    Args:
+        num_classes: C.
+        keep_mistakes: how many of the mistakes with the highest loss are kept.
+    """
+
+    def __init__(self, num_classes: int, ranks: Ranks, device: torch.device, keep_mistakes: int = 0) -> None:
+        self.num_classes, self.ranks, self.keep_mistakes = num_classes, ranks, keep_mistakes
+        super().__init__(device=device)
+
+    def reset(self) -> None:
+        """Forget everything counted."""
+        size = self.num_classes**2
+        self._counts = torch.zeros(size + 1, dtype=torch.int64, device=self._device)
+        self._loss = torch.zeros(1, dtype=torch.float64, device=self._device)
+        self._mistakes = torch.zeros(0, 4, dtype=torch.float64, device=self._device)
+
+    def update(self, output: tuple[Tensor, Batch]) -> None:
+        """Count logits float32 (n, C) against their batch."""
+        logits, batch = output
+        losses = F.cross_entropy(logits, batch.labels, reduction="none").double()
+        predicted = logits.argmax(1)
+        top5 = logits.topk(min(5, self.num_classes), dim=1).indices
+        cells = batch.labels * self.num_classes + predicted
+        self._counts[:-1] += torch.zeros_like(self._counts[:-1]).scatter_add_(0, cells, torch.ones_like(cells))
+        self._counts[-1] += (top5 == batch.labels[:, None]).sum()
+        self._loss += losses.sum()
+        if self.keep_mistakes:
+            wrong = torch.where(predicted == batch.labels, -1.0, losses)
+            rows = torch.stack([wrong, batch.indices.double(), batch.labels.double(), predicted.double()], dim=1)
+            rows = torch.cat([self._mistakes, rows])
+            self._mistakes = rows[rows[:, 0].topk(min(self.keep_mistakes, len(rows))).indices]
+
+    def compute(self) -> dict[str, Any]:
+        """The figures over all ranks; waits for the device."""
+        loss = self._loss
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(self._counts)
+            torch.distributed.all_reduce(loss)
+        mistakes = sorted((row for rows in self.ranks.gather(self._mistakes.tolist()) for row in rows), reverse=True)
+        counts = self._counts.cpu()
+        confusion = counts[:-1].view(self.num_classes, self.num_classes)
+        images, correct, correct_top5 = int(confusion.sum()), int(confusion.diagonal().sum()), int(counts[-1])
+        return {
+            "images": images,
+            "correct": correct,
+            "correct_top5": correct_top5,
+            "top1_error": 100 * (images - correct) / images,
+            "top5_error": 100 * (images - correct_top5) / images,
+            "loss": float(loss) / images,
+            "confusion": confusion,
+            "mistakes": [
+                {"index": int(index), "label": int(label), "predicted": int(predicted), "loss": loss}
+                for loss, index, label, predicted in mistakes[: self.keep_mistakes]
+                if loss >= 0
+            ],
+        }

@@ -1,0 +1,51 @@
+"""Weights to start a model from: another run's, or torchvision's by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from resnext_ignite.checkpoint import find_checkpoint, load_checkpoint
+from resnext_ignite.errors import CheckpointError
+
+
+def load_pretrained(model: nn.Module, source: str) -> None:
+    """Start a model from the weights of a checkpoint file or run, or of torchvision's `source`; keys must fit.
+
+    A classifier of another shape is left as initialised.
+
+    Raises:
+        CheckpointError: no such weights, or weights of another architecture.
+    """
+    state = _pretrained_weights(source)
+    own = model.state_dict()
+    for key in ("fc.weight", "fc.bias"):
+        if key in state and state[key].shape != own[key].shape:
+            state[key] = own[key]
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"model.pretrained: {source} does not fit: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def _pretrained_weights(source: str) -> dict[str, Any]:
+    if Path(source).exists():
+        state = load_checkpoint(find_checkpoint(Path(source)))
+        return dict(state["ema"] or state["model"])
+    import torchvision
+
+    try:
+        weights = torchvision.models.get_weight(source)
+    except (ValueError, KeyError):
+        raise CheckpointError(
+            f"model.pretrained: '{source}' is neither a file nor the name of torchvision weights "
+            "(ResNeXt50_32X4D_Weights.IMAGENET1K_V2)"
+        ) from None
+    try:
+        return dict(weights.get_state_dict(progress=True, check_hash=True))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"model.pretrained: {source} cannot be downloaded: {error}") from None

@@ -1,0 +1,171 @@
+"""What ranks tell one another when one of them fails: so that all end soon, and the true culprit is named once.
+
+A rank that fails posts it where all ranks found one another (torch's TCPStore); one that lost contact reads there why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import functools
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+from torch import distributed as dist
+
+from resnext_ignite.distributed import Ranks
+from resnext_ignite.errors import PreemptedError, RankError, ResnextError, as_resnext_error
+
+# A rank that lost another waits so long for word of it; one that fails waits for rank 0, which may fail alike.
+_WAIT_FOR_WORD_S = 3.0
+_WAIT_FOR_RANK_0_S = 0.5
+# A rank that has not ended by itself so long after a failure does not answer.
+_LAST_WORDS_S = 5.0
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|store", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rank's failure: its exit code, one line, and who says so (-1: the process that started the ranks)."""
+
+    rank: int
+    code: int
+    text: str
+    told_by: int
+
+
+class FailureBoard:
+    """Where failures are posted; the first one counts."""
+
+    def __init__(self, store: dist.Store) -> None:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"resnext_ignite/failure/{attempt}", store)
+
+    @classmethod
+    @functools.cache
+    def connect(cls) -> FailureBoard:
+        """The board of this process's ranks; connected once, while all are well: later it may take too long.
+
+        Raises:
+            RuntimeError: the process that keeps it is gone.
+        """
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return cls(dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5)))
+
+    def post(self, failure: Failure) -> Failure:
+        """Post a failure; the first one that was, which may be another."""
+        text = self._store.compare_set("first", "", json.dumps(asdict(failure)))
+        return Failure(**json.loads(text))
+
+    def first(self) -> Failure | None:
+        """The first failure that was posted."""
+        return Failure(**json.loads(self._store.get("first"))) if self._store.check(["first"]) else None
+
+    def wait_for_first(self, seconds: float) -> Failure | None:
+        """The first failure, as soon as one is posted."""
+        deadline = time.monotonic() + seconds
+        while (found := self.first()) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return found
+
+    def answer(self, rank: int) -> None:
+        """Say that a rank is alive, though it lost contact."""
+        self._store.set(f"alive/{rank}", "")
+
+    def silent(self, world_size: int) -> list[int]:
+        """The ranks that have not answered."""
+        return [rank for rank in range(world_size) if not self._store.check([f"alive/{rank}"])]
+
+
+@contextlib.contextmanager
+def failures_named(ranks: Ranks) -> Iterator[None]:
+    """Turn an error inside the block into what this rank should report; of all ranks' errors the first is the one told.
+
+    Raises:
+        ResnextError: this rank's own error, or that of the rank with which contact was lost.
+    """
+    try:
+        yield
+    except Exception as error:
+        if ranks.world_size == 1 or (isinstance(error, ResnextError) and error.quiet is not None):
+            raise
+        raise _named(error, ranks) from (None if as_resnext_error(error) or _is_loss(error) else error)
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether an error says that another rank did not do its part in something common."""
+    return isinstance(error, RankError | dist.DistError) or (
+        isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    )
+
+
+def _named(error: Exception, ranks: Ranks) -> ResnextError:
+    loss, known = _is_loss(error), as_resnext_error(error)
+    if known is None:
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        known = RankError(f"rank {ranks.rank} failed: {type(error).__name__}: {first_line}")
+    try:
+        board = FailureBoard.connect()
+        if loss:
+            return _loss(error, board, ranks)
+        # What all ranks find together is rank 0's to tell.
+        if ranks.rank and board.wait_for_first(_WAIT_FOR_RANK_0_S):
+            known.quiet = True
+            return known
+        if ranks.rank and not isinstance(known, RankError):
+            known.args = (f"rank {ranks.rank}: {known}",)
+        own = Failure(ranks.rank, known.exit_code, str(known), ranks.rank)
+        known.quiet = board.post(own) != own
+        return known
+    except RuntimeError:
+        # Whoever kept the board is gone: rank 0, or the launcher.
+        if loss:
+            known = RankError("lost contact with the other ranks: rank 0 or its launcher is gone; go on with --resume")
+        known.quiet = False
+        return known
+
+
+def _loss(error: Exception, board: FailureBoard, ranks: Ranks) -> ResnextError:
+    board.answer(ranks.rank)
+    first = board.wait_for_first(_WAIT_FOR_WORD_S)
+    if first is None:
+        silent = board.silent(ranks.world_size)
+        who = "rank " + " and ".join(map(str, silent)) if silent else "no rank"
+        hangs = "timed out" in str(error).lower()
+        what = "hangs (distributed.timeout_s is over)" if hangs else "is gone: killed, or its machine failed"
+        text = f"{who} {what}; go on with --resume" if silent else "the ranks lost contact with one another"
+        own = Failure(silent[0] if silent else ranks.rank, RankError.exit_code, text, ranks.rank)
+        first = board.post(own)
+    known = PreemptedError(first.text) if first.code == PreemptedError.exit_code else RankError(first.text)
+    known.quiet = first.told_by != ranks.rank
+    return known
+
+
+def watch_for_failures(ranks: Ranks) -> None:
+    """From now on, end this process soon after any rank has failed, even where it hangs in a collective.
+
+    A rank that the others found to hang prints where it does.
+    """
+    if ranks.world_size > 1:
+        threading.Thread(target=_watch, args=(ranks,), name="rank failures", daemon=True).start()
+
+
+def _watch(ranks: Ranks) -> None:
+    try:
+        board = FailureBoard.connect()
+        while (first := board.first()) is None or first.code == PreemptedError.exit_code:
+            time.sleep(1)
+    except RuntimeError:
+        # The board is gone with its process; the next collective fails, or the parent's death ends this one.
+        return
+    declared = first.rank == ranks.rank != first.told_by
+    if not declared:
+        time.sleep(_LAST_WORDS_S)
+    faulthandler.dump_traceback(all_threads=True)
+    os._exit(RankError.exit_code)

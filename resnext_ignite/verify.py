@@ -1,0 +1,296 @@
+"""Which checkpoints are whole: `python -m resnext_ignite.verify RUN [RUN ...]` checks every file of a run.
+
+It takes no lock and writes nothing, so that it may run beside the training whose files it checks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resnext_ignite.errors import CheckpointError, RunFolderError, run_command
+
+# What a resume reads, besides the config, and the average where the config has one.
+_PARTS = (
+    "model",
+    "optimizer",
+    "lr_scheduler",
+    "scaler",
+    "handlers.evaluation",
+    "handlers.best",
+    "handlers.log_point",
+    "errors",
+    "generators",
+)
+_COUNTS = ("trainer.iteration", "trainer.epoch_length")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found in one file.
+
+    Attributes:
+        size: in bytes.
+        ok: it is undamaged, and a checkpoint of this project.
+        resumable: besides, a run can go on from it.
+        reason: why it is not ok or not resumable, or what else is to be said of it.
+        iteration, epoch: those that the run had behind it; None: unknown.
+        iterations: of the whole run; None: unknown.
+    """
+
+    path: Path
+    size: int
+    ok: bool
+    resumable: bool
+    reason: str | None
+    iteration: int | None = None
+    epoch: int | None = None
+    iterations: int | None = None
+
+    @property
+    def state(self) -> str:
+        """The state in words: `ok`, `ok (...)` or `damaged: ...`."""
+        if self.reason is None:
+            return "ok"
+        if self.ok:
+            return f"ok ({self.reason})"
+        return self.reason if self.reason.startswith("damaged") else f"damaged: {self.reason}"
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run folder or checkpoint file, and its checkpoints in the order in which a resume tries them.
+
+    `remains` names what lies beside them and is none, each with what it is.
+    """
+
+    path: Path
+    files: list[Checked]
+    remains: list[str]
+
+    @property
+    def candidate(self) -> Checked | None:
+        """What `--resume` takes: the first undamaged file, whether it can go on from it or not."""
+        return next((file for file in self.files if file.ok), None)
+
+    @property
+    def resumes_from(self) -> Checked | None:
+        """What a resume goes on from; None where it fails or has nothing."""
+        return self.candidate if self.candidate is not None and self.candidate.resumable else None
+
+
+def refuse_what_is_no_run(path: Path) -> None:
+    """Check that a path is a run folder or a file.
+
+    Raises:
+        RunFolderError: it is neither.
+    """
+    from resnext_ignite.run_folder import RunFolder
+
+    if not path.exists():
+        raise RunFolderError(f"{path}: no such file or folder; name a run folder or a checkpoint file")
+    if path.is_dir() and not RunFolder(path).holds_a_run():
+        raise RunFolderError(f"{path}: not a run folder; it has neither config.yaml nor checkpoints/")
+
+
+def check_run(path: Path) -> CheckedRun:
+    """Check all checkpoints of a run folder, or one checkpoint file; each is read once."""
+    from resnext_ignite.checkpoint import resume_candidates
+
+    folder = path / "checkpoints"
+    checked = [check_file(file) for file in (resume_candidates(folder) if path.is_dir() else [path])]
+    remains = find_remains(folder) if folder.is_dir() else []
+    return CheckedRun(path, [file for file in checked if file is not None], remains)
+
+
+def check_file(path: Path) -> Checked | None:
+    """Check one file; None where it is gone by then: a training process beside this one prunes its old files."""
+    from resnext_ignite.checkpoint import checksum_path, load_checkpoint
+
+    while True:
+        before = _identity(path)
+        if before is None:
+            return None
+        size, has_sum = before[-1], checksum_path(path).exists()
+        try:
+            state = load_checkpoint(path)
+        except CheckpointError as error:
+            after = _identity(path)
+            if after is None:
+                return None
+            if after == before:
+                return Checked(path, size, ok=False, resumable=False, reason=_reason(path, error))
+            # It was replaced meanwhile, and may have been held against the checksum of its predecessor: once more.
+            continue
+        return _check_state(path, size, state, has_sum=has_sum)
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _reason(path: Path, error: CheckpointError) -> str:
+    return str(error).removeprefix(f"{path}: ")
+
+
+def _check_state(path: Path, size: int, state: dict[str, Any], *, has_sum: bool) -> Checked:
+    """What a resume would find in a file that is whole."""
+    from resnext_ignite.checkpoint import config_of_checkpoint
+
+    iteration, length = (_count(state, name) for name in _COUNTS)
+    missing = [name for name in _PARTS if _part(state, name) is None]
+    missing += [name for name in _COUNTS if _count(state, name) is None]
+    iterations, faults = None, []
+    try:
+        config = config_of_checkpoint(path, state)
+    except CheckpointError as error:
+        faults.append(_reason(path, error))
+    else:
+        iterations = None if length is None else length * config.train.epochs
+        if config.train.ema_decay and state.get("ema") is None:
+            missing.append("ema")
+    if missing:
+        faults.append(f"without {', '.join(missing)}")
+    return Checked(
+        path,
+        size,
+        ok=True,
+        resumable=not faults,
+        reason="; ".join([*([] if has_sum else ["no .sha256"]), *faults]) or None,
+        iteration=iteration,
+        epoch=None if iteration is None or not length else iteration // length,
+        iterations=iterations,
+    )
+
+
+def _part(state: Any, name: str) -> Any:
+    """A part of nested dicts by its dotted name; None where it is not there."""
+    for key in name.split("."):
+        state = state.get(key) if isinstance(state, dict) else None
+    return state
+
+
+def _count(state: dict[str, Any], name: str) -> int | None:
+    value = _part(state, name)
+    return value if isinstance(value, int) else None
+
+
+def find_remains(folder: Path) -> list[str]:
+    """What lies beside the checkpoints and is none, each with what it is."""
+    found = []
+    for name in sorted(path.name for path in folder.iterdir()):
+        if name.startswith(".") and name.endswith(".tmp"):
+            found.append(f"{name}: of a save that was killed, or is under way")
+        elif name.endswith(".sha256") and not (folder / name.removesuffix(".sha256")).exists():
+            found.append(f"{name}: without its checkpoint")
+        elif name.endswith(".pt.damaged"):
+            found.append(f"{name}: set aside by a resume")
+    return found
+
+
+def table(files: list[Checked]) -> str:
+    """The files as aligned columns; epochs are whole ones."""
+    rows = [("file", "iteration", "epoch", "MiB", "resumable", "state")]
+    for file in files:
+        rows.append(
+            (
+                file.path.name,
+                "-" if file.iteration is None else str(file.iteration),
+                "-" if file.epoch is None else str(file.epoch),
+                f"{file.size / 2**20:.1f}",
+                "yes" if file.resumable else "no",
+                file.state,
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def resume_line(run: CheckedRun) -> str:
+    """Which file of a run a resume would use, or why it can use none."""
+    if run.resumes_from is not None:
+        point = run.resumes_from
+        return f"resumes from {point.path} (iteration {point.iteration} of {point.iterations})"
+    if run.candidate is not None:
+        return f"{run.path}: cannot be resumed: {run.candidate.path.name} would be used, and is {run.candidate.state}"
+    reason = "all checkpoints are damaged" if run.files else "no checkpoint is there"
+    return f"{run.path}: cannot be resumed: {reason}"
+
+
+def as_text(run: CheckedRun) -> str:
+    """A run's table, what else lies there, and what would be resumed."""
+    parts = [table(run.files)] if run.files else []
+    return "\n".join([*parts, *(f"no checkpoint: {line}" for line in run.remains), resume_line(run)])
+
+
+def as_json(run: CheckedRun) -> dict[str, Any]:
+    """A run as plain values."""
+    return {
+        "run": str(run.path),
+        "resumes_from": None if run.resumes_from is None else str(run.resumes_from.path),
+        "checkpoints": [
+            {
+                "file": str(file.path),
+                "iteration": file.iteration,
+                "epoch": file.epoch,
+                "bytes": file.size,
+                "ok": file.ok,
+                "reason": file.reason,
+                "resumable": file.resumable,
+            }
+            for file in run.files
+        ],
+    }
+
+
+def refuse_what_is_damaged(runs: list[CheckedRun]) -> None:
+    """Check that every file is good, and that every run can be resumed.
+
+    Raises:
+        CheckpointError: the line names the first file or run of which that is not so.
+    """
+    files = [file for run in runs for file in run.files]
+    damaged = [file for file in files if not file.ok]
+    if damaged:
+        raise CheckpointError(
+            f"{damaged[0].path}: {damaged[0].state}; {len(damaged)} of {len(files)} checkpoints damaged; "
+            "restore it from a copy, or remove it"
+        )
+    for run in runs:
+        if run.resumes_from is None:
+            raise CheckpointError(f"{resume_line(run)}; restore one from a copy, or start a new run")
+
+
+def main(arguments: list[str]) -> int:
+    """The command; raises ResnextError for what a user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m resnext_ignite.verify",
+        description="Check every checkpoint of a run, and say which can be resumed. Safe beside a training process.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or checkpoint file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parsed = parser.parse_args(arguments)
+    paths = [Path(path) for path in dict.fromkeys(parsed.runs)]
+    for path in paths:
+        refuse_what_is_no_run(path)
+    runs = []
+    for path in paths:
+        runs.append(check_run(path))
+        if not parsed.json:
+            print(as_text(runs[-1]), flush=True)
+    if parsed.json:
+        print(json.dumps({"runs": [as_json(run) for run in runs]}), flush=True)
+    refuse_what_is_damaged(runs)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
