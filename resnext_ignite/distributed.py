@@ -234,14 +234,27 @@ def wrap_for_ranks(
     )
 
 
+def own_statistics(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """The running statistics of BatchNorm that are this rank's own, by their names in the state; none on one rank."""
+    if ranks.world_size == 1:
+        return {}
+    return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+
+
 @torch.no_grad()
-def average_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Average the running statistics of BatchNorm over all ranks, in place."""
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    if ranks.world_size == 1 or not buffers:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
+def averaged_statistics(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """The mean of `own_statistics` over all ranks."""
+    own = own_statistics(model, ranks)
+    if not own:
+        return {}
+    # In float64 the mean of equal values is that value, on any number of ranks.
+    flat = torch.cat([buffer.double().flatten() for buffer in own.values()])
     dist.all_reduce(flat)
     flat /= ranks.world_size
-    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+    means = flat.split([buffer.numel() for buffer in own.values()])
+    return {name: mean.view_as(own[name]).to(own[name].dtype) for name, mean in zip(own, means, strict=True)}
+
+
+def average_statistics(model: nn.Module, ranks: Ranks) -> None:
+    """Average the running statistics of BatchNorm over all ranks, in place."""
+    model.load_state_dict(averaged_statistics(model, ranks), strict=False)

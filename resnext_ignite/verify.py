@@ -24,6 +24,7 @@ _PARTS = (
     "handlers.log_point",
     "errors",
     "generators",
+    "statistics",
 )
 _COUNTS = ("trainer.iteration", "trainer.epoch_length")
 

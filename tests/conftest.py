@@ -70,7 +70,7 @@ def digest(folder: Path) -> dict[str, Any]:
             return [plain(inner) for inner in value]
         return value
 
-    names = ("model", "ema", "optimizer", "lr_scheduler", "scaler", "trainer", "generators")
+    names = ("model", "ema", "optimizer", "lr_scheduler", "scaler", "trainer", "generators", "statistics")
     timeless = [without_times(record) for record in RunFolder(folder).read_metrics()]
     return {**{name: plain(state[name]) for name in names}, "metrics": timeless}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from ignite.engine import Engine
@@ -18,7 +18,7 @@ from resnext_ignite.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from resnext_ignite.distributed import Ranks, StopAgreement, StopReason, average_statistics
+from resnext_ignite.distributed import Ranks, StopAgreement, StopReason, averaged_statistics, own_statistics
 from resnext_ignite.errors import CheckpointError
 from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.storage import warned_of
@@ -57,23 +57,27 @@ class RunState:
         self.handlers, self.errors = handlers, errors
 
     def collect(self) -> dict[str, Any]:
-        """The state as plain values and tensors; to be called on all ranks."""
-        for part in self.parts.values():
+        """The state as plain values and tensors, of which nothing is changed; to be called on all ranks."""
+        parts: dict[str, Any] = {name: None if part is None else part.state_dict() for name, part in self.parts.items()}
+        own: dict[str, dict[str, torch.Tensor]] = {}
+        for name, part in self.parts.items():
             if isinstance(part, nn.Module):
-                # What rank 0 writes must be what all ranks go on with.
-                average_statistics(part, self.ranks)
+                # What the file is evaluated with is the ranks' mean; each goes on with its own, now and when resumed.
+                parts[name] |= averaged_statistics(part, self.ranks)
+                own[name] = {key: buffer.cpu() for key, buffer in own_statistics(part, self.ranks).items()}
         return {
             **self.facts,
             "trainer": {"iteration": self.trainer.state.iteration, "epoch_length": self.trainer.state.epoch_length},
-            **{name: None if part is None else part.state_dict() for name, part in self.parts.items()},
+            **parts,
             "handlers": {name: handler.state_dict() for name, handler in self.handlers.items()},
             "errors": self.errors(),
             # Nothing of this project draws from torch's generators while it trains; a model with dropout would.
             "generators": self.ranks.gather(_generator_states()),
+            "statistics": self.ranks.gather(own),
         }
 
     def restore(self, state: dict[str, Any], max_epochs: int) -> None:
-        """Put a saved state back; on another number of ranks the generators stay as they are."""
+        """Put a saved state back; on another number of ranks all go on with the mean of what was each one's own."""
         for name, part in self.parts.items():
             if part is not None:
                 part.load_state_dict(state[name])
@@ -81,6 +85,8 @@ class RunState:
             handler.load_state_dict(state["handlers"][name])
         self.trainer.load_state_dict({**state["trainer"], "max_epochs": max_epochs})
         if len(state["generators"]) == self.ranks.world_size:
+            for name, statistics in state["statistics"][self.ranks.rank].items():
+                cast(nn.Module, self.parts[name]).load_state_dict(statistics, strict=False)
             own = state["generators"][self.ranks.rank]
             torch.set_rng_state(own["cpu"])
             if "cuda" in own and torch.cuda.is_available():
