@@ -29,14 +29,19 @@ _ITERATION_FILE = re.compile(r"iteration_(\d{8,})\.pt")
 
 
 class _HashingFile:
-    """A file that keeps the sha256 of all that is written to it."""
+    """A file that keeps the sha256 of all that is written to it, and the error that ended the writing."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         self.hash.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -60,8 +65,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     def write(file: IO[bytes]) -> None:
         nonlocal digest
         hashing = _HashingFile(file)
-        # To a file object: torch's own path writer reports a full disk as 'unexpected pos'.
-        torch.save({"format": FORMAT, **state}, hashing)  # type: ignore[arg-type]
+        try:
+            torch.save({"format": FORMAT, **state}, hashing)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            # torch closes its archive after a failed write, fails again, and tells that: 'unexpected pos'.
+            raise hashing.error or error from None
         digest = hashing.hash.hexdigest()
 
     def check(temporary: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from resnext_ignite.errors import ConfigError, RankError, ResnextError
-from resnext_ignite.signals import STOP_SIGNALS, end_start
+from resnext_ignite.signals import STOP_SIGNALS, end_start, leave
 
 T = TypeVar("T")
 _LONGEST_SILENCE_S = 5.0
@@ -203,7 +203,7 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
         heard = True
         for number, handler in before.items():
             # A process that is a run and nothing else is on its way out: a late signal must not change its exit code.
-            if handler is not end_start:
+            if handler not in (end_start, leave):
                 signal.signal(number, handler)
 
 

@@ -20,7 +20,7 @@ from torch import multiprocessing as mp
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, PreemptedError, RankError, report_error
 from resnext_ignite.rank_failures import Failure, FailureBoard, failures_named, watch_for_failures
-from resnext_ignite.signals import STOP_SIGNALS, end_start_on_signals, held_back, let_through
+from resnext_ignite.signals import STOP_SIGNALS, end_start_on_signals, held_back, leave, let_through
 
 _PR_SET_PDEATHSIG = 1
 # A rank that has not followed a failed one so long after it is killed.
@@ -115,7 +115,8 @@ def _spawn_and_wait(
         return _wait_for_all(ranks, FailureBoard(store))
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not leave:
+                signal.signal(number, handler)
 
 
 def _wait_for_all(ranks: list[mp.Process], board: FailureBoard) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 
@@ -20,8 +21,20 @@ def end_start(number: int, frame: object) -> None:
     raise PreemptedError(f"stopped by {signal.Signals(number).name} before there was anything to save")
 
 
-def end_start_on_signals() -> None:
+def leave(number: int, frame: object) -> None:
+    """The handler of a command that only imports yet: an exception could be lost in what catches them on import."""
+    os.write(2, f"error: stopped by {signal.Signals(number).name} before there was anything to save\n".encode())
+    os._exit(PreemptedError.exit_code)
+
+
+def leave_on_signals() -> None:
     """From now on a stop signal ends this process with 75, until a run takes the signals over."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, leave)
+
+
+def end_start_on_signals() -> None:
+    """From now on a stop signal raises PreemptedError, until a run takes the signals over."""
     for number in STOP_SIGNALS:
         signal.signal(number, end_start)
 

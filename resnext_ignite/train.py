@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resnext_ignite.errors import ConfigError, DataError, run_command
-from resnext_ignite.signals import end_start_on_signals
+from resnext_ignite.signals import leave_on_signals
 
 # torch, and all that imports it, waits until the command line and the config are known to be right.
 if TYPE_CHECKING:
@@ -161,5 +161,5 @@ def default_output_dir(config_path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    end_start_on_signals()
+    leave_on_signals()
     run_command(main)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,12 +21,13 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from resnext_ignite import engines, launch, train
 from resnext_ignite.checkpoint import load_checkpoint
 from resnext_ignite.errors import run_command
 from resnext_ignite.run_folder import RunFolder
-from resnext_ignite.signals import end_start_on_signals
+from resnext_ignite.signals import leave_on_signals
 
 # One thread: no OpenMP pool exists, so that a test may fork a run and kill it.
 torch.set_num_threads(1)
@@ -78,6 +80,13 @@ def digest(folder: Path) -> dict[str, Any]:
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
     """A record of metrics.jsonl without what a clock says."""
     return {key: value for key, value in record.items() if key not in ("images_per_s", "wall_s")}
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """All TensorBoard points of a run, by tag, but for those that a clock makes."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    names = [n for n in events.Tags()["scalars"] if "images_per_s" not in n]
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 
 class Payload:
@@ -143,7 +152,7 @@ class Command:
         ranks: int = 1,
         patch: Callable[[], None] | None = None,
     ) -> None:
-        self.outputs = [folder.with_name(f"{folder.name}.{time.monotonic_ns()}.{name}") for name in ("out", "err")]
+        self.outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - they are gone when closed
         self.began = time.monotonic()
         self.pid = os.fork()
         if self.pid == 0:
@@ -155,8 +164,8 @@ class Command:
         code = 70
         try:
             os.setsid()
-            for number, path in enumerate(self.outputs, start=1):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+            for number, file in enumerate(self.outputs, start=1):
+                os.dup2(file.fileno(), number)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
             launch.mp.start_processes = functools.partial(launch.mp.start_processes, start_method="fork")
             if patch is not None:
@@ -164,7 +173,7 @@ class Command:
             sys.argv = ["train", *tiny_arguments(folder, *overrides, resume=resume)]
             if ranks > 1:
                 sys.argv += ["--nproc-per-node", str(ranks), "--backend", "gloo"]
-            end_start_on_signals()
+            leave_on_signals()
             run_command(train.main)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 70
@@ -193,11 +202,16 @@ class Command:
             if time.monotonic() > deadline:
                 os.killpg(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
-                raise AssertionError(f"no end after {seconds} s: {self.outputs[1].read_text()}")
+                raise AssertionError(f"no end after {seconds} s: {self._said()[1]}")
             time.sleep(0.02)
         took = time.monotonic() - self.began
-        stdout, stderr = (path.read_text() for path in self.outputs)
+        stdout, stderr = self._said()
         return Outcome(os.waitstatus_to_exitcode(ended[1]), stdout, stderr, took, self.processes())
+
+    def _said(self) -> list[str]:
+        for file in self.outputs:
+            file.seek(0)
+        return [file.read() for file in self.outputs]
 
     def wait_until_gone(self, seconds: float = 10) -> float:
         """Wait until none of its processes runs; the seconds it took."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command, at_iteration, digest, rank, tiny_arguments, train_tiny
+from conftest import Command, at_iteration, digest, rank, scalars, tiny_arguments, train_tiny
 from ignite.engine import Engine
 from torch import nn
 
@@ -218,8 +218,6 @@ def test_a_bad_number_of_one_rank_stops_all_and_is_never_written(tmp_path: Path,
 
 def assert_nothing_is_bad(folder: Path) -> None:
     """No file of a run holds a number that is not finite."""
-    from test_train import scalars
-
     for path in (folder / "checkpoints").glob("*.pt"):
         for part in ("model", "ema", "optimizer"):
             assert all(tensor.isfinite().all() for tensor in tensors(load_checkpoint(path)[part]))

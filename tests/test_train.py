@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_ITERATIONS, at_iteration, digest, train_tiny
+from conftest import TINY_ITERATIONS, at_iteration, digest, scalars, train_tiny
 from ignite.engine import Engine
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -91,12 +90,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    names = [n for n in events.Tags()["scalars"] if "images_per_s" not in n]
-    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
-
-
 def killed_at(
     folder: Path, iteration: int, in_fork: Callable[[Callable[[], Any]], int], *overrides: str, resume: bool = False
 ) -> None:
@@ -107,9 +100,6 @@ def killed_at(
         train_tiny(folder, *overrides, resume=resume)
 
     assert os.WTERMSIG(in_fork(child)) == signal.SIGKILL
-    if "logging.tensorboard=true" in overrides:
-        # Event files are read in the order of their names: the second, then the process. A real restart takes longer.
-        time.sleep(1 - time.time() % 1)
 
 
 @pytest.mark.parametrize("cut", range(1, TINY_ITERATIONS + 1))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import re
 import sys
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
@@ -179,6 +182,21 @@ def _mute_writer_thread(arguments: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(arguments)
 
 
+def _put_before(now: int, folder: Path) -> None:
+    """Have the event files of a folder come before one begun now: they are read in the order of their names' seconds.
+
+    A clock may have been set back, and a process may follow another within a second.
+    """
+    latest = now - 1
+    for path in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
+        prefix, second, rest = re.split(r"(?<=tfevents\.)(\d+)", path.name, maxsplit=1)
+        if int(second) > latest:
+            path.rename(folder / f"{prefix}{latest:010d}{rest}")
+            latest -= 1
+        else:
+            latest = int(second)
+
+
 class TensorBoard:
     """Event files of a run, without a doubled point after a resume.
 
@@ -189,6 +207,7 @@ class TensorBoard:
 
     def __init__(self, folder: RunFolder, purge_from: int) -> None:
         threading.excepthook = _mute_writer_thread
+        _put_before(int(time.time()), folder.path)
         self.logger = TensorboardLogger(log_dir=str(folder.path), purge_step=purge_from)
         self.writer = self.logger.writer
         self.writer.file_writer.event_writer = _DispensableEvents(self.writer.file_writer.event_writer)
