@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -20,9 +19,8 @@ from torch import multiprocessing as mp
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, PreemptedError, RankError, report_error
 from resnext_ignite.rank_failures import Failure, FailureBoard, failures_named, watch_for_failures
-from resnext_ignite.signals import STOP_SIGNALS, end_start_on_signals, held_back, leave, let_through
+from resnext_ignite.signals import STOP_SIGNALS, die_with_parent, end_start_on_signals, held_back, leave, let_through
 
-_PR_SET_PDEATHSIG = 1
 # A rank that has not followed a failed one so long after it is killed.
 _GRACE_S = 8.0
 
@@ -56,7 +54,8 @@ def launch(
     if backend is None:
         backend = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= count else "gloo"
     if count == 1:
-        _die_with_parent()
+        # Ranks must not outlive their launcher.
+        die_with_parent(os.getppid(), signal.SIGTERM)
         _as_rank(function, args, backend, timeout_s)
         return
     code = _spawn_and_wait(function, args, count, backend, timeout_s)
@@ -76,15 +75,6 @@ def _as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str,
         function(idist.get_local_rank(), *args)
         # Only where all went well: it may wait for a rank that is gone.
         idist.finalize()
-
-
-def _die_with_parent(parent: int | None = None) -> None:
-    """Have the system send this process SIGTERM when its parent dies: ranks must not outlive their launcher."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if parent is not None and os.getppid() != parent:
-        raise PreemptedError("the process that started this rank is gone")
 
 
 def _spawn_and_wait(
@@ -160,7 +150,7 @@ def _spawned(
 ) -> None:
     try:
         end_start_on_signals()
-        _die_with_parent(parent)
+        die_with_parent(parent, signal.SIGTERM)
         let_through()
         os.environ.update(environment, RANK=str(local_rank), LOCAL_RANK=str(local_rank))
         if "OMP_NUM_THREADS" not in os.environ:

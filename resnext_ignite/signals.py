@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 from collections.abc import Iterator
 
 from resnext_ignite.errors import PreemptedError
 
+_PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -37,6 +39,15 @@ def end_start_on_signals() -> None:
     """From now on a stop signal raises PreemptedError, until a run takes the signals over."""
     for number in STOP_SIGNALS:
         signal.signal(number, end_start)
+
+
+def die_with_parent(parent: int, number: int) -> None:
+    """Have the system send this process a signal when its parent dies; at once, where that has happened already."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_ITERATIONS, at_iteration, digest, scalars, train_tiny
+from conftest import TINY_ITERATIONS, at_iteration, digest, scalars, train_tiny, without_times
 from ignite.engine import Engine
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,6 +27,7 @@ from resnext_ignite.errors import (
     RunFolderError,
     StorageError,
 )
+from resnext_ignite.handlers.training import LogPoint
 from resnext_ignite.run_folder import RunFolder
 
 
@@ -125,6 +126,41 @@ def test_a_run_killed_three_times_ends_the_same(tmp_path: Path, in_fork: Callabl
     assert train_tiny(folder, *values, resume=True) == 0
     assert digest(folder) == digest(whole)
     assert scalars(folder) == scalars(whole)
+
+
+def test_scaler_generators_best_and_patience_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_fork: Callable[[Callable[[], Any]], int]
+) -> None:
+    # No evaluation after the first is that much better, so that patience ends the run after epoch 3.
+    patience = [
+        "train.epochs=5",
+        "evaluation.early=[]",
+        "evaluation.patience=2",
+        "evaluation.min_delta=100",
+        "optimizer.lr=1",
+    ]
+    values = [*patience, "train.precision=fp16", "checkpoint.every_iterations=1"]
+    update = LogPoint.__call__
+
+    def with_a_draw(self: LogPoint, engine: Engine) -> None:
+        torch.rand(1)
+        update(self, engine)
+
+    monkeypatch.setattr(LogPoint, "__call__", with_a_draw)
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    assert train_tiny(whole, *values) == 0
+    killed_at(folder, 10, in_fork, *values)
+    assert train_tiny(folder, *values, resume=True) == 0
+    assert digest(folder) == digest(whole)
+    ours, theirs = (RunFolder(path).read_status() for path in (folder, whole))
+    assert (ours["state"], ours["epoch"], ours["reason"]) == (theirs["state"], 3, theirs["reason"])
+    assert without_times(ours["best"]) == without_times(theirs["best"])
+    # It was before the cut.
+    assert ours["best"]["epoch"] < 3
+    best = [load_checkpoint(path / "checkpoints/best.pt")["trainer"]["iteration"] for path in (folder, whole)]
+    assert best == [ours["best"]["iteration"]] * 2
+    scaler = load_checkpoint(folder / "checkpoints/final.pt")["scaler"]
+    assert scaler["_growth_tracker"] > 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

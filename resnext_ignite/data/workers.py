@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from resnext_ignite.errors import DataError
+from resnext_ignite.signals import die_with_parent
 
 _SHM_FULL = "/dev/shm is full: enlarge it (docker run --shm-size=8g) or set data.workers=0"
 _ADVICE = {
@@ -25,10 +26,14 @@ _ADVICE = {
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave a signal to the process group to the main process: it saves, then ends its workers."""
+    """Leave a signal to the process group to the main process: it saves, then ends its workers; end with it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # torch's worker asks whether its parent has changed: never, where that died before it asked first.
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        die_with_parent(parent.pid, signal.SIGKILL)
 
 
 def share(batch: Tensor) -> Tensor:

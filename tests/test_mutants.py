@@ -1,0 +1,308 @@
+"""Tests of the tests: each line that keeps a run from being lost is broken, and a named test must notice.
+
+`pytest -m soak tests/test_mutants.py -rA` lists each mutant with the test that caught it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.soak
+
+STEPS, DIES = "test_checkpoint.py::test_the_steps_of_a_save", "test_faults.py::test_a_run_that_dies_at_each_step"
+KILLED = "test_train.py::test_a_run_killed_at_any_iteration"
+GOES_ON = "test_train.py::test_scaler_generators_best_and_patience_go_on"
+
+# What is broken, the file, the line, what stands there instead, and the test that notices.
+MUTANTS = [
+    (
+        "no fsync of the file",
+        "storage.py",
+        "os.fsync(file.fileno())\n        if before",
+        "pass\n        if before",
+        STEPS,
+    ),
+    ("no fsync of the folder", "storage.py", "    _sync_folder(path.parent)\n\n\ndef append", "\n\ndef append", STEPS),
+    (
+        "written in place",
+        "storage.py",
+        'temporary = path.with_name(f".{path.name}.tmp")',
+        "temporary = path",
+        DIES,
+    ),
+    (
+        "half-written files stay after an error",
+        "storage.py",
+        "        temporary.unlink(missing_ok=True)\n",
+        "",
+        "test_checkpoint.py::test_a_save_that_fails",
+    ),
+    (
+        "nothing is read back",
+        "checkpoint.py",
+        "if found != digest:",
+        "if False:",
+        "test_checkpoint.py::test_storage_that_lies",
+    ),
+    ("no checksum", "checkpoint.py", "        _write_sums(path, [digest, *replaced])\n", "        pass\n", STEPS),
+    (
+        "the old file's sum is dropped before the rename",
+        "checkpoint.py",
+        "[digest, *replaced]",
+        "[digest]",
+        "test_checkpoint.py::test_a_crash_between_checksum_and_rename",
+    ),
+    (
+        "checksums are not compared",
+        "checkpoint.py",
+        "if found not in expected:",
+        "if False:",
+        "test_faults.py::test_a_damaged_newest_checkpoint",
+    ),
+    (
+        "files are loaded without a check",
+        "checkpoint.py",
+        "    verify_checkpoint(path)\n    try:\n        state = torch.load",
+        "    try:\n        state = torch.load",
+        "test_checkpoint.py::test_damage_is_always_found",
+    ),
+    (
+        "pickles are run",
+        "checkpoint.py",
+        "weights_only=True",
+        "weights_only=False",
+        "test_checkpoint.py::test_a_hostile_file",
+    ),
+    (
+        "the oldest is resumed",
+        "checkpoint.py",
+        "sorted(found, reverse=True)",
+        "sorted(found)",
+        "test_checkpoint.py::test_the_newest_good_one",
+    ),
+    (
+        "the newest by file time is resumed",
+        "checkpoint.py",
+        "found = [(int(match[1]), path)",
+        "found = [(int(path.stat().st_mtime_ns), path)",
+        "test_checkpoint.py::test_the_newest_good_one",
+    ),
+    (
+        "all damaged starts anew",
+        "checkpoint.py",
+        "    if damaged:\n        raise CheckpointError(",
+        "    if False:\n        raise CheckpointError(",
+        "test_train.py::test_resuming_only_damaged_checkpoints",
+    ),
+    (
+        "a full disk is told as torch tells it",
+        "checkpoint.py",
+        "raise hashing.error or error from None",
+        "raise",
+        "test_faults.py::test_a_disk_that_fills",
+    ),
+    (
+        "remains of a killed save stay",
+        "run_folder.py",
+        "            remove_remains(folder)\n",
+        "            pass\n",
+        DIES,
+    ),
+    (
+        "no lock",
+        "run_folder.py",
+        "            self._lock.acquire(timeout=0)\n",
+        "            pass\n",
+        "test_faults.py::test_a_second_process",
+    ),
+    (
+        "another run's folder is taken",
+        "run_folder.py",
+        "if not resume and folder.holds_a_run():",
+        "if False:",
+        "test_train.py::test_a_folder_that_holds_a_run",
+    ),
+    (
+        "a changed config is taken",
+        "run_folder.py",
+        "    if refused:\n",
+        "    if False:\n",
+        "test_train.py::test_a_config_that_would_change",
+    ),
+    (
+        "a damaged file stays in the way",
+        "run_folder.py",
+        "                set_aside(damaged)\n",
+        "                pass\n",
+        "test_faults.py::test_a_run_goes_on_from_the_checkpoint_before",
+    ),
+    (
+        "lost evaluations stay in metrics.jsonl",
+        "handlers/session.py",
+        "            self.run.folder.keep_metrics(self.evaluation.records)\n",
+        "            pass\n",
+        "test_faults.py::test_a_run_killed_at_random_moments",
+    ),
+    (
+        "pruned before the save",
+        "handlers/checkpointing.py",
+        "        save_checkpoint(iteration_checkpoint_path(self.folder, engine.state.iteration), content)\n"
+        "        for old in iteration_checkpoints(self.folder)[self.keep :]:\n"
+        "            old.unlink()\n"
+        "            checksum_path(old).unlink(missing_ok=True)\n",
+        "        for old in iteration_checkpoints(self.folder)[self.keep - 1 :]:\n"
+        "            old.unlink()\n"
+        "            checksum_path(old).unlink(missing_ok=True)\n"
+        "        save_checkpoint(iteration_checkpoint_path(self.folder, engine.state.iteration), content)\n",
+        DIES,
+    ),
+    (
+        "one is kept",
+        "handlers/checkpointing.py",
+        "[self.keep :]",
+        "[1:]",
+        "test_train.py::test_a_run_folder_holds_what_is_promised",
+    ),
+    *(
+        (
+            f"{part} not restored",
+            "handlers/checkpointing.py",
+            "            if part is not None:\n",
+            f'            if part is not None and name != "{part}":\n',
+            GOES_ON if part == "scaler" else KILLED,
+        )
+        for part in ("model", "ema", "optimizer", "lr_scheduler", "scaler")
+    ),
+    *(
+        (
+            f"{handler} not restored",
+            "handlers/checkpointing.py",
+            "            handler.load_state_dict(",
+            f'            name == "{handler}" or handler.load_state_dict(',
+            caught,
+        )
+        for handler, caught in (("evaluation", KILLED), ("best", GOES_ON), ("log_point", KILLED))
+    ),
+    (
+        "generators not restored",
+        "handlers/checkpointing.py",
+        '            torch.set_rng_state(own["cpu"])\n',
+        "            pass\n",
+        GOES_ON,
+    ),
+    (
+        "the ranks' own statistics not restored",
+        "handlers/checkpointing.py",
+        'state["statistics"][self.ranks.rank].items()',
+        "{}.items()",
+        "test_ranks.py::test_two_ranks_killed_and_resumed",
+    ),
+    (
+        "a signal saves nothing",
+        "handlers/checkpointing.py",
+        "        if stopping or (",
+        "        if (",
+        "test_faults.py::test_more_signals",
+    ),
+    (
+        "a second signal interrupts",
+        "distributed.py",
+        "        if heard:\n            return\n",
+        "        if heard:\n            raise KeyboardInterrupt\n",
+        "test_faults.py::test_more_signals",
+    ),
+    (
+        "the data begins anew",
+        "train.py",
+        "            loaders.train.start_iteration = attached.resume(config.train.epochs)",
+        "            attached.resume(config.train.epochs)",
+        KILLED,
+    ),
+    (
+        "a bad number is saved",
+        "handlers/training.py",
+        "if logs or in_time or self.save_due(iteration):",
+        "if logs or in_time:",
+        "test_train.py::test_a_number_that_is_not_finite",
+    ),
+    (
+        "points are doubled in TensorBoard",
+        "handlers/loggers.py",
+        ", purge_step=purge_from",
+        "",
+        "test_train.py::test_a_run_killed_three_times",
+    ),
+    (
+        "a clock set back mixes TensorBoard's files",
+        "handlers/loggers.py",
+        "        _put_before(int(time.time()), folder.path)\n",
+        "",
+        "test_faults.py::test_a_clock_set_back",
+    ),
+    (
+        "points are lost in TensorBoard",
+        "handlers/__init__.py",
+        "    saver.before = board.flush\n",
+        "",
+        "test_train.py::test_a_run_killed_three_times",
+    ),
+    (
+        "a best that could not be saved is the best",
+        "handlers/checkpointing.py",
+        "            self.best.withdraw()\n",
+        "            pass\n",
+        "test_faults.py::test_a_full_disk_at_what",
+    ),
+]
+
+
+def run(root: Path, test: str) -> subprocess.CompletedProcess[str]:
+    """A test of a copy of the repository."""
+    file, _, name = test.partition("::")
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"tests/{file}", "-k", name]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("copy")
+    for name in ("resnext_ignite", "tests", "configs"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "setup.cfg", root)
+    return root
+
+
+def test_unbroken_the_tests_pass(copy: Path) -> None:
+    tests = sorted({mutant[4] for mutant in MUTANTS})
+    for test in tests:
+        done = run(copy, test)
+        assert done.returncode == 0, done.stdout
+    where = [sys.executable, "-c", "import resnext_ignite; print(resnext_ignite.__file__)"]
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    found = subprocess.run(where, cwd=copy, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(str(copy))
+
+
+@pytest.mark.parametrize(("name", "file", "line", "broken", "test"), MUTANTS, ids=[mutant[0] for mutant in MUTANTS])
+def test_a_broken_line_is_noticed(copy: Path, name: str, file: str, line: str, broken: str, test: str) -> None:
+    path = copy / "resnext_ignite" / file
+    text = path.read_text()
+    assert text.count(line) == 1, f"{file} holds it {text.count(line)} times: {line}"
+    path.write_text(text.replace(line, broken))
+    try:
+        done = run(copy, test)
+    finally:
+        path.write_text(text)
+    assert done.returncode == 1, done.stdout
+    # By a test that fails, not one that cannot be collected.
+    assert "FAILED" in done.stdout
+    assert "SyntaxError" not in done.stdout
+    assert "NameError" not in done.stdout
