@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from conftest import ROOT, TINY, train_tiny
 from PIL import Image
 
 from resnext_ignite import evaluate, report
+from resnext_ignite.config_files import SAFE_ON_RESUME
 from resnext_ignite.errors import (
     CheckpointError,
     ConfigError,
@@ -175,3 +177,24 @@ def test_errors_of_the_machine_have_their_codes(error: BaseException, code: int,
 def test_a_bug_keeps_its_traceback() -> None:
     assert as_resnext_error(KeyError("x")) is None
     assert as_resnext_error(FileNotFoundError(2, "No such file or directory", "x")) is None
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (5, False)])
+def test_the_slurm_script_queues_again_what_was_preempted(tmp_path: Path, code: int, requeued: bool) -> None:
+    (tmp_path / "bin").mkdir()
+    for name, result in (("srun", code), ("scontrol", 0)):
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/{name}\nexit {result}\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    command = ["bash", str(ROOT / "scripts/train_slurm.sh"), "--config", "c.yaml", "seed=2"]
+    assert subprocess.run(command, env=environment, check=False).returncode == code
+    expected = "python -m resnext_ignite.train --config c.yaml seed=2 --output-dir runs/slurm-7 --resume\n"
+    assert (tmp_path / "srun").read_text() == expected
+    assert (tmp_path / "scontrol").exists() == requeued
+    assert not requeued or (tmp_path / "scontrol").read_text() == "requeue 7\n"
+
+
+def test_the_readme_tells_what_a_resumed_run_may_change() -> None:
+    text = (ROOT / "README.md").read_text()
+    for key in SAFE_ON_RESUME:
+        assert f"`{key}`" in text or f"`{key.partition('.')[0]}.*`" in text, key
