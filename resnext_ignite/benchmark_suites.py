@@ -226,6 +226,7 @@ def _state_of(training: _Training) -> dict[str, Any]:
         "std": list(data.std),
         "image_size": data.image_size,
         "selection": data.selection,
+        "data": data.contents,
     }
     parts: dict[str, Stateful | None] = {
         "model": training.model,

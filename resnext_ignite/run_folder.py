@@ -158,6 +158,20 @@ class OpenRun:
     state: dict[str, Any] | None
     changes: dict[str, tuple[Any, Any]]
 
+    def check_data(self, contents: dict[str, str]) -> None:
+        """Check that a continued run is given the images that it had before: all that is keyed by index rests on that.
+
+        Raises:
+            RunFolderError: the line says what differs.
+        """
+        before = contents if self.state is None else self.state["data"]
+        for split, found in contents.items():
+            if before.get(split) != found:
+                raise RunFolderError(
+                    f"{self.folder.path}: the data has changed: {split} was {before.get(split)}, and is {found}; "
+                    "restore it, or start a new run"
+                )
+
 
 @contextlib.contextmanager
 def open_run(path: Path, config: Config, ranks: Ranks, *, resume: bool) -> Iterator[OpenRun]:

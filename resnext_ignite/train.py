@@ -48,6 +48,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     with stop_on_signals(stop) as begin, run_folder as opened, failures_named(ranks):
         device = engines.resolve_device(opened.config.train.device, local_rank)
         loaders = build_loaders(opened.config, device, ranks)
+        opened.check_data(loaders.data.contents)
         config = settle(opened.config, loaders.data, device)
         engines.set_up_machine(device, deterministic=bool(config.train.deterministic))
         torch.manual_seed(config.seed)

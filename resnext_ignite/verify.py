@@ -23,6 +23,7 @@ _PARTS = (
     "handlers.best",
     "handlers.log_point",
     "errors",
+    "data",
     "generators",
     "statistics",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -396,3 +397,23 @@ def test_what_the_machine_or_the_data_forbids(tmp_path: Path, override: str, lin
 def test_the_default_output_dir_tells_the_config(tmp_path: Path) -> None:
     assert train.default_output_dir(Path("configs/quickstart.yaml")).parent == Path("runs/quickstart")
     assert train.default_output_dir(Path("runs/mine/2026/config.yaml")).parent == Path("runs/mine")
+
+
+def test_a_run_is_not_continued_on_other_data(tmp_path: Path, picture_folder: Path) -> None:
+    root = tmp_path / "pictures"
+    shutil.copytree(picture_folder, root)
+    values = ["data.name=imagefolder", "data.train_size=null", "data.test_size=null", "data.image_size=24"]
+    values += ["schedule.name=constant"]
+    assert train_tiny(tmp_path / "run", *values, f"data.root={root}", "train.epochs=1") == 0
+    moved = root.rename(tmp_path / "moved")
+    values += [f"data.root={moved}", "train.epochs=2"]
+    (moved / "train/dark/00.png").rename(moved / "train/dark/20.png")
+    line = r"the data has changed: train was 40 images, sha256 of names \w+, and is 40 images"
+    with pytest.raises(RunFolderError, match=line):
+        train_tiny(tmp_path / "run", *values, resume=True)
+    (moved / "train/dark/20.png").rename(moved / "train/dark/00.png")
+    (moved / "test/light/05.png").unlink()
+    with pytest.raises(RunFolderError, match=r"test was 12 images.* and is 11 images"):
+        train_tiny(tmp_path / "run", *values, resume=True)
+    shutil.copy(picture_folder / "test/light/05.png", moved / "test/light")
+    assert train_tiny(tmp_path / "run", *values, resume=True) == 0

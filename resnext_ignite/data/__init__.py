@@ -30,7 +30,7 @@ class Data:
     """The splits of a data set that were asked for, with what a model of it must know.
 
     `selection` is the split on which the best weights are chosen: the held-out images where there are any, else the
-    test split.
+    test split. `contents` says of each split how many images it has, and which, as far as that could change.
     """
 
     splits: dict[str, Split]
@@ -39,6 +39,7 @@ class Data:
     std: tuple[float, float, float]
     image_size: int
     workers: int
+    contents: dict[str, str]
 
     @property
     def selection(self) -> str:
@@ -65,16 +66,16 @@ def load_data(config: Config, ranks: Ranks, splits: tuple[str, ...] | None = Non
     if workers is None:
         workers = max(1, min(8, len(os.sched_getaffinity(0)) // ranks.local_world_size))
     if config.data.name == "imagefolder":
-        loaded, classes, moments = _load_folder(config, root, size, splits, ranks)
+        loaded, contents, classes, moments = _load_folder(config, root, size, splits, ranks)
     else:
-        loaded, classes, moments = _load_tensors(config, root, splits, ranks)
+        loaded, contents, classes, moments = _load_tensors(config, root, splits, ranks)
         loaded = {name: split.resized(size) for name, split in loaded.items() if isinstance(split, Images)}
     mean, std = (config.data.mean, config.data.std) if config.data.mean and config.data.std else moments
-    return Data(loaded, classes, mean, std, size, workers)
+    return Data(loaded, classes, mean, std, size, workers, contents)
 
 
 Moments = tuple[tuple[float, float, float], tuple[float, float, float]]
-Loaded = tuple[dict[str, Split], tuple[str, ...], Moments]
+Loaded = tuple[dict[str, Split], dict[str, str], tuple[str, ...], Moments]
 
 
 def _load_tensors(config: Config, root: Path, splits: tuple[str, ...] | None, ranks: Ranks) -> Loaded:
@@ -94,7 +95,8 @@ def _load_tensors(config: Config, root: Path, splits: tuple[str, ...] | None, ra
         for source in (source for source, needed in sources.items() if needed):
             images, classes = cifar.load_cifar(name, root, source)
             found[source] = images.subset(_subset(len(images), sizes[source], f"data.{source}_size"))
-    return _hold_out(config, found, wanted), classes, moments
+    loaded = _hold_out(config, found, wanted)
+    return loaded, {name: f"{len(split)} images" for name, split in loaded.items()}, classes, moments
 
 
 def _load_folder(config: Config, root: Path, size: int, splits: tuple[str, ...] | None, ranks: Ranks) -> Loaded:
@@ -122,9 +124,10 @@ def _load_folder(config: Config, root: Path, size: int, splits: tuple[str, ...] 
     if classes is None:
         raise DataError(f"{root}: has no {' or '.join(sorted(wanted))} split; it holds {', '.join(sorted(there))}")
     loaded = _hold_out(config, files, wanted)
+    contents = {name: split.contents() for name, split in loaded.items() if isinstance(split, ImageFiles)}
     for name, split_files in loaded.items():
         loaded[name] = _decoded(split_files, config, name, ranks)
-    return loaded, classes, (imagefolder.MEAN, imagefolder.STD)
+    return loaded, contents, classes, (imagefolder.MEAN, imagefolder.STD)
 
 
 def _decoded(files: Split, config: Config, split: str, ranks: Ranks) -> Split:

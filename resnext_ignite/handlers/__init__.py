@@ -117,6 +117,7 @@ def _run_state(
         "std": list(data.std),
         "image_size": data.image_size,
         "selection": data.selection,
+        "data": data.contents,
     }
     handlers: dict[str, Stateful] = {"evaluation": evaluation, "best": best, "log_point": log_point}
 
