@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -144,6 +144,8 @@ class Command:
         patch: is called in that process first; its ranks inherit what it does.
     """
 
+    all: ClassVar[list[Command]] = []
+
     def __init__(
         self,
         folder: Path,
@@ -154,6 +156,7 @@ class Command:
     ) -> None:
         self.outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - they are gone when closed
         self.began = time.monotonic()
+        Command.all.append(self)
         self.pid = os.fork()
         if self.pid == 0:
             self._be_the_command(folder, overrides, resume, ranks, patch)
@@ -220,6 +223,17 @@ class Command:
             assert time.monotonic() - began < seconds, f"still there: {self.processes()}"
             time.sleep(0.05)
         return time.monotonic() - began
+
+
+@pytest.fixture(autouse=True)
+def no_command_outlives_its_test() -> Iterator[None]:
+    """Kill what a test that failed has left running."""
+    yield
+    for command in Command.all:
+        for process in command.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    Command.all.clear()
 
 
 @contextlib.contextmanager

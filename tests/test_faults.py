@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from conftest import Command, at_iteration, digest, scalars, small_disk, tiny_arguments, train_tiny
 from ignite.engine import Engine, Events
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from resnext_ignite import checkpoint, distributed, engines
 from resnext_ignite.checkpoint import (
@@ -28,7 +29,7 @@ from resnext_ignite.checkpoint import (
     verify_checkpoint,
 )
 from resnext_ignite.errors import CheckpointError, RunFolderError, StorageError, as_resnext_error
-from resnext_ignite.handlers.checkpointing import SaveBest
+from resnext_ignite.handlers.checkpointing import SaveBest, SaveCheckpoints
 from resnext_ignite.handlers.loggers import TensorBoard
 from resnext_ignite.handlers.pictures import Curves
 from resnext_ignite.run_folder import RunFolder
@@ -243,8 +244,32 @@ def test_more_signals_do_not_harm_the_save_of_the_first(tmp_path: Path, whole: P
     assert (outcome.code, outcome.left) == (75, []), outcome.stderr
     assert outcome.errors == [f"error: stopped by {number.name} and saved at iteration 6; continue with --resume"]
     assert "Traceback" not in outcome.stderr
+    assert iteration_checkpoints(folder / "checkpoints")[0].name == "iteration_00000006.pt"
     assert train_tiny(folder, *values, resume=True) == 0
     assert digest(folder) == digest(whole)
+
+
+def test_what_tensorboard_was_told_before_a_save_is_there_after_it(tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "run"
+
+    def patch() -> None:
+        write, save = RecordWriter.write, SaveCheckpoints._save
+
+        def slowly(writer: RecordWriter, data: bytes) -> None:
+            time.sleep(0.02)
+            write(writer, data)
+
+        def save_and_die(saver: SaveCheckpoints, engine: Engine) -> None:
+            save(saver, engine)
+            if engine.state.iteration == 6:
+                os._exit(DIED)
+
+        RecordWriter.write = slowly
+        SaveCheckpoints._save = save_and_die  # type: ignore[method-assign, assignment]
+
+    assert Command(folder, *WITH_EVENTS, patch=patch).wait().code == DIED
+    assert train_tiny(folder, *WITH_EVENTS, resume=True) == 0
+    assert scalars(folder) == scalars(whole)
 
 
 def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path: Path, whole: Path) -> None:
@@ -397,6 +422,8 @@ def test_a_full_disk_at_what_a_run_can_do_without_is_a_warning(tmp_path: Path) -
         names = sorted(path.name for path in (folder / "checkpoints").glob("*.pt"))
         assert names == ["final.pt", "iteration_00000011.pt", "iteration_00000012.pt"]
         assert len(RunFolder(folder).read_metrics()) == 4
+        # What could not be kept is not called the best.
+        assert RunFolder(folder).read_status()["best"] is None
 
 
 def test_an_io_error_at_a_resume_point_is_exit_6(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,7 +451,8 @@ def test_a_second_process_is_refused_at_once_and_the_lock_dies_with_its_holder(t
         time.sleep(0.02)
     began = time.monotonic()
     with pytest.raises(RunFolderError, match="another process trains here") as caught:
-        train_tiny(folder, "train.epochs=100000", resume=True)
+        # Were it not, it would end at once.
+        train_tiny(folder, "train.epochs=100000", "train.max_hours=1e-9", resume=True)
     assert time.monotonic() - began < 1
     assert caught.value.exit_code == 7
     os.kill(holder.pid, signal.SIGKILL)

@@ -148,7 +148,7 @@ MUTANTS = [
         "handlers/session.py",
         "            self.run.folder.keep_metrics(self.evaluation.records)\n",
         "            pass\n",
-        "test_faults.py::test_a_run_killed_at_random_moments",
+        DIES,
     ),
     (
         "pruned before the save",
@@ -178,7 +178,15 @@ MUTANTS = [
             f'            if part is not None and name != "{part}":\n',
             GOES_ON if part == "scaler" else KILLED,
         )
-        for part in ("model", "ema", "optimizer", "lr_scheduler", "scaler")
+        # Not lr_scheduler: it asks the engine for the iteration, and would be right without its state.
+        for part in ("model", "ema", "optimizer", "scaler")
+    ),
+    (
+        "the schedule begins anew",
+        "optim.py",
+        "self.event_index = engine.state.iteration - 1",
+        "self.event_index = self.calls = getattr(self, 'calls', -1) + 1",
+        KILLED,
     ),
     *(
         (
@@ -221,8 +229,8 @@ MUTANTS = [
     (
         "the data begins anew",
         "train.py",
-        "            loaders.train.start_iteration = attached.resume(config.train.epochs)",
-        "            attached.resume(config.train.epochs)",
+        "        loaders.train.start_iteration = attached.resume(config.train.epochs)",
+        "        attached.resume(config.train.epochs)",
         KILLED,
     ),
     (
@@ -251,7 +259,7 @@ MUTANTS = [
         "handlers/__init__.py",
         "    saver.before = board.flush\n",
         "",
-        "test_train.py::test_a_run_killed_three_times",
+        "test_faults.py::test_what_tensorboard_was_told",
     ),
     (
         "a best that could not be saved is the best",
@@ -268,7 +276,7 @@ def run(root: Path, test: str) -> subprocess.CompletedProcess[str]:
     file, _, name = test.partition("::")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"tests/{file}", "-k", name]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")
