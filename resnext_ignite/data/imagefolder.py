@@ -122,7 +122,12 @@ def find_images(
         DataError: no such folder, no class, a class without a picture, or one that training does not know.
     """
     folder = root / split
-    found = sorted(entry.name for entry in _entries(folder, split) if entry.is_dir())
+    entries = _entries(folder, split)
+    found = sorted(entry.name for entry in entries if entry.is_dir())
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            # It would have been a class.
+            raise DataError(f"{entry.path}: a link to {os.readlink(entry.path)}, which is not there")
     if not found:
         raise DataError(f"{folder}: holds no class folder; an imagefolder holds {split}/<class>/*.jpg")
     unknown = sorted(set(found) - set(classes or found))
@@ -150,7 +155,7 @@ def _entries(folder: Path, split: str) -> list[os.DirEntry[str]]:
 
 
 def _open(path: str) -> Image.Image:
-    with _named_errors(path), Image.open(path) as picture:
+    with _opened(path) as picture:
         pixels = picture.width * picture.height
         # PIL itself warns here, and refuses at twice as many.
         if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
@@ -160,15 +165,16 @@ def _open(path: str) -> Image.Image:
 
 def _has_size(path: str, size: int) -> bool:
     # What cannot be read is met when it is decoded.
-    with contextlib.suppress(DataError), _named_errors(path), Image.open(path) as picture:
+    with contextlib.suppress(DataError), _opened(path) as picture:
         return picture.size == (size, size)
     return True
 
 
 @contextlib.contextmanager
-def _named_errors(path: str) -> Iterator[None]:
+def _opened(path: str) -> Iterator[Image.Image]:
     try:
-        yield
+        with open(path, "rb", opener=_without_waiting) as file, Image.open(file) as picture:
+            yield picture
     except MemoryError:
         raise
     except UnidentifiedImageError:
@@ -177,6 +183,11 @@ def _named_errors(path: str) -> Iterator[None]:
         # Whatever it is: PIL's readers answer damaged files with a dozen types, TypeError among them.
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise DataError(f"{path}: cannot be read: {reason or type(error).__name__}; remove or replace it") from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    # A pipe that nobody writes to would be waited for without end.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 @contextlib.contextmanager

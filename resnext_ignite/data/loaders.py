@@ -48,7 +48,7 @@ class TrainLoader:
         device: where batches are made.
         workers: processes that decode files.
         random_resized_crop: files: take a keyed random-resized crop instead of the centre.
-        skip_unreadable: files: mark a picture that cannot be read, and warn of it once, instead of raising.
+        skip_unreadable: files: mark a picture that cannot be read, and warn of it once a rank, instead of raising.
     """
 
     def __init__(

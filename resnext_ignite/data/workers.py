@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from resnext_ignite.errors import DataError
-from resnext_ignite.signals import die_with_parent
+from resnext_ignite.signals import STOP_SIGNALS, die_with_parent, held_back
 
 _SHM_FULL = "/dev/shm is full: enlarge it (docker run --shm-size=8g) or set data.workers=0"
 _ADVICE = {
@@ -27,9 +27,8 @@ _ADVICE = {
 
 def ignore_signals(worker: int) -> None:
     """Leave a signal to the process group to the main process: it saves, then ends its workers; end with it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     # torch's worker asks whether its parent has changed: never, where that died before it asked first.
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
@@ -58,23 +57,18 @@ def watched(loader: DataLoader[Any]) -> Iterator[Any]:
         DataError: a worker gave one, could not be started or is dead, or /dev/shm is full.
     """
     others = set(multiprocessing.active_children())
-    handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        if loader.num_workers:
-            # Asked for before torch does, which leaves a traceback behind.
-            multiprocessing.Lock()
-        items = iter(loader)
-    except OSError as error:
-        reason = _SHM_FULL if error.errno == errno.ENOSPC else f"{error.strerror}; lower data.workers, or set it to 0"
-        raise DataError(f"data workers cannot be started: {reason}") from None
-    if signal.getsignal(signal.SIGCHLD) is not handler:
-        # torch's raises in the middle of whatever runs when a worker dies, a save too; here each batch asks.
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-    workers = [child for child in multiprocessing.active_children() if child not in others]
+    workers: list[BaseProcess] = []
+    items: Iterator[Any] = iter(())
     # Deaf to SIGTERM, workers that a traceback keeps until the process exits would keep it from exiting.
     end = Finalize(None, _end, (workers,), exitpriority=0)
-    atexit.register(end)
     try:
+        try:
+            items = _start(loader)
+        finally:
+            # Some may run where starting the next one failed.
+            workers += [child for child in multiprocessing.active_children() if child not in others]
+            # After torch's own, which would wait for each: the last that is registered is the first that is called.
+            atexit.register(end)
         while True:
             _check(workers)
             try:
@@ -89,9 +83,28 @@ def watched(loader: DataLoader[Any]) -> Iterator[Any]:
                 raise item
             yield item
     finally:
+        # torch's own end first: it asks them, through queues whose locks a killed one would keep.
         del items
         end()
         atexit.unregister(end)
+
+
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        # A worker begins with them blocked, and ignores them before it could hear one.
+        with held_back():
+            if loader.num_workers:
+                # Asked for before torch does, which leaves a traceback behind.
+                multiprocessing.Lock()
+            return iter(loader)
+    except OSError as error:
+        reason = _SHM_FULL if error.errno == errno.ENOSPC else f"{error.strerror}; lower data.workers, or set it to 0"
+        raise DataError(f"data workers cannot be started: {reason}") from None
+    finally:
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            # torch's raises in the middle of whatever runs when a worker dies, a save too; here each batch asks.
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 def _check(workers: list[BaseProcess], patience: float = 0.0) -> None:

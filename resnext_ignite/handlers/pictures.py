@@ -9,6 +9,7 @@ import torch
 from ignite.engine import Engine
 
 from resnext_ignite.data.augment import Augment
+from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.loaders import Split
 from resnext_ignite.handlers.loggers import TensorBoard
 from resnext_ignite.pictures import draw_confusion, draw_curves, draw_sheet, figure_to_array, save_figure
@@ -43,7 +44,8 @@ class AugmentedSheet:
     def __call__(self, engine: Engine) -> None:
         batch = engine.state.batch
         images = self.augment.unnormalize(batch.images[: self.count]).permute(0, 2, 3, 1).cpu()
-        captions = [self.classes[label] for label in batch.labels[: self.count].tolist()]
+        labels = batch.labels[: self.count].tolist()
+        captions = ["(unreadable)" if label == UNREADABLE else self.classes[label] for label in labels]
         sheet = figure_to_array(draw_sheet(images, captions))
         self.board.writer.add_image("train/augmented", sheet, engine.state.iteration, dataformats="HWC")
 
