@@ -20,6 +20,7 @@ from ignite.engine import Engine
 from test_data import folder_config
 from test_data_faults import AS_FILES, IN_WORKERS, PROMISED_S, assert_one_line, on
 
+from resnext_ignite import distributed
 from resnext_ignite.checkpoint import iteration_checkpoints, verify_checkpoint
 from resnext_ignite.data import build_train_loader, load_data
 from resnext_ignite.data.imagefolder import ImageFiles
@@ -34,12 +35,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Pat
     return folder
 
 
-def a_worker() -> multiprocessing.process.BaseProcess:
-    return multiprocessing.active_children()[-1]
-
-
-def kill_a_worker(engine: Engine) -> None:
-    os.kill(a_worker().pid or 0, signal.SIGKILL)
+def kill_a_worker(engine: Engine | None = None) -> None:
+    """Kill one and wait for its death, which is left to the run to find."""
+    pid = multiprocessing.active_children()[-1].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -47,11 +48,15 @@ def test_a_killed_worker_ends_the_run(tmp_path: Path, picture_folder: Path, rank
     def patch() -> None:
         at_iteration(2, lambda engine: kill_a_worker(engine) if rank() == ranks - 1 else None)
 
-    outcome = Command(tmp_path / "run", *on(picture_folder, *IN_WORKERS), ranks=ranks, patch=patch).wait()
+    values = on(picture_folder, *IN_WORKERS, "logging.every_iterations=1")
+    outcome = Command(tmp_path / "run", *values, ranks=ranks, patch=patch).wait()
     assert_one_line(outcome, "a data worker (pid " if ranks == 1 else "rank 1: a data worker (pid ")
     assert outcome.errors[0].endswith(
         ") was killed by SIGKILL, as when memory runs out; lower data.workers or give the machine more memory"
     )
+    # At the next batch, though that one had been made.
+    assert "iteration 2 " in outcome.stderr
+    assert "iteration 3 " not in outcome.stderr
 
 
 def test_a_worker_that_leaves_while_it_is_waited_for_ends_the_run(tmp_path: Path, picture_folder: Path) -> None:
@@ -68,10 +73,9 @@ def test_a_worker_killed_during_a_save_does_not_harm_it(tmp_path: Path, picture_
         fsync = os.fsync
 
         def kill_and_fsync(descriptor: int) -> None:
-            if "iteration_00000002" in os.readlink(f"/proc/self/fd/{descriptor}"):
-                worker = a_worker()
-                worker.kill()
-                worker.join()
+            saving = "iteration_00000002" in os.readlink(f"/proc/self/fd/{descriptor}")
+            if saving and len(multiprocessing.active_children()) == 2:
+                kill_a_worker()
             fsync(descriptor)
 
         pytest.MonkeyPatch().setattr(os, "fsync", kill_and_fsync)
@@ -88,12 +92,14 @@ def test_a_worker_killed_during_a_save_does_not_harm_it(tmp_path: Path, picture_
 
 def test_a_signal_to_all_processes_saves(tmp_path: Path, picture_folder: Path, whole: Path) -> None:
     def patch() -> None:
+        pytest.MonkeyPatch().setattr(distributed, "_LONGEST_SILENCE_S", 1e6)
         at_iteration(2, lambda engine: os.killpg(0, signal.SIGTERM))
 
     values = on(picture_folder, *IN_WORKERS)
-    outcome = Command(tmp_path / "run", *values, "logging.every_iterations=1", patch=patch).wait()
+    # The run hears of it at iteration 4, and until then its workers go on.
+    outcome = Command(tmp_path / "run", *values, "logging.every_iterations=4", patch=patch).wait()
     assert (outcome.code, outcome.left) == (75, []), outcome.stderr
-    assert outcome.errors == ["error: stopped by SIGTERM and saved at iteration 2; continue with --resume"]
+    assert outcome.errors == ["error: stopped by SIGTERM and saved at iteration 4; continue with --resume"]
     assert outcome.stderr.count("SIGTERM: saving") == 1
     assert outcome.seconds < PROMISED_S
     assert train_tiny(tmp_path / "run", *values, resume=True) == 0
