@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import Command, Outcome, at_iteration, digest, rank, train_tiny
+from conftest import Command, Outcome, at_iteration, digest, fill, rank, small_disk, train_tiny
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_data import folder_config, md5, write_cifar
@@ -309,3 +309,12 @@ def test_cifar_files_that_are_gone_are_unpacked_again(tmp_path: Path, monkeypatc
     assert train_tiny(tmp_path / "again", *values) == 0
     assert {path.name: md5(path) for path in folder.iterdir()} == before
     assert digest(tmp_path / "again") == digest(tmp_path / "run")
+
+
+def test_no_room_to_unpack_cifar_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_disk(tmp_path / "disk", 200_000) as disk:
+        write_cifar(disk, torchvision.datasets.CIFAR10, monkeypatch)
+        fill(disk)
+        outcome = Command(tmp_path / "run", *CIFAR, f"data.root={disk}").wait()
+    assert outcome.code == 6
+    assert outcome.errors == [f"error: {disk}: No space left on device; free some space or choose another data.root"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, at_iteration, digest, scalars, small_disk, tiny_arguments, train_tiny
+from conftest import Command, at_iteration, digest, fill, scalars, small_disk, tiny_arguments, train_tiny
 from ignite.engine import Engine, Events
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -357,17 +357,6 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     assert f"resuming from {before} instead" in said[0]
     assert digest(folder) == digest(whole)
     assert newest.with_name(newest.name + ".damaged").exists()
-
-
-def fill(folder: Path) -> Path:
-    """A file that takes all the room there is left."""
-    path = folder / "filler"
-    with path.open("wb", buffering=0) as file:
-        while True:
-            try:
-                file.write(bytes(4096))
-            except OSError:
-                return path
 
 
 def test_a_disk_that_fills_during_a_save_costs_no_checkpoint(tmp_path: Path, whole: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import tarfile
 from pathlib import Path
@@ -11,7 +12,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import extract_archive
 
 from resnext_ignite.data.images import Images
-from resnext_ignite.errors import DataError
+from resnext_ignite.errors import DataError, StorageError
 
 # facebookresearch/ResNeXt: 125.3 123.0 113.9 and 63.0 62.1 66.7, of 255.
 MEAN, STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -25,6 +26,7 @@ def prepare_cifar(name: str, root: Path, *, download: bool) -> None:
 
     Raises:
         DataError: a file is missing or its checksum is wrong, with both sums.
+        StorageError: there is no room to unpack it.
     """
     dataset = _DATASETS[name]
     files = _files(dataset, root)
@@ -46,6 +48,8 @@ def prepare_cifar(name: str, root: Path, *, download: bool) -> None:
     try:
         extract_archive(str(archive), str(root))
     except (OSError, EOFError, tarfile.TarError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise StorageError(f"{root}: {error.strerror}; free some space or choose another data.root") from None
         raise DataError(f"{archive}: cannot be unpacked: {error}") from None
     for path, md5 in files:
         _check(path, md5)
