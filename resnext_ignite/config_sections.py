@@ -213,6 +213,8 @@ class DistributedConfig(Section):
 
     timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 600.0
     """Seconds; a rank that lets the others wait so long has failed, and the run ends with exit code 8."""
+    compress_gradients: bool = False
+    """Let gradients travel between ranks, and be summed, as bf16: half the bytes, 8 bits of each number."""
 
 
 class LoggingConfig(Section):

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -19,6 +21,7 @@ import ignite.distributed as idist
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from resnext_ignite.errors import ConfigError, RankError, ResnextError
 from resnext_ignite.signals import STOP_SIGNALS, end_start, leave
@@ -40,6 +43,14 @@ class Ranks:
     def current(cls) -> Ranks:
         """This process's, as idist knows it."""
         return cls(idist.get_rank(), idist.get_world_size(), idist.get_local_rank(), idist.get_nproc_per_node())
+
+    def placement(self) -> str:
+        """How many ranks there are, and where, in words; to be called on all ranks."""
+        if self.world_size == 1:
+            return "1 rank"
+        hosts = Counter(self.gather(socket.gethostname()))
+        places = ", ".join(f"{host}: {count}" for host, count in hosts.items())
+        return f"{self.world_size} ranks ({places}; {dist.get_backend()})"
 
     def first_on_node(self, prepare: Callable[[], None]) -> None:
         """Let one rank a machine prepare something the others then use; its failure fails all.
@@ -91,6 +102,8 @@ class StopReason(IntEnum):
     TARGET = 2
     TIME_LIMIT = 3
     SIGNAL = 4
+    ORPHANED = 5
+    """What started a rank, and would forward signals and start it again, is gone."""
 
 
 class StopAgreement:
@@ -173,12 +186,14 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
     """Turn SIGTERM, SIGUSR1 and Ctrl-C into a stop at the next exchange, inside the block.
 
     Until the yielded function is called - before the first iteration - there is nothing to save, and a signal ends the
-    start at once. Any further signal changes nothing.
+    start at once. Any further signal changes nothing. The signal by which a rank hears of its parent's death
+    (`signals.die_with_parent`) is no wish of the user's: it saves too, but the ranks have failed.
 
     Raises:
         PreemptedError: a signal came before anything could be saved.
     """
     running, heard = False, False
+    parent = os.getppid()
 
     def started() -> None:
         nonlocal running
@@ -189,7 +204,8 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
         if heard:
             return
         heard = True
-        stop.wish(StopReason.SIGNAL, number)
+        orphaned = os.getppid() != parent
+        stop.wish(StopReason.ORPHANED if orphaned else StopReason.SIGNAL, number)
         if not running:
             end_start(number, frame)
         if stop.ranks.rank == 0:
@@ -208,9 +224,20 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
 
 
 def wrap_for_ranks(
-    model: nn.Module, device: torch.device, ranks: Ranks, *, sync_bn: bool, compiled: bool = False
+    model: nn.Module,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    sync_bn: bool,
+    compiled: bool = False,
+    accumulate: int = 1,
+    compress_gradients: bool = False,
 ) -> nn.Module:
     """The model as the training iteration calls it: itself on one rank, else in DistributedDataParallel.
+
+    Args:
+        accumulate: micro-batches an iteration.
+        compress_gradients: let the gradients travel, and be summed, as bf16.
 
     Raises:
         ConfigError: `sync_bn` on a CPU, for which torch has none.
@@ -226,12 +253,17 @@ def wrap_for_ranks(
         return model
     # Not idist.auto_model: one process that sees several GPUs would silently become DataParallel. Buffers stay a
     # rank's own and are averaged before they are used (`average_statistics`).
-    return nn.parallel.DistributedDataParallel(
+    wrapped = nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        # Not where some of the backward passes are not reduced, nor where the compiler draws the graph.
+        static_graph=accumulate == 1 and not compiled,
     )
+    if compress_gradients:
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
 
 
 def own_statistics(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:

@@ -64,6 +64,12 @@ class RankError(ResnextError):
     exit_code = 8
 
 
+class OrphanedError(ResnextError):
+    """What started the ranks of a machine is gone; what there was to save is saved."""
+
+    exit_code = 8
+
+
 class PreemptedError(ResnextError):
     """The run was asked to stop; what there was to save is saved."""
 

@@ -18,6 +18,7 @@ from torch import multiprocessing as mp
 
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, PreemptedError, RankError, report_error
+from resnext_ignite.launchers import by_srun, by_torchrun, launched_world_size
 from resnext_ignite.rank_failures import Failure, FailureBoard, failures_named, watch_for_failures
 from resnext_ignite.signals import STOP_SIGNALS, die_with_parent, end_start_on_signals, held_back, leave, let_through
 
@@ -44,16 +45,18 @@ def launch(
         ResnextError: as the function's, or RankError where another rank failed.
         SystemExit: spawned ranks failed, and have told why.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
-    if nproc_per_node is not None and world_size > 1:
-        raise ConfigError(f"--nproc-per-node {nproc_per_node}: a launcher has made {world_size} processes already")
-    count = nproc_per_node or 1
-    if world_size == count == 1:
+    launched = by_torchrun() or by_srun()
+    if nproc_per_node is not None and launched:
+        raise ConfigError(
+            f"--nproc-per-node {nproc_per_node}: a launcher has started {launched_world_size()} ranks already"
+        )
+    count = nproc_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not launched and count == 1:
         function(0, *args)
         return
     if backend is None:
         backend = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= count else "gloo"
-    if count == 1:
+    if launched:
         # Ranks must not outlive their launcher.
         die_with_parent(os.getppid(), signal.SIGTERM)
         _as_rank(function, args, backend, timeout_s)
@@ -64,6 +67,15 @@ def launch(
 
 
 def _as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str, timeout_s: float) -> None:
+    if by_torchrun():
+        # torchrun inside a Slurm job: Ignite would believe Slurm's numbers rather than torchrun's (ignite#3259).
+        os.environ.pop("SLURM_JOB_ID", None)
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} sees {torch.cuda.device_count()} GPUs: start a rank a GPU, and let each see all "
+            "of its machine's (srun --gpus-per-node, not --gpus-per-task)"
+        )
     try:
         idist.initialize(backend, timeout=timedelta(seconds=timeout_s))
     except RuntimeError as error:

@@ -13,9 +13,11 @@ import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import ClassVar
 
 from torch import distributed as dist
 
@@ -41,11 +43,16 @@ class Failure:
 
 
 class FailureBoard:
-    """Where failures are posted; the first one counts."""
+    """Where failures are posted; the first one counts.
+
+    `life` tells these ranks from those before a restart: torchrun keeps its store, and its count of restarts need not
+    be the same on all machines.
+    """
+
+    life: ClassVar[str] = ""
 
     def __init__(self, store: dist.Store) -> None:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"resnext_ignite/failure/{attempt}", store)
+        self._store = dist.PrefixStore(f"resnext_ignite/failure/{self.life}", store)
 
     @classmethod
     @functools.cache
@@ -150,8 +157,10 @@ def _loss(error: Exception, board: FailureBoard, ranks: Ranks) -> ResnextError:
 def watch_for_failures(ranks: Ranks) -> None:
     """From now on, end this process soon after any rank has failed, even where it hangs in a collective.
 
-    A rank that the others found to hang prints where it does.
+    All ranks call it once they have found one another. A rank that the others found to hang prints where it does.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        FailureBoard.life = ranks.from_rank_zero(lambda: uuid.uuid4().hex)
     if ranks.world_size > 1:
         threading.Thread(target=_watch, args=(ranks,), name="rank failures", daemon=True).start()
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resnext_ignite.errors import ConfigError, DataError, run_command
+from resnext_ignite.launchers import ends_remembered, launched_world_size
 from resnext_ignite.signals import leave_on_signals
 
 # torch, and all that imports it, waits until the command line and the config are known to be right.
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
     from resnext_ignite.config import Config
     from resnext_ignite.data import Data
+
+log = logging.getLogger(__name__)
 
 
 def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False) -> None:
@@ -43,6 +47,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
 
     ranks = Ranks.current()
     set_up_console(quiet=ranks.rank != 0)
+    log.info(f"{ranks.placement()}, {config.train.batch_size // ranks.world_size} images each an iteration")
     stop = StopAgreement(ranks, config.train.max_hours)
     run_folder = open_run(output_dir, config, ranks, resume=resume)
     with stop_on_signals(stop) as begin, run_folder as opened, failures_named(ranks):
@@ -58,7 +63,15 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
         average = build_average(config, model)
         optimizer = build_optimizer(config, model)
         lr_scheduler = build_lr_scheduler(config, optimizer, len(loaders.train))
-        wrapped = wrap_for_ranks(model, device, ranks, sync_bn=config.train.sync_bn, compiled=config.train.compile)
+        wrapped = wrap_for_ranks(
+            model,
+            device,
+            ranks,
+            sync_bn=config.train.sync_bn,
+            compiled=config.train.compile,
+            accumulate=config.train.accumulate,
+            compress_gradients=config.distributed.compress_gradients,
+        )
         trainer = engines.build_trainer(config, wrapped, optimizer, device)
         evaluated = model if average is None else average.ema_model
         evaluator = engines.build_evaluator(config, evaluated, device, ranks)
@@ -118,6 +131,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
+@ends_remembered()
 def main(arguments: list[str]) -> int:
     """The command; raises ResnextError for what a user can mend."""
     parsed = parse_arguments(arguments)
@@ -134,7 +148,7 @@ def main(arguments: list[str]) -> int:
     if path is None:
         raise ConfigError("--config FILE: say what to train, as in --config configs/quickstart.yaml")
     config = load_config(path, parsed.overrides)
-    check_shares(config, parsed.nproc_per_node or 1)
+    check_shares(config, parsed.nproc_per_node or launched_world_size())
     output_dir = Path(parsed.output_dir) if parsed.output_dir else default_output_dir(Path(path))
 
     # torch's C++ parts warn of a rank that is gone with a stack of frames; the run says it in a line.

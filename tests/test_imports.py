@@ -23,7 +23,7 @@ LEVELS = [
     {"config_files", "config_reference"},
     {"config"},
     {"config_sections"},
-    {"signals"},
+    {"launchers", "signals"},
     {"architecture", "errors", "storage"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

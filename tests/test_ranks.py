@@ -105,7 +105,11 @@ def test_ranks_do_not_outlive_the_process_that_started_them(tmp_path: Path) -> N
     assert command.wait_until_gone() < 10
     os.waitpid(command.pid, 0)
     # They even saved.
-    assert RunFolder(tmp_path / "run").read_status()["state"] == "preempted"
+    status = RunFolder(tmp_path / "run").read_status()
+    assert (status["state"], status["exit_code"]) == ("failed", 8)
+    saved = load_checkpoint(iteration_checkpoints(tmp_path / "run/checkpoints")[0])["trainer"]["iteration"]
+    expected = f"what started the ranks of a machine is gone: saved at iteration {saved}; continue with --resume"
+    assert status["reason"] == expected
 
 
 @pytest.mark.parametrize(

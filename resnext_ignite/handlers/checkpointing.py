@@ -135,7 +135,7 @@ class SaveCheckpoints:
     def at_iteration(self, engine: Engine) -> None:
         """Save inside an epoch; its last iteration is saved after the evaluation, unless the run stops there."""
         iteration, length = engine.state.iteration, engine.state.epoch_length or 1
-        stopping = self.stop.reason in (StopReason.SIGNAL, StopReason.TIME_LIMIT)
+        stopping = self.stop.reason >= StopReason.TIME_LIMIT
         if iteration == length * (engine.state.max_epochs or 0):
             # The end of the run: only its evaluation is left, and then it is saved for good.
             return
@@ -146,7 +146,7 @@ class SaveCheckpoints:
         """Save after the evaluation; where a signal came during it, what there is to save without it."""
         epoch = engine.state.epoch
         due = epoch % self.every_epochs == 0 or epoch == engine.state.max_epochs
-        if due or self.stop.reason == StopReason.SIGNAL:
+        if due or self.stop.reason >= StopReason.SIGNAL:
             self._save(engine)
 
     def _save(self, engine: Engine) -> None:

@@ -120,7 +120,7 @@ class Evaluation:
         batch = evaluator.state.iteration
         if batch < self._common_batches and self._pace.due(batch):
             self._pace.exchange(batch, torch.zeros(0, dtype=torch.float64))
-            if self.stop.reason == StopReason.SIGNAL:
+            if self.stop.reason >= StopReason.SIGNAL:
                 raise _AbandonedError
 
     def wall_seconds(self) -> float:

@@ -12,7 +12,7 @@ from torch import nn, optim
 
 from resnext_ignite.checkpoint import load_checkpoint
 from resnext_ignite.distributed import StopAgreement, StopReason
-from resnext_ignite.errors import CheckpointError, PreemptedError
+from resnext_ignite.errors import CheckpointError, OrphanedError, PreemptedError
 from resnext_ignite.handlers.checkpointing import RunState
 from resnext_ignite.handlers.evaluation import BestRecord, Evaluation
 from resnext_ignite.handlers.loggers import StatusFile
@@ -27,6 +27,7 @@ _REASONS = {
     StopReason.TARGET: "evaluation.target_error reached",
     StopReason.TIME_LIMIT: "train.max_hours reached; continue with --resume",
     StopReason.SIGNAL: "",
+    StopReason.ORPHANED: "",
 }
 
 
@@ -82,6 +83,7 @@ class AttachedRun:
 
         Raises:
             PreemptedError: a signal stopped the run, which is saved.
+            OrphanedError: as is one of whose machines the launcher died.
         """
         trainer = self.parts.trainer
         started_at = trainer.state.iteration
@@ -120,7 +122,15 @@ class AttachedRun:
 
     def _finish(self, whole: bool, started_at: int) -> Record | None:
         state = self.parts.trainer.state
-        if self.stop.reason == StopReason.SIGNAL and not whole:
+        if self.stop.reason >= StopReason.SIGNAL and not whole:
+            if self.stop.reason == StopReason.ORPHANED:
+                orphaned = OrphanedError(
+                    f"what started the ranks of a machine is gone: saved at iteration {state.iteration}; "
+                    "continue with --resume"
+                )
+                # Agreed on; the others need not be told, who might end rank 0 while it saves.
+                orphaned.quiet = self.state.ranks.rank != 0
+                raise orphaned
             name = self.stop.signal_name
             if state.iteration == started_at == 0:
                 raise PreemptedError(f"stopped by {name} before there was anything to save; start again with --resume")

@@ -1,0 +1,93 @@
+"""What torchrun's and srun's environment tells a process they started. Torch-free.
+
+torchrun starts failed ranks again (`--max-restarts`), whatever their exit code. Its agent gives each rank a file for
+its error, in a folder of the attempt; a rank leaves its exit code there, and a later attempt that finds one which no
+restart would cure ends at once with the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from resnext_ignite.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    PreemptedError,
+    as_resnext_error,
+)
+
+_FINAL = {kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointError, NonFiniteError, PreemptedError)}
+
+
+def by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun, or a launcher that sets the same variables, started this process as a rank."""
+    return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def by_srun(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is one of several tasks of an `srun`.
+
+    A plain process of a batch script is not: it sees the job's tasks in its environment, and is alone.
+    """
+    return "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1
+
+
+def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
+    """How many ranks a launcher started; 1 where there is none."""
+    if by_torchrun(environment):
+        return int(environment["WORLD_SIZE"])
+    return int(environment["SLURM_NTASKS"]) if by_srun(environment) else 1
+
+
+@contextlib.contextmanager
+def ends_remembered() -> Iterator[None]:
+    """Leave word for torchrun of how the block ends, and refuse to begin it again where that would not help.
+
+    Raises:
+        ResnextError: the error with which an earlier attempt ended, if it was one of config, data, checkpoint, numbers
+            or preemption.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        yield
+        return
+    try:
+        _refuse_to_repeat(Path(file))
+        yield
+    except BaseException as error:
+        known = as_resnext_error(error)
+        if known is not None:
+            # torchrun's summary shows the message of the first rank that failed.
+            word = {"message": str(known), "timestamp": int(time.time()), "exit_code": known.exit_code}
+            with contextlib.suppress(OSError):
+                Path(file).write_text(json.dumps(word), encoding="utf-8")
+        raise
+
+
+def _refuse_to_repeat(file: Path) -> None:
+    # .../attempt_<n>/<local rank>/error.json; an agent that starts its ranks anew because others joined or left does so
+    # in the same attempt, whose files it removes first.
+    attempt = file.parent.parent
+    for other in sorted(attempt.parent.glob("attempt_*/*/error.json")):
+        word = _read(other) if other.parent.parent != attempt else {}
+        kind = _FINAL.get(word.get("exit_code", 0))
+        if kind is not None:
+            error = kind(f"not started again by torchrun: {word['message']}")
+            error.quiet = int(os.environ.get("LOCAL_RANK", "0")) != 0
+            raise error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        word = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(word, dict) and "message" in word:
+            return word
+    return {}
