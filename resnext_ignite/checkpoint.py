@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import zipfile
 import zlib
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from resnext_ignite.config import Config, config_of
-from resnext_ignite.errors import CheckpointError
+from resnext_ignite.errors import CheckpointError, DamagedError
 from resnext_ignite.models import build_model
 from resnext_ignite.storage import replace_durably
 
@@ -73,7 +74,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         digest = hashing.hash.hexdigest()
 
     def check(temporary: Path) -> None:
-        found = _sha256(temporary)
+        found = _sha256(temporary, from_disk=True)
         if found != digest:
             raise CheckpointError(f"{path}: read back with sha256 {found}, not {digest}; the storage is failing")
         # Until the rename, the sum of the file that is replaced stays good as well.
@@ -102,8 +103,11 @@ def _read_sums(path: Path) -> list[str]:
     return [line.split()[0] for line in lines if line.strip()]
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, *, from_disk: bool = False) -> str:
     with path.open("rb") as file:
+        if from_disk:
+            # Else the system answers from its memory what the disk was told to keep; it is a request, not an order.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -111,41 +115,46 @@ def verify_checkpoint(path: Path) -> None:
     """Check a file against the checksum beside it; without one, against its archive's CRCs.
 
     Raises:
-        CheckpointError: it is missing or damaged; the line names it.
+        DamagedError: it is damaged; the line names it.
+        CheckpointError: it cannot be read.
     """
     try:
         if checksum_path(path).exists():
             expected, found = _read_sums(path), _sha256(path)
             if found not in expected:
-                raise CheckpointError(f"{path}: damaged: its sha256 is {found}, not {' or '.join(expected) or 'known'}")
+                raise DamagedError(f"{path}: damaged: its sha256 is {found}, not {' or '.join(expected) or 'known'}")
             return
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise CheckpointError(f"{path}: damaged: the CRC of its record {damaged} is wrong")
+            raise DamagedError(f"{path}: damaged: the CRC of its record {damaged} is wrong")
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError):
         # A damaged directory makes zipfile raise any of these.
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint") from None
+        raise DamagedError(f"{path}: damaged, or not a checkpoint") from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The verified content of a checkpoint, on the CPU.
 
     Raises:
-        CheckpointError: it is missing, damaged, or not a checkpoint of this project.
+        DamagedError: it is damaged, or not a checkpoint of this project.
+        CheckpointError: it cannot be read, or is of another version's format.
     """
     verify_checkpoint(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:
         # Whatever a hostile or foreign file makes torch say, it is refused in one line.
         reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{path}: not a checkpoint of this project ({reason})") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"{path}: its format is {found!r}, not {FORMAT!r}")
+        raise DamagedError(f"{path}: not a checkpoint of this project ({reason})") from None
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if found != FORMAT:
+        kind = CheckpointError if str(found).startswith(FORMAT.partition("/")[0]) else DamagedError
+        raise kind(f"{path}: its format is {found!r}, not {FORMAT!r}")
     return state
 
 
@@ -185,7 +194,7 @@ def resume_candidates(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A verified state, the file it is from, and the files that should have served and are damaged."""
+    """A verified state, the file it is from, and those that should have served and are damaged."""
 
     path: Path
     state: dict[str, Any]
@@ -196,21 +205,28 @@ def newest_resume_point(folder: Path) -> ResumePoint | None:
     """The first of the resume candidates that verifies; None where there is none at all.
 
     Raises:
-        CheckpointError: there are some, and every one is damaged.
+        CheckpointError: there are some, and none can be used; or the newest is of another version, and whole.
     """
-    damaged: dict[Path, str] = {}
+    unusable: dict[Path, CheckpointError] = {}
     for path in resume_candidates(folder):
         try:
             state = load_checkpoint(path)
-        except CheckpointError as error:
-            damaged[path] = str(error)
+        except DamagedError as error:
+            unusable[path] = error
             continue
-        if damaged:
-            log.warning("%s; resuming from %s instead", "; ".join(damaged.values()), path)
-        return ResumePoint(path, state, tuple(damaged))
-    if damaged:
+        except CheckpointError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            unusable[path] = error
+            continue
+        reasons = "; ".join(map(str, unusable.values()))
+        if reasons:
+            log.warning("%s; resuming from %s instead", reasons, path)
+        # What could not be read today may be whole tomorrow.
+        return ResumePoint(path, state, tuple(p for p, e in unusable.items() if isinstance(e, DamagedError)))
+    if unusable:
         raise CheckpointError(
-            f"no checkpoint in {folder} can be used: {'; '.join(damaged.values())}; "
+            f"no checkpoint in {folder} can be used: {'; '.join(map(str, unusable.values()))}; "
             "restore one, or start anew with another --output-dir"
         )
     return None
@@ -218,8 +234,9 @@ def newest_resume_point(folder: Path) -> ResumePoint | None:
 
 def set_aside(path: Path) -> None:
     """Take a damaged file out of the way of the next one of its name, without destroying the evidence."""
-    path.replace(path.with_name(path.name + ".damaged"))
-    checksum_path(path).unlink(missing_ok=True)
+    for file in (path, checksum_path(path)):
+        if file.exists():
+            file.replace(file.with_name(file.name + ".damaged"))
 
 
 def remove_remains(folder: Path) -> None:

@@ -24,7 +24,7 @@ from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from resnext_ignite.errors import ConfigError, RankError, ResnextError
-from resnext_ignite.signals import STOP_SIGNALS, end_start, leave
+from resnext_ignite.signals import STOP_SIGNALS, end_start, leave, orphaned
 
 T = TypeVar("T")
 _LONGEST_SILENCE_S = 5.0
@@ -125,6 +125,11 @@ class StopAgreement:
         self._signal = 0
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
 
+    @property
+    def wished(self) -> bool:
+        """Whether this rank has asked for a stop."""
+        return self._wish is not StopReason.NONE
+
     def wish(self, reason: StopReason, signal_number: int = 0) -> None:
         """Ask for a stop at the next exchange; safe in a signal handler."""
         self._wish, self._signal = max(self._wish, reason), signal_number or self._signal
@@ -137,6 +142,9 @@ class StopAgreement:
         """One packed all-reduce: this rank's float64 (k,) -> all ranks' (world_size, k), and the wishes settled."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self.wish(StopReason.TIME_LIMIT)
+        if self._wish is StopReason.SIGNAL and orphaned():
+            # Asked here: of a parent with several threads the first one's death sends the signal already.
+            self.wish(StopReason.ORPHANED)
         packed = torch.zeros(self.ranks.world_size, len(numbers) + 2, dtype=torch.float64)
         packed[self.ranks.rank, :-2] = numbers
         packed[self.ranks.rank, -2], packed[self.ranks.rank, -1] = self._wish, self._signal
@@ -168,8 +176,8 @@ class Pace:
         self._last, self._next, self._since = position, position + self._stride, time.monotonic()
 
     def due(self, position: int) -> bool:
-        """Whether the ranks meet at this position at the latest."""
-        return position >= self._next
+        """Whether the ranks meet at this position at the latest; a single rank heeds its own wish at once."""
+        return position >= self._next or (self.stop.ranks.world_size == 1 and self.stop.wished)
 
     def exchange(self, position: int, numbers: Tensor) -> Tensor:
         """As StopAgreement.exchange: float64 (k,) -> (world_size, k + 1), the seconds since the last exchange last."""
@@ -190,10 +198,9 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
     (`signals.die_with_parent`) is no wish of the user's: it saves too, but the ranks have failed.
 
     Raises:
-        PreemptedError: a signal came before anything could be saved.
+        KeyboardInterrupt: a signal came before anything could be saved (`errors.as_resnext_error` makes exit 75 of it).
     """
     running, heard = False, False
-    parent = os.getppid()
 
     def started() -> None:
         nonlocal running
@@ -204,8 +211,7 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
         if heard:
             return
         heard = True
-        orphaned = os.getppid() != parent
-        stop.wish(StopReason.ORPHANED if orphaned else StopReason.SIGNAL, number)
+        stop.wish(StopReason.SIGNAL, number)
         if not running:
             end_start(number, frame)
         if stop.ranks.rank == 0:

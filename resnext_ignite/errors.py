@@ -40,6 +40,10 @@ class CheckpointError(ResnextError):
     exit_code = 4
 
 
+class DamagedError(CheckpointError):
+    """A file that is no checkpoint, or no longer the one that was written."""
+
+
 class NonFiniteError(ResnextError):
     """A loss or gradient that is not finite."""
 
@@ -84,7 +88,7 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
     if isinstance(error, ResnextError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return PreemptedError("stopped by Ctrl-C before there was anything to save")
+        return PreemptedError(str(error) or "stopped by Ctrl-C before there was anything to save")
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
         where = error.filename if error.filename is not None else "the run folder"
         return StorageError(f"{where}: {error.strerror}; free some space or choose another --output-dir")

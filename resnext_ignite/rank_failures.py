@@ -29,7 +29,8 @@ _WAIT_FOR_WORD_S = 3.0
 _WAIT_FOR_RANK_0_S = 0.5
 # A rank that has not ended by itself so long after a failure does not answer.
 _LAST_WORDS_S = 5.0
-_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|store", re.IGNORECASE)
+# What gloo says, whose errors are no more than RuntimeErrors: where in its source, and what happened.
+_LOST = re.compile(r"\[\S*/gloo/\S*:\d+\]|^Gloo \w+ failed")
 
 
 @dataclass(frozen=True)
@@ -99,20 +100,20 @@ def failures_named(ranks: Ranks) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if ranks.world_size == 1 or (isinstance(error, ResnextError) and error.quiet is not None):
             raise
         raise _named(error, ranks) from (None if as_resnext_error(error) or _is_loss(error) else error)
 
 
-def _is_loss(error: Exception) -> bool:
+def _is_loss(error: BaseException) -> bool:
     """Whether an error says that another rank did not do its part in something common."""
     return isinstance(error, RankError | dist.DistError) or (
         isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
     )
 
 
-def _named(error: Exception, ranks: Ranks) -> ResnextError:
+def _named(error: BaseException, ranks: Ranks) -> ResnextError:
     loss, known = _is_loss(error), as_resnext_error(error)
     if known is None:
         first_line = (str(error).strip().splitlines() or [""])[0]
@@ -138,7 +139,7 @@ def _named(error: Exception, ranks: Ranks) -> ResnextError:
         return known
 
 
-def _loss(error: Exception, board: FailureBoard, ranks: Ranks) -> ResnextError:
+def _loss(error: BaseException, board: FailureBoard, ranks: Ranks) -> ResnextError:
     board.answer(ranks.rank)
     first = board.wait_for_first(_WAIT_FOR_WORD_S)
     if first is None:

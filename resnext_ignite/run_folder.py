@@ -27,8 +27,9 @@ from resnext_ignite.config import Config
 from resnext_ignite.config_files import SAFE_ON_RESUME, adopt_resolved, changed_values, dump_config, load_config
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import PreemptedError, RunFolderError, StorageError, as_resnext_error
-from resnext_ignite.storage import append_durably, replace_durably
+from resnext_ignite.storage import append_durably, replace_durably, temporary_path
 
+ENDED = ("completed", "stopped_early")
 _PACKAGES = ("torch", "torchvision", "pytorch-ignite", "tensorboard")
 Record = dict[str, Any]
 log = logging.getLogger(__name__)
@@ -92,8 +93,10 @@ class RunFolder:
     def start(self, config: Config) -> None:
         """Write down a config and make room for checkpoints; what a killed process left half-written goes."""
         self.checkpoints.mkdir(exist_ok=True)
-        for folder in (self.path, self.checkpoints):
-            remove_remains(folder)
+        remove_remains(self.checkpoints)
+        # No more than what is a run's own: a user may have chosen a folder with files of his.
+        for file in (self._config, self._metrics, self._status, self.curves):
+            temporary_path(file).unlink(missing_ok=True)
         replace_durably(self._config, lambda file: _write(file, dump_config(config)))
 
     def saved_config(self) -> Config | None:
@@ -138,8 +141,12 @@ class RunFolder:
         replace_durably(self._status, lambda file: _write(file, text))
 
     def read_status(self) -> Record:
-        """What `status.json` says; empty where it is not there."""
-        return json.loads(self._status.read_text(encoding="utf-8")) if self._status.exists() else {}
+        """What `status.json` says; empty where it is not there, or damaged."""
+        try:
+            status = json.loads(self._status.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return status if isinstance(status, dict) else {}
 
 
 def _write(file: IO[bytes], text: str) -> None:
@@ -150,13 +157,13 @@ def _write(file: IO[bytes], text: str) -> None:
 class OpenRun:
     """A run folder that is locked for this run, the config to run with, and the state to continue from, if any.
 
-    `changes` are the values that differ from the run's before, as (before, now).
+    `changes` are the resumes with other values, in order: the iteration, and by key (before, now).
     """
 
     folder: RunFolder
     config: Config
     state: dict[str, Any] | None
-    changes: dict[str, tuple[Any, Any]]
+    changes: list[Record]
 
     def check_data(self, contents: dict[str, str]) -> None:
         """Check that a continued run is given the images that it had before: all that is keyed by index rests on that.
@@ -193,13 +200,15 @@ def open_run(path: Path, config: Config, ranks: Ranks, *, resume: bool) -> Itera
 
     try:
         point = ranks.from_rank_zero(take)
-        changes: dict[str, tuple[Any, Any]] = {}
+        changes: list[Record] = []
         if point is not None:
             saved = config_of_checkpoint(point.path, point.state)
             config = adopt_resolved(config, saved)
-            changes = changed_values(config, saved)
-            _refuse_changes(path, changes)
-            log.info(f"resuming {path} from iteration {point.state['trainer']['iteration']}")
+            changed = changed_values(config, saved)
+            _refuse_changes(path, changed)
+            iteration = point.state["trainer"]["iteration"]
+            changes = [*point.state["changes"], *([{"iteration": iteration, **changed}] if changed else [])]
+            log.info(f"resuming {path} from iteration {iteration}")
             for damaged in point.damaged if ranks.rank == 0 else ():
                 set_aside(damaged)
         elif resume:
@@ -225,7 +234,11 @@ def _refuse_changes(path: Path, changes: dict[str, tuple[Any, Any]]) -> None:
 
 def _write_failure(folder: RunFolder, error: BaseException) -> None:
     known = as_resnext_error(error)
-    before = {key: value for key, value in folder.read_status().items() if key not in ("versions", "state")}
+    status = folder.read_status()
+    if status.get("state") in ENDED:
+        # It ended well, and nothing has been trained since: then it says "running".
+        return
+    before = {key: value for key, value in status.items() if key not in ("versions", "state")}
     facts = {**before, "exit_code": known.exit_code if known else 1, "reason": str(known or repr(error))}
     state = "preempted" if isinstance(known, PreemptedError) else "failed"
     # A status that cannot be written (a full disk) must not hide why the run failed.

@@ -12,15 +12,17 @@ from resnext_ignite.errors import PreemptedError
 
 _PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_parent: int | None = None
 
 
 def end_start(number: int, frame: object) -> None:
     """The handler of a process that starts: end it.
 
     Raises:
-        PreemptedError: always.
+        KeyboardInterrupt: always, whichever signal: what takes a damaged file's every Exception for damage must not
+            take this for it.
     """
-    raise PreemptedError(f"stopped by {signal.Signals(number).name} before there was anything to save")
+    raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name} before there was anything to save")
 
 
 def leave(number: int, frame: object) -> None:
@@ -36,18 +38,25 @@ def leave_on_signals() -> None:
 
 
 def end_start_on_signals() -> None:
-    """From now on a stop signal raises PreemptedError, until a run takes the signals over."""
+    """From now on a stop signal raises KeyboardInterrupt, until a run takes the signals over."""
     for number in STOP_SIGNALS:
         signal.signal(number, end_start)
 
 
 def die_with_parent(parent: int, number: int) -> None:
     """Have the system send this process a signal when its parent dies; at once, where that has happened already."""
+    global _parent
+    _parent = parent
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
+
+
+def orphaned() -> bool:
+    """Whether the parent with which this process should have died is gone."""
+    return _parent is not None and os.getppid() != _parent
 
 
 @contextlib.contextmanager

@@ -12,6 +12,11 @@ from typing import IO
 log = logging.getLogger(__name__)
 
 
+def temporary_path(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def replace_durably(
     path: Path, write: Callable[[IO[bytes]], None], before_rename: Callable[[Path], None] | None = None
 ) -> None:
@@ -24,7 +29,7 @@ def replace_durably(
     Raises:
         OSError: what is under the name is then untouched.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_path(path)
     try:
         with temporary.open("wb") as file:
             write(file)

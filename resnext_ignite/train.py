@@ -47,10 +47,10 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
 
     ranks = Ranks.current()
     set_up_console(quiet=ranks.rank != 0)
-    log.info(f"{ranks.placement()}, {config.train.batch_size // ranks.world_size} images each an iteration")
     stop = StopAgreement(ranks, config.train.max_hours)
     run_folder = open_run(output_dir, config, ranks, resume=resume)
     with stop_on_signals(stop) as begin, run_folder as opened, failures_named(ranks):
+        log.info(f"{ranks.placement()}, {config.train.batch_size // ranks.world_size} images each an iteration")
         device = engines.resolve_device(opened.config.train.device, local_rank)
         loaders = build_loaders(opened.config, device, ranks)
         opened.check_data(loaders.data.contents)

@@ -24,6 +24,7 @@ _PARTS = (
     "handlers.log_point",
     "errors",
     "data",
+    "changes",
     "generators",
     "statistics",
 )

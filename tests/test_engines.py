@@ -148,13 +148,13 @@ def test_an_infinite_gradient_in_fp16_is_the_scalers_to_answer() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_wish_to_stop_holds_from_the_next_log_point() -> None:
+def test_a_single_rank_heeds_its_wish_to_stop_at_once() -> None:
     wired = Wired(every=3)
     wired.trainer.add_event_handler(
         Events.ITERATION_STARTED(once=2), lambda engine: wired.stop.wish(StopReason.TIME_LIMIT)
     )
     wired.trainer.run([batch(8, k) for k in range(8)])
-    assert wired.trainer.state.iteration == 3
+    assert wired.trainer.state.iteration == 2
     assert wired.stop.reason == StopReason.TIME_LIMIT
 
 

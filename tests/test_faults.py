@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, at_iteration, digest, fill, scalars, small_disk, tiny_arguments, train_tiny
+from conftest import (
+    Command,
+    at_iteration,
+    better_each_epoch,
+    digest,
+    fill,
+    scalars,
+    small_disk,
+    tiny_arguments,
+    train_tiny,
+)
 from ignite.engine import Engine, Events
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -29,7 +39,7 @@ from resnext_ignite.checkpoint import (
     verify_checkpoint,
 )
 from resnext_ignite.errors import CheckpointError, RunFolderError, StorageError, as_resnext_error
-from resnext_ignite.handlers.checkpointing import SaveBest, SaveCheckpoints
+from resnext_ignite.handlers.checkpointing import SaveCheckpoints
 from resnext_ignite.handlers.loggers import TensorBoard
 from resnext_ignite.handlers.pictures import Curves
 from resnext_ignite.run_folder import RunFolder
@@ -141,18 +151,24 @@ REPLACED = """
     ("name", "steps"), [("iteration_N.pt", SAVE + PRUNE), ("best.pt", SAVE + REPLACED), ("final.pt", SAVE + REPLACED)]
 )
 def test_a_run_that_dies_at_each_step_of_a_save_ends_the_same(
-    tmp_path: Path, whole: Path, name: str, steps: str
+    tmp_path: Path, whole: Path, name: str, steps: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Each session dies one step further into its first save of this kind.
-    folder, log = tmp_path / "run", tmp_path / "steps"
+    folder, log, values = tmp_path / "run", tmp_path / "steps", VALUES
+    if name == "best.pt":
+        # A session that got as far as the rename has its best; the next one dies at that of the next epoch.
+        values = [*VALUES, "train.epochs=13"]
+        better_each_epoch(monkeypatch)
+        whole = tmp_path / "whole"
+        assert train_tiny(whole, *values) == 0
     expected = [step for step in re.split(r"[,\n]\s*", steps.replace("NAME", name)) if step.strip()]
     for last, step in enumerate(expected, start=1):
         hooks = Steps(log, last, begin="amid write ." + name.partition("N")[0])
-        outcome = Command(folder, *VALUES, resume=last > 1, patch=hooks.install).wait()
+        outcome = Command(folder, *values, resume=last > 1, patch=hooks.install).wait()
         assert outcome.code == DIED, outcome.stderr
         assert re.sub(r"\d{8}", "N", log.read_text().splitlines()[-1]) == step.strip()
         assert_nothing_is_lost(folder, hooks)
-    assert train_tiny(folder, *VALUES, resume=True) == 0
+    assert train_tiny(folder, *values, resume=True) == 0
     assert digest(folder) == digest(whole)
     assert not list(folder.rglob("*.tmp"))
     files = (folder / "checkpoints").glob("*.pt")
@@ -399,7 +415,7 @@ def test_a_full_disk_at_what_a_run_can_do_without_is_a_warning(tmp_path: Path) -
                 board.writer.add_text("long", "x" * 20_000, 0)
                 flush(board)
 
-            for owner, name in ((SaveBest, "__call__"), (Curves, "draw")):
+            for owner, name in ((SaveCheckpoints, "save_best"), (Curves, "draw")):
                 setattr(owner, name, on_a_full_disk(getattr(owner, name)))
             TensorBoard.flush = flush_much  # type: ignore[method-assign, assignment]
 

@@ -33,8 +33,8 @@ MUTANTS = [
     (
         "written in place",
         "storage.py",
-        'temporary = path.with_name(f".{path.name}.tmp")',
-        "temporary = path",
+        "    temporary = temporary_path(path)\n",
+        "    temporary = path\n",
         DIES,
     ),
     (
@@ -97,7 +97,7 @@ MUTANTS = [
     (
         "all damaged starts anew",
         "checkpoint.py",
-        "    if damaged:\n        raise CheckpointError(",
+        "    if unusable:\n        raise CheckpointError(",
         "    if False:\n        raise CheckpointError(",
         "test_train.py::test_resuming_only_damaged_checkpoints",
     ),
@@ -111,8 +111,8 @@ MUTANTS = [
     (
         "remains of a killed save stay",
         "run_folder.py",
-        "            remove_remains(folder)\n",
-        "            pass\n",
+        "        remove_remains(self.checkpoints)\n",
+        "",
         DIES,
     ),
     (
@@ -239,6 +239,36 @@ MUTANTS = [
         "if logs or in_time or self.save_due(iteration):",
         "if logs or in_time:",
         "test_train.py::test_a_number_that_is_not_finite",
+    ),
+    (
+        "a bad number that is no loss or gradient is saved",
+        "handlers/checkpointing.py",
+        "        self._refuse_what_is_not_finite(parts, own)\n",
+        "",
+        "test_resuming.py::test_a_state_that_is_not_finite",
+    ),
+    (
+        "the best weights go before a resume point knows the new ones",
+        "handlers/__init__.py",
+        "    trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.at_epoch_end)\n"
+        "    trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.save_best)\n",
+        "    trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.save_best)\n"
+        "    trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.at_epoch_end)\n",
+        "test_resuming.py::test_the_best_weights_are_those",
+    ),
+    (
+        "the best weights of a run that died before they were kept are lost",
+        "handlers/session.py",
+        "        self.saver.restore_best()\n",
+        "",
+        DIES,
+    ),
+    (
+        "a signal while a checkpoint is read makes it damaged",
+        "signals.py",
+        "    raise KeyboardInterrupt(",
+        "    raise PreemptedError(",
+        "test_resuming.py::test_a_signal_while_a_checkpoint_is_read",
     ),
     (
         "points are doubled in TensorBoard",

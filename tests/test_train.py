@@ -220,7 +220,7 @@ def test_a_signal_during_start_up_ends_it(tmp_path: Path, monkeypatch: pytest.Mo
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(data, "load_data", interrupt)
-    with pytest.raises(PreemptedError, match="before there was anything to save"):
+    with pytest.raises(KeyboardInterrupt, match="before there was anything to save"):
         train_tiny(tmp_path / "run")
     assert not RunFolder(tmp_path / "run").holds_a_run()
 
@@ -240,7 +240,12 @@ def test_more_epochs_continue_a_finished_run(tmp_path: Path) -> None:
     assert train_tiny(folder, "train.epochs=1", "schedule.name=constant", "schedule.warmup_epochs=0") == 0
     constant = ["schedule.name=constant", "schedule.warmup_epochs=0"]
     assert train_tiny(folder, *constant, resume=True) == 0
-    assert RunFolder(folder).read_status()["changes_on_resume"] == {"train.epochs": [1, 3]}
+    assert RunFolder(folder).read_status()["changes_on_resume"] == [{"iteration": 4, "train.epochs": [1, 3]}]
+    # What was changed once is not forgotten by a resume that changes nothing more, or something else.
+    assert train_tiny(folder, *constant, "train.epochs=4", resume=True) == 0
+    changes = [{"iteration": 4, "train.epochs": [1, 3]}, {"iteration": 12, "train.epochs": [3, 4]}]
+    assert RunFolder(folder).read_status()["changes_on_resume"] == changes
+    constant += ["train.epochs=4"]
     assert train_tiny(tmp_path / "whole", *constant) == 0
     assert digest(folder) == digest(tmp_path / "whole")
 

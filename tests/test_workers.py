@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,6 @@ from ignite.engine import Engine
 from test_data import folder_config
 from test_data_faults import AS_FILES, IN_WORKERS, PROMISED_S, assert_one_line, on
 
-from resnext_ignite import distributed
 from resnext_ignite.checkpoint import iteration_checkpoints, verify_checkpoint
 from resnext_ignite.data import build_train_loader, load_data
 from resnext_ignite.data.imagefolder import ImageFiles
@@ -91,15 +91,16 @@ def test_a_worker_killed_during_a_save_does_not_harm_it(tmp_path: Path, picture_
 
 
 def test_a_signal_to_all_processes_saves(tmp_path: Path, picture_folder: Path, whole: Path) -> None:
-    def patch() -> None:
-        pytest.MonkeyPatch().setattr(distributed, "_LONGEST_SILENCE_S", 1e6)
-        at_iteration(2, lambda engine: os.killpg(0, signal.SIGTERM))
+    def send(engine: Engine) -> None:
+        os.killpg(0, signal.SIGTERM)
+        # Until the run has heard of it, its workers go on.
+        time.sleep(0.3)
+        assert [worker.exitcode for worker in multiprocessing.active_children()] == [None, None]
 
     values = on(picture_folder, *IN_WORKERS)
-    # The run hears of it at iteration 4, and until then its workers go on.
-    outcome = Command(tmp_path / "run", *values, "logging.every_iterations=4", patch=patch).wait()
+    outcome = Command(tmp_path / "run", *values, patch=lambda: at_iteration(2, send)).wait()
     assert (outcome.code, outcome.left) == (75, []), outcome.stderr
-    assert outcome.errors == ["error: stopped by SIGTERM and saved at iteration 4; continue with --resume"]
+    assert outcome.errors == ["error: stopped by SIGTERM and saved at iteration 2; continue with --resume"]
     assert outcome.stderr.count("SIGTERM: saving") == 1
     assert outcome.seconds < PROMISED_S
     assert train_tiny(tmp_path / "run", *values, resume=True) == 0
@@ -136,7 +137,8 @@ def test_a_full_dev_shm_ends_the_run(tmp_path: Path, picture_folder: Path, size:
 def test_no_worker_is_left_where_dev_shm_is_full_at_any_step_of_the_start(
     tmp_path: Path, picture_folder: Path, in_fork: Callable[[Callable[[], Any]], int]
 ) -> None:
-    config = folder_config(picture_folder, **{"data.workers": 2, "data.image_size": 32})
+    # A batch of 30 pages: where the workers have started, there is no room for it, however fast it is taken.
+    config = folder_config(picture_folder, **{"data.workers": 2, "data.image_size": 32, "train.batch_size": 40})
     loader = build_train_loader(config, load_data(config, Ranks()), torch.device("cpu"), Ranks())
 
     def child() -> None:

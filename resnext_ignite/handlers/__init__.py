@@ -10,7 +10,7 @@ from resnext_ignite.config import Config
 from resnext_ignite.data import Loaders
 from resnext_ignite.distributed import Ranks, StopAgreement
 from resnext_ignite.engines import RunEvents
-from resnext_ignite.handlers.checkpointing import RunState, SaveBest, SaveCheckpoints, Stateful, best_weights
+from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints, Stateful
 from resnext_ignite.handlers.evaluation import BestRecord, Evaluation, FinalTest
 from resnext_ignite.handlers.loggers import MetricsFile, Progress, StatusFile, TensorBoard
 from resnext_ignite.handlers.session import AttachedRun, Parts
@@ -50,11 +50,12 @@ def attach_handlers(
         min_delta=config.evaluation.min_delta,
         target_error=config.evaluation.target_error,
     )
-    state = _run_state(config, parts, loaders, ranks, evaluation, best, log_point)
+    state = _run_state(config, parts, loaders, ranks, run, evaluation, best, log_point)
     saver = SaveCheckpoints(
         state,
         run.folder.checkpoints,
         stop,
+        best,
         every_epochs=config.checkpoint.every_epochs,
         every_iterations=config.checkpoint.every_iterations,
         keep=config.checkpoint.keep,
@@ -77,20 +78,17 @@ def attach_handlers(
         status = StatusFile(run.folder, best, {"changes_on_resume": run.changes})
         _attach_writers(config, parts, run, status)
 
-    trainer.add_event_handler(RunEvents.EVALUATED, SaveBest(best, saver))
-    # The resume point comes last, when everything it has to remember has happened.
+    # The resume point comes last, when everything it has to remember has happened; only then the best one's file.
     trainer.add_event_handler(Events.ITERATION_COMPLETED, saver.at_iteration)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.at_epoch_end)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.save_best)
     trainer.add_event_handler(Events.COMPLETED, lambda engine: saver.save_as("final.pt"))
     if selection == "val" and "test" in loaders.evaluation:
-        best_path = run.folder.checkpoints / "best.pt"
-        final_test = FinalTest(
-            evaluation, parts.evaluated, loaders.evaluation["test"], lambda: best_weights(best_path, best, ranks)
-        )
+        final_test = FinalTest(evaluation, parts.evaluated, loaders.evaluation["test"], saver.best_weights)
         trainer.add_event_handler(Events.COMPLETED, final_test)
     if ranks.rank == 0:
         _attach_pictures(config, parts, loaders, run, saver, evaluation)
-    return AttachedRun(parts, state, evaluation, best, stop, status, run)
+    return AttachedRun(parts, state, saver, evaluation, best, stop, status, run)
 
 
 def _run_state(
@@ -98,6 +96,7 @@ def _run_state(
     parts: Parts,
     loaders: Loaders,
     ranks: Ranks,
+    run: OpenRun,
     evaluation: Evaluation,
     best: BestRecord,
     log_point: LogPoint,
@@ -118,6 +117,7 @@ def _run_state(
         "image_size": data.image_size,
         "selection": data.selection,
         "data": data.contents,
+        "changes": run.changes,
     }
     handlers: dict[str, Stateful] = {"evaluation": evaluation, "best": best, "log_point": log_point}
 

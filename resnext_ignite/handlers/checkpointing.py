@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,7 +19,7 @@ from resnext_ignite.checkpoint import (
     save_checkpoint,
 )
 from resnext_ignite.distributed import Ranks, StopAgreement, StopReason, averaged_statistics, own_statistics
-from resnext_ignite.errors import CheckpointError
+from resnext_ignite.errors import CheckpointError, NonFiniteError
 from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.storage import warned_of
 
@@ -57,7 +57,11 @@ class RunState:
         self.handlers, self.errors = handlers, errors
 
     def collect(self) -> dict[str, Any]:
-        """The state as plain values and tensors, of which nothing is changed; to be called on all ranks."""
+        """The state as plain values and tensors, of which nothing is changed; to be called on all ranks.
+
+        Raises:
+            NonFiniteError: something in it is not finite, on any rank: a finite gradient may make such an update.
+        """
         parts: dict[str, Any] = {name: None if part is None else part.state_dict() for name, part in self.parts.items()}
         own: dict[str, dict[str, torch.Tensor]] = {}
         for name, part in self.parts.items():
@@ -65,6 +69,7 @@ class RunState:
                 # What the file is evaluated with is the ranks' mean; each goes on with its own, now and when resumed.
                 parts[name] |= averaged_statistics(part, self.ranks)
                 own[name] = {key: buffer.cpu() for key, buffer in own_statistics(part, self.ranks).items()}
+        self._refuse_what_is_not_finite(parts, own)
         return {
             **self.facts,
             "trainer": {"iteration": self.trainer.state.iteration, "epoch_length": self.trainer.state.epoch_length},
@@ -75,6 +80,14 @@ class RunState:
             "generators": self.ranks.gather(_generator_states()),
             "statistics": self.ranks.gather(own),
         }
+
+    def _refuse_what_is_not_finite(self, *parts: dict[str, Any]) -> None:
+        bad = [name for name in self.ranks.gather(_not_finite(parts)) if name is not None]
+        if bad:
+            raise NonFiniteError(
+                f"iteration {self.trainer.state.iteration}: {bad[0]} is not finite after this update; lower "
+                "optimizer.lr, lengthen schedule.warmup_epochs or set train.clip_grad_norm"
+            )
 
     def restore(self, state: dict[str, Any], max_epochs: int) -> None:
         """Put a saved state back; on another number of ranks all go on with the mean of what was each one's own."""
@@ -93,6 +106,28 @@ class RunState:
                 torch.cuda.set_rng_state(own["cuda"])
 
 
+def _not_finite(parts: Any) -> str | None:
+    """The dotted name of a tensor that holds an infinity or a NaN; None where there is none. Waits for the device."""
+    tensors = dict(_floats(parts, ""))
+    if not tensors:
+        return None
+    # A norm of infinite order is the largest magnitude, and NaN where there is one.
+    largest = torch.stack([norm.cpu().double() for norm in torch._foreach_norm(list(tensors.values()), torch.inf)])
+    return next((name for name, ok in zip(tensors, largest.isfinite().tolist(), strict=True) if not ok), None)
+
+
+def _floats(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point() and value.numel():
+            yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _floats(inner, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _floats(inner, name)
+
+
 def _generator_states() -> dict[str, torch.Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -109,7 +144,9 @@ class SaveCheckpoints:
     Args:
         folder: of the checkpoint files.
         every_epochs, every_iterations, keep: as the config keys.
-        stop: a stop by signal or time limit is saved at the iteration at which it was agreed.
+        stop: a stop by signal or time limit is saved at the iteration at which it was agreed, any other after its
+            evaluation.
+        best: whose improvements are saved too, and then kept as `best.pt`.
         before: is called before every save (flushes logs).
     """
 
@@ -118,13 +155,14 @@ class SaveCheckpoints:
         state: RunState,
         folder: Path,
         stop: StopAgreement,
+        best: BestRecord,
         *,
         every_epochs: int,
         every_iterations: int,
         keep: int,
         before: Callable[[], None] = lambda: None,
     ) -> None:
-        self.state, self.folder, self.stop = state, folder, stop
+        self.state, self.folder, self.stop, self.best = state, folder, stop, best
         self.every_epochs, self.every_iterations, self.keep = every_epochs, every_iterations, keep
         self.before = before
 
@@ -146,8 +184,59 @@ class SaveCheckpoints:
         """Save after the evaluation; where a signal came during it, what there is to save without it."""
         epoch = engine.state.epoch
         due = epoch % self.every_epochs == 0 or epoch == engine.state.max_epochs
-        if due or self.stop.reason >= StopReason.SIGNAL:
+        if due or self.stop.reason or self._is_best():
             self._save(engine)
+
+    def save_best(self, engine: Engine) -> None:
+        """Keep `best.pt`; attach it after `at_epoch_end`. A run can do without: a full disk is warned of.
+
+        Only where a resume point knows of it: before, a death would leave a run whose best weights are gone.
+        """
+        if not self._is_best():
+            return
+        saved = False
+        with warned_of("best.pt"):
+            self.save_as("best.pt")
+            saved = True
+        if not self.state.ranks.from_rank_zero(lambda: saved):
+            self.best.withdraw()
+
+    def restore_best(self) -> None:
+        """Write `best.pt` again, where the run died between the resume point of the best evaluation and that."""
+
+        def is_there() -> bool:
+            try:
+                self._read_best()
+            except CheckpointError:
+                return False
+            return True
+
+        if self._is_best() and not self.state.ranks.from_rank_zero(is_there):
+            self.save_best(self.state.trainer)
+
+    def _is_best(self) -> bool:
+        return self.best.best is not None and self.best.best["iteration"] == self.state.trainer.state.iteration
+
+    def _read_best(self) -> dict[str, Any]:
+        path = self.folder / "best.pt"
+        content = load_checkpoint(path)
+        if self.best.best is None or content["trainer"]["iteration"] != self.best.best["iteration"]:
+            raise CheckpointError(f"{path} is not of the best evaluation")
+        return content
+
+    def best_weights(self) -> dict[str, torch.Tensor] | None:
+        """The weights that were best, on all ranks; None, with a warning, where `best.pt` does not hold them."""
+
+        def read() -> dict[str, torch.Tensor] | None:
+            try:
+                content = self._read_best()
+            except CheckpointError as error:
+                log.warning(f"{error}; the test split is read with the last weights")
+                return None
+            weights: dict[str, torch.Tensor] = content["ema"] or content["model"]
+            return weights
+
+        return self.state.ranks.from_rank_zero(read)
 
     def _save(self, engine: Engine) -> None:
         content = self.state.collect()
@@ -165,44 +254,3 @@ class SaveCheckpoints:
         if self.state.ranks.rank == 0:
             self.before()
             save_checkpoint(self.folder / name, content)
-
-
-class SaveBest:
-    """Keeps `best.pt`; attach it to RunEvents.EVALUATED, after `best`. A run can do without: a full disk is warned of.
-
-    Args:
-        best: says whether the evaluation is the best so far.
-    """
-
-    def __init__(self, best: BestRecord, saver: SaveCheckpoints) -> None:
-        self.best, self.saver = best, saver
-
-    def __call__(self, engine: Engine) -> None:
-        if not self.best.improved:
-            return
-        saved = False
-        with warned_of("best.pt"):
-            self.saver.save_as("best.pt")
-            saved = True
-        if not self.saver.state.ranks.from_rank_zero(lambda: saved):
-            self.best.withdraw()
-
-
-def best_weights(path: Path, best: BestRecord, ranks: Ranks) -> dict[str, torch.Tensor] | None:
-    """The weights that were best, from their checkpoint; None, with a warning, where it does not hold them."""
-
-    def read() -> dict[str, torch.Tensor] | None:
-        if best.best is None:
-            return None
-        try:
-            content = load_checkpoint(path)
-        except CheckpointError as error:
-            log.warning(f"{error}; the test split is read with the last weights")
-            return None
-        if content["trainer"]["iteration"] != best.best["iteration"]:
-            log.warning(f"{path} is not of the best evaluation; the test split is read with the last weights")
-            return None
-        weights: dict[str, torch.Tensor] = content["ema"] or content["model"]
-        return weights
-
-    return ranks.from_rank_zero(read)

@@ -13,12 +13,12 @@ from torch import nn, optim
 from resnext_ignite.checkpoint import load_checkpoint
 from resnext_ignite.distributed import StopAgreement, StopReason
 from resnext_ignite.errors import CheckpointError, OrphanedError, PreemptedError
-from resnext_ignite.handlers.checkpointing import RunState
+from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints
 from resnext_ignite.handlers.evaluation import BestRecord, Evaluation
 from resnext_ignite.handlers.loggers import StatusFile
 from resnext_ignite.handlers.training import WeightAverage
 from resnext_ignite.optim import IterationLRScheduler
-from resnext_ignite.run_folder import OpenRun, Record
+from resnext_ignite.run_folder import ENDED, OpenRun, Record
 
 log = logging.getLogger(__name__)
 _REASONS = {
@@ -59,13 +59,14 @@ class AttachedRun:
         self,
         parts: Parts,
         state: RunState,
+        saver: SaveCheckpoints,
         evaluation: Evaluation,
         best: BestRecord,
         stop: StopAgreement,
         status: StatusFile | None,
         run: OpenRun,
     ) -> None:
-        self.parts, self.state, self.evaluation, self.best = parts, state, evaluation, best
+        self.parts, self.state, self.saver, self.evaluation, self.best = parts, state, saver, evaluation, best
         self.stop, self.status, self.run = stop, status, run
 
     def resume(self, max_epochs: int) -> int:
@@ -76,6 +77,7 @@ class AttachedRun:
         self.state.restore(saved, max_epochs)
         trainer = self.parts.trainer
         trainer.state.record = saved["errors"]["last"]
+        self.saver.restore_best()
         return trainer.state.iteration
 
     def train(self, loader: Iterable[Any], epoch_length: int, max_epochs: int) -> Record | None:
@@ -105,7 +107,7 @@ class AttachedRun:
 
     def _is_finished(self, iteration: int) -> bool:
         def is_finished() -> bool:
-            if self.run.folder.read_status().get("state") not in ("completed", "stopped_early"):
+            if self.run.folder.read_status().get("state") not in ENDED:
                 return False
             try:
                 final = load_checkpoint(self.run.folder.checkpoints / "final.pt")
