@@ -20,6 +20,7 @@ from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, PreemptedError, RankError, report_error
 from resnext_ignite.launchers import by_srun, by_torchrun, launched_world_size
 from resnext_ignite.rank_failures import Failure, FailureBoard, failures_named, watch_for_failures
+from resnext_ignite.rendezvous import keeps_its_store, own_store
 from resnext_ignite.signals import STOP_SIGNALS, die_with_parent, end_start_on_signals, held_back, leave, let_through
 
 # A rank that has not followed a failed one so long after it is killed.
@@ -77,7 +78,11 @@ def _as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str,
             "of its machine's (srun --gpus-per-node, not --gpus-per-task)"
         )
     try:
-        idist.initialize(backend, timeout=timedelta(seconds=timeout_s))
+        if keeps_its_store():
+            store, FailureBoard.life = own_store(timeout_s)
+            _initialize(backend, store, local_rank, timeout_s)
+        else:
+            idist.initialize(backend, timeout=timedelta(seconds=timeout_s))
     except RuntimeError as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise RankError(f"the ranks did not find one another: {reason}") from None
@@ -87,6 +92,17 @@ def _as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str,
         function(idist.get_local_rank(), *args)
         # Only where all went well: it may wait for a rank that is gone.
         idist.finalize()
+
+
+def _initialize(backend: str, store: dist.Store, local_rank: int, timeout_s: float) -> None:
+    """As idist.initialize, which takes no store."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+    )
+    idist.sync()
 
 
 def _spawn_and_wait(

@@ -13,7 +13,6 @@ import os
 import re
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -46,8 +45,7 @@ class Failure:
 class FailureBoard:
     """Where failures are posted; the first one counts.
 
-    `life` tells these ranks from those before a restart: torchrun keeps its store, and its count of restarts need not
-    be the same on all machines.
+    `life` tells these ranks from those before a restart (see `rendezvous`).
     """
 
     life: ClassVar[str] = ""
@@ -158,10 +156,8 @@ def _loss(error: BaseException, board: FailureBoard, ranks: Ranks) -> ResnextErr
 def watch_for_failures(ranks: Ranks) -> None:
     """From now on, end this process soon after any rank has failed, even where it hangs in a collective.
 
-    All ranks call it once they have found one another. A rank that the others found to hang prints where it does.
+    A rank that the others found to hang prints where it does.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        FailureBoard.life = ranks.from_rank_zero(lambda: uuid.uuid4().hex)
     if ranks.world_size > 1:
         threading.Thread(target=_watch, args=(ranks,), name="rank failures", daemon=True).start()
 

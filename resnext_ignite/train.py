@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from resnext_ignite.config import Config
     from resnext_ignite.data import Data
 
-log = logging.getLogger(__name__)
+# Not by __name__, which is `__main__` where this is the command.
+log = logging.getLogger("resnext_ignite.train")
 
 
 def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False) -> None:

@@ -18,7 +18,7 @@ LEVELS = [
     {"engines"},
     {"models", "optim", "data", "metrics"},
     {"launch"},
-    {"rank_failures"},
+    {"rank_failures", "rendezvous"},
     {"distributed"},
     {"config_files", "config_reference"},
     {"config"},

@@ -1,0 +1,74 @@
+"""How ranks that torchrun started find one another, the second time too.
+
+torchrun 2.11 keeps one store over all its restarts, and says that it does not: what the dead ranks left in it - the
+addresses of gloo, the key of NCCL - is read by those that are started again, which then wait for nobody. Nor does its
+count of restarts tell one life of the ranks from the next: machines that it had to stop, not to restart, count none.
+So the ranks agree on a name for each life, under which all that they put there is their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from datetime import timedelta
+
+from torch import distributed as dist
+
+_PAUSE_S = 0.02
+
+
+def keeps_its_store() -> bool:
+    """Whether a torchrun that keeps its store started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def agree_on_life(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """A name that all ranks which were started together have in common, and no others; to be called on all of them.
+
+    Each rank but the first puts a word of its own into the store. Rank 0 publishes the words that it finds beside the
+    name, and does so again where that of a dead rank is replaced; a rank that finds its own there says so.
+
+    Raises:
+        RuntimeError: some did not come in time, or the store is gone.
+    """
+    deadline = time.monotonic() + timeout_s
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"word/{rank}", own)
+    words: dict[str, str] = {}
+    missing = {"0"} if rank else {str(other) for other in range(1, world_size)}
+    while missing:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {' and '.join(sorted(missing, key=int))} did not come in {timeout_s:g} s")
+        if rank:
+            roster = json.loads(_read(store, "roster") or "{}")
+            if roster.get("words", {}).get(str(rank)) == own:
+                store.set(f"{roster['life']}/{rank}", "")
+                return str(roster["life"])
+        for other in missing - {"0"}:
+            word = _read(store, f"word/{other}")
+            if word is not None and word != words.get(other):
+                words[other] = word
+                store.set("roster", json.dumps({"life": own, "words": words}))
+        missing -= {other for other in missing if store.check([f"{own}/{other}"])}
+        time.sleep(_PAUSE_S)
+    return own
+
+
+def own_store(timeout_s: float) -> tuple[dist.Store, str]:
+    """The part of torchrun's store that is these ranks' own, and the name of their life.
+
+    Raises:
+        RuntimeError: not all ranks came, or torchrun is gone.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+    life = agree_on_life(dist.PrefixStore("resnext_ignite/lives", store), rank, world_size, timeout_s)
+    return dist.PrefixStore(f"resnext_ignite/life/{life}", store), life
+
+
+def _read(store: dist.Store, key: str) -> str | None:
+    return store.get(key).decode() if store.check([key]) else None

@@ -1,0 +1,166 @@
+"""Under torchrun and srun: their environment, and what torchrun's restarts repeat and what not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, digest, tiny_arguments
+
+from resnext_ignite.errors import ConfigError, DataError, NonFiniteError, PreemptedError, RankError, ResnextError
+from resnext_ignite.launchers import by_srun, by_torchrun, ends_remembered, launched_world_size
+from resnext_ignite.run_folder import RunFolder
+
+SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "size"),
+    [
+        ({}, 1),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, 8),
+        (SRUN, 4),
+        # A batch script itself is no task of a step, though it sees their number.
+        ({**SRUN, "SLURM_STEP_ID": None}, 1),
+        # torchrun inside a step knows better.
+        ({**SRUN, "RANK": "3", "WORLD_SIZE": "16"}, 16),
+    ],
+)
+def test_the_launcher_says_how_many_ranks_there_are(environment: dict[str, str | None], size: int) -> None:
+    known = {key: value for key, value in environment.items() if value is not None}
+    assert launched_world_size(known) == size
+    assert (by_torchrun(known) or by_srun(known)) == (size > 1)
+
+
+def end(attempt: Path, error: ResnextError, monkeypatch: pytest.MonkeyPatch, rank: int = 0) -> None:
+    """End a rank's attempt with an error, as torchrun would see it."""
+    file = attempt / str(rank) / "error.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    with ends_remembered():
+        raise error
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError, NonFiniteError, PreemptedError])
+def test_an_end_that_a_restart_would_not_cure_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[ResnextError]
+) -> None:
+    with pytest.raises(kind, match=r"^why$"):
+        end(tmp_path / "attempt_0", kind("why"), monkeypatch, rank=1)
+    word = json.loads((tmp_path / "attempt_0/1/error.json").read_text())
+    assert (word["message"], word["exit_code"]) == ("why", kind.exit_code)
+    for attempt in ("attempt_1", "attempt_2"):
+        with pytest.raises(kind, match=r"^not started again by torchrun: why$") as caught:
+            end(tmp_path / attempt, RankError("was begun"), monkeypatch)
+        assert not caught.value.quiet
+
+
+def test_an_end_that_a_restart_may_cure_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RankError, match="rank 1 is gone"):
+        end(tmp_path / "attempt_0", RankError("rank 1 is gone"), monkeypatch)
+    with pytest.raises(RankError, match="begun again"):
+        end(tmp_path / "attempt_1", RankError("begun again"), monkeypatch)
+
+
+def test_ranks_started_anew_in_the_same_attempt_may_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As torchrun does where a machine joins: it stops the others by SIGTERM, and counts no restart.
+    with pytest.raises(PreemptedError):
+        end(tmp_path / "attempt_1", PreemptedError("stopped by SIGTERM"), monkeypatch)
+    with pytest.raises(RankError, match="begun again"):
+        end(tmp_path / "attempt_1", RankError("begun again"), monkeypatch)
+
+
+def torchrun(folder: Path, *values: str, patch: str = "", ranks: int = 2, restarts: int = 0) -> Any:
+    """The train command under torchrun on this machine, each rank after a line of Python."""
+    script = folder.parent / "train.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import os, signal, torch\n"
+        "from pathlib import Path\n"
+        "from conftest import at_iteration, rank\n"
+        "from resnext_ignite import train\n"
+        "from resnext_ignite.errors import run_command\n"
+        f"{patch}\n"
+        "run_command(train.main)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [f"--max-restarts={restarts}", str(script), *tiny_arguments(folder, *values, resume=True)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+
+
+OFTEN = ["checkpoint.every_iterations=1", "logging.every_iterations=1"]
+KILL = "at_iteration(6, lambda engine: rank() == 1 and FIRST and os.kill(os.getpid(), signal.SIGKILL))"
+FIRST = "FIRST = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
+
+
+@pytest.mark.slow
+def test_torchrun_brings_a_run_back_whose_rank_was_killed(tmp_path: Path) -> None:
+    ended = torchrun(tmp_path / "run", *OFTEN, patch=FIRST + KILL, restarts=2)
+    assert ended.returncode == 0, ended.stderr
+    assert "rank 1 is gone" in ended.stderr
+    assert "resuming" in ended.stderr
+    whole = torchrun(tmp_path / "whole", *OFTEN)
+    assert whole.returncode == 0, whole.stderr
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+    assert "2 ranks (" in whole.stderr
+    assert "8 images each an iteration" in whole.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("values", "patch", "code", "line"),
+    [
+        (["train.batch_size=15"], "", 2, "train.batch_size: 15 cannot be shared by 2 ranks"),
+        (
+            [],
+            "at_iteration(6, lambda engine: engine.state.sums.check(torch.tensor(False), 6))",
+            5,
+            "iteration 6: the loss or gradient is not finite",
+        ),
+        (
+            [],
+            "at_iteration(6, lambda engine: rank() == 1 and os.kill(os.getpid(), signal.SIGUSR1))",
+            75,
+            "stopped by SIGUSR1 and saved at iteration",
+        ),
+    ],
+    ids=["config", "number", "preemption"],
+)
+def test_torchrun_does_not_repeat_what_a_restart_does_not_cure(
+    tmp_path: Path, values: list[str], patch: str, code: int, line: str
+) -> None:
+    ended = torchrun(tmp_path / "run", *OFTEN, *values, patch=patch, restarts=2)
+    assert ended.returncode == 1
+    assert line in ended.stderr
+    assert f"exitcode  : {code} " in ended.stderr
+    if code != 2:
+        assert ended.stderr.count("epoch 1/3 iteration 1 ") == 1
+        assert f"not started again by torchrun: {line}" in ended.stderr
+        assert RunFolder(tmp_path / "run").read_status()["exit_code"] == code
+
+
+@pytest.mark.slow
+def test_srun_starts_ranks_by_its_environment(tmp_path: Path) -> None:
+    job = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1"}
+    job |= {"SLURM_JOB_NODELIST": "localhost", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "resnext_ignite.train", *tiny_arguments(tmp_path / "run")]
+    tasks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **job, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in range(2)
+    ]
+    said = [task.communicate(timeout=240)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    assert "2 ranks (" in said[0]
+    assert RunFolder(tmp_path / "run").read_status()["state"] == "completed"
