@@ -339,3 +339,18 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     assert len(states[1]["generators"]) == 2
     for key, value in states[0]["model"].items():
         torch.testing.assert_close(states[1]["model"][key], value, rtol=2e-3, atol=2e-4)
+
+
+def test_gradients_may_travel_as_bf16(tmp_path: Path) -> None:
+    # A small rate: what a rounding changes grows from update to update.
+    values = ["optimizer.lr=1e-3", "evaluation.early=[]"]
+    for name, more in (("plain", []), ("compressed", ["distributed.compress_gradients=true"])):
+        outcome = Command(tmp_path / name, *values, *more, ranks=2).wait()
+        assert outcome.code == 0, outcome.stderr
+    plain, compressed = (load_checkpoint(tmp_path / name / "checkpoints/final.pt") for name in ("plain", "compressed"))
+    momenta = [
+        torch.cat([one["momentum_buffer"].flatten() for one in state["optimizer"]["state"].values()])
+        for state in (plain, compressed)
+    ]
+    # bf16 keeps 8 bits of each number.
+    assert 0 < (momenta[0] - momenta[1]).norm() / momenta[0].norm() < 0.1
