@@ -8,7 +8,6 @@ So the ranks agree on a name for each life, under which all that they put there 
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import uuid
@@ -27,8 +26,8 @@ def keeps_its_store() -> bool:
 def agree_on_life(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
     """A name that all ranks which were started together have in common, and no others; to be called on all of them.
 
-    Each rank but the first puts a word of its own into the store. Rank 0 publishes the words that it finds beside the
-    name, and does so again where that of a dead rank is replaced; a rank that finds its own there says so.
+    Each rank but the first puts a word of its own into the store, which rank 0 answers with the name; it goes on once
+    each has said that it has it. The word of a dead rank is answered too, until a living one replaces it.
 
     Raises:
         RuntimeError: some did not come in time, or the store is gone.
@@ -37,23 +36,18 @@ def agree_on_life(store: dist.Store, rank: int, world_size: int, timeout_s: floa
     own = uuid.uuid4().hex
     if rank:
         store.set(f"word/{rank}", own)
-    words: dict[str, str] = {}
-    missing = {"0"} if rank else {str(other) for other in range(1, world_size)}
+        while (life := _read(store, f"life/{own}")) is None:
+            _pause(deadline, {0})
+        store.set(f"here/{life}/{rank}", "")
+        return life
+    missing = set(range(1, world_size))
     while missing:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"rank {' and '.join(sorted(missing, key=int))} did not come in {timeout_s:g} s")
-        if rank:
-            roster = json.loads(_read(store, "roster") or "{}")
-            if roster.get("words", {}).get(str(rank)) == own:
-                store.set(f"{roster['life']}/{rank}", "")
-                return str(roster["life"])
-        for other in missing - {"0"}:
+        for other in missing:
             word = _read(store, f"word/{other}")
-            if word is not None and word != words.get(other):
-                words[other] = word
-                store.set("roster", json.dumps({"life": own, "words": words}))
-        missing -= {other for other in missing if store.check([f"{own}/{other}"])}
-        time.sleep(_PAUSE_S)
+            if word is not None:
+                store.set(f"life/{word}", own)
+        missing = {other for other in missing if not store.check([f"here/{own}/{other}"])}
+        _pause(deadline, missing)
     return own
 
 
@@ -72,3 +66,10 @@ def own_store(timeout_s: float) -> tuple[dist.Store, str]:
 
 def _read(store: dist.Store, key: str) -> str | None:
     return store.get(key).decode() if store.check([key]) else None
+
+
+def _pause(deadline: float, missing: set[int]) -> None:
+    # Not a blocking read of the store, in which no signal would be heard.
+    if missing and time.monotonic() > deadline:
+        raise RuntimeError(f"rank {' and '.join(map(str, sorted(missing)))} did not come in time")
+    time.sleep(_PAUSE_S)

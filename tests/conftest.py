@@ -119,12 +119,12 @@ def at_iteration(
     (monkeypatch or pytest.MonkeyPatch()).setattr(engines, "create_trainer", with_hook)
 
 
-def better_each_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let each epoch's error be lower than the one before, whatever the network has learned."""
+def rig_errors(monkeypatch: pytest.MonkeyPatch, error_of: Callable[[int], float]) -> None:
+    """Give each epoch's evaluation an error: which of so small a network's is best is the processor's to say."""
     judge = BestRecord.__call__
 
     def of_a_given_error(self: BestRecord, engine: Engine) -> None:
-        engine.state.record["top1_error"] = 100.0 - engine.state.epoch
+        engine.state.record["top1_error"] = error_of(engine.state.epoch)
         judge(self, engine)
 
     monkeypatch.setattr(BestRecord, "__call__", of_a_given_error)

@@ -243,7 +243,7 @@ MUTANTS = [
     (
         "a bad number that is no loss or gradient is saved",
         "handlers/checkpointing.py",
-        "        self._refuse_what_is_not_finite(parts, own)\n",
+        "        self._refuse_what_is_not_finite(parts)\n",
         "",
         "test_resuming.py::test_a_state_that_is_not_finite",
     ),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command, at_iteration, better_each_epoch, digest, tensors, train_tiny
+from conftest import Command, at_iteration, digest, rig_errors, tensors, train_tiny
 from ignite.engine import Engine
 
 from resnext_ignite import checkpoint, engines
@@ -107,7 +107,7 @@ def test_a_signal_is_heard_though_iterations_have_become_slow(tmp_path: Path) ->
 def test_the_best_weights_are_those_of_the_best_record_wherever_the_run_died(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    better_each_epoch(monkeypatch)
+    rig_errors(monkeypatch, lambda epoch: 100.0 - epoch)
 
     def die_once_it_is_kept() -> None:
         save = checkpointing.save_checkpoint

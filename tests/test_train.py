@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_ITERATIONS, at_iteration, digest, scalars, train_tiny, without_times
+from conftest import TINY_ITERATIONS, at_iteration, digest, rig_errors, scalars, train_tiny, without_times
 from ignite.engine import Engine
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,7 +28,6 @@ from resnext_ignite.errors import (
     RunFolderError,
     StorageError,
 )
-from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.handlers.training import LogPoint
 from resnext_ignite.run_folder import RunFolder
 
@@ -141,19 +140,14 @@ def test_scaler_generators_best_and_patience_go_on(
         "evaluation.min_delta=100",
     ]
     values = [*patience, "train.precision=fp16", "checkpoint.every_iterations=1"]
-    update, judge = LogPoint.__call__, BestRecord.__call__
+    update = LogPoint.__call__
 
     def with_a_draw(self: LogPoint, engine: Engine) -> None:
         torch.rand(1)
         update(self, engine)
 
-    def of_a_given_error(self: BestRecord, engine: Engine) -> None:
-        # Which of so small a network's epochs is the best is the processor's to say.
-        engine.state.record["top1_error"] = {1: 50.0, 2: 40.0, 3: 60.0}[engine.state.epoch]
-        judge(self, engine)
-
     monkeypatch.setattr(LogPoint, "__call__", with_a_draw)
-    monkeypatch.setattr(BestRecord, "__call__", of_a_given_error)
+    rig_errors(monkeypatch, lambda epoch: {1: 50.0, 2: 40.0, 3: 60.0}[epoch])
     folder, whole = tmp_path / "run", tmp_path / "whole"
     assert train_tiny(whole, *values) == 0
     killed_at(folder, 10, in_fork, *values)

@@ -69,7 +69,7 @@ class RunState:
                 # What the file is evaluated with is the ranks' mean; each goes on with its own, now and when resumed.
                 parts[name] |= averaged_statistics(part, self.ranks)
                 own[name] = {key: buffer.cpu() for key, buffer in own_statistics(part, self.ranks).items()}
-        self._refuse_what_is_not_finite(parts, own)
+        self._refuse_what_is_not_finite(parts)
         return {
             **self.facts,
             "trainer": {"iteration": self.trainer.state.iteration, "epoch_length": self.trainer.state.epoch_length},
@@ -81,11 +81,12 @@ class RunState:
             "statistics": self.ranks.gather(own),
         }
 
-    def _refuse_what_is_not_finite(self, *parts: dict[str, Any]) -> None:
-        bad = [name for name in self.ranks.gather(_not_finite(parts)) if name is not None]
-        if bad:
+    def _refuse_what_is_not_finite(self, parts: dict[str, Any]) -> None:
+        # The same verdict on all ranks: they share the weights, and the mean of their statistics is each one's.
+        bad = _not_finite(parts)
+        if bad is not None:
             raise NonFiniteError(
-                f"iteration {self.trainer.state.iteration}: {bad[0]} is not finite after this update; lower "
+                f"iteration {self.trainer.state.iteration}: {bad} is not finite after this update; lower "
                 "optimizer.lr, lengthen schedule.warmup_epochs or set train.clip_grad_norm"
             )
 

@@ -162,19 +162,17 @@ class BestRecord:
         self.split, self.stop = split, stop
         self.patience, self.min_delta, self.target_error = patience, min_delta, target_error
         self.best: Record | None = None
-        self.improved = False
         self._before: Record | None = None
         self._reference: float | None = None
         self._without = 0
 
     def __call__(self, engine: Engine) -> None:
         record = engine.state.record
-        self.improved = False
         if record["split"] != self.split or record["epoch"] == 0:
             return
         error = record["top1_error"]
         if self.best is None or error < self.best["top1_error"]:
-            self._before, self.best, self.improved = self.best, record, True
+            self._before, self.best = self.best, record
         if self._reference is None or error < self._reference - self.min_delta:
             self._reference, self._without = error, 0
         else:
@@ -186,7 +184,7 @@ class BestRecord:
 
     def withdraw(self) -> None:
         """Go back to the best before this one, whose weights could not be kept."""
-        self.best, self.improved = self._before, False
+        self.best = self._before
 
     def verdict(self) -> StopReason:
         """Whether the records so far end the run."""
