@@ -19,7 +19,7 @@ from torch import multiprocessing as mp
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, PreemptedError, RankError, report_error
 from resnext_ignite.launchers import by_srun, by_torchrun, launched_world_size
-from resnext_ignite.rank_failures import Failure, FailureBoard, failures_named, watch_for_failures
+from resnext_ignite.rank_failures import Failure, FailureBoard, failures_named, others_watched
 from resnext_ignite.rendezvous import keeps_its_store, own_store
 from resnext_ignite.signals import STOP_SIGNALS, die_with_parent, end_start_on_signals, held_back, leave, let_through
 
@@ -87,8 +87,7 @@ def _as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str,
         reason = (str(error).strip().splitlines() or [""])[0]
         raise RankError(f"the ranks did not find one another: {reason}") from None
     ranks = Ranks.current()
-    watch_for_failures(ranks)
-    with failures_named(ranks):
+    with others_watched(ranks), failures_named(ranks):
         function(idist.get_local_rank(), *args)
         # Only where all went well: it may wait for a rank that is gone.
         idist.finalize()

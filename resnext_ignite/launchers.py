@@ -1,8 +1,8 @@
 """What torchrun's and srun's environment tells a process they started. Torch-free.
 
 torchrun starts failed ranks again (`--max-restarts`), whatever their exit code. Its agent gives each rank a file for
-its error, in a folder of the attempt; a rank leaves its exit code there, and a later attempt that finds one which no
-restart would cure ends at once with the same.
+its error, in a folder of the attempt; a rank leaves its exit code there, or that of the rank of whichever machine it
+ends because of, and a later attempt that finds one which no restart would cure ends at once with the same.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from resnext_ignite.errors import (
     DataError,
     NonFiniteError,
     PreemptedError,
+    RankError,
     as_resnext_error,
 )
 
@@ -66,7 +67,8 @@ def ends_remembered() -> Iterator[None]:
         known = as_resnext_error(error)
         if known is not None:
             # torchrun's summary shows the message of the first rank that failed.
-            word = {"message": str(known), "timestamp": int(time.time()), "exit_code": known.exit_code}
+            code = known.culprit_code if isinstance(known, RankError) else known.exit_code
+            word = {"message": str(known), "timestamp": int(time.time()), "exit_code": code}
             with contextlib.suppress(OSError):
                 Path(file).write_text(json.dumps(word), encoding="utf-8")
         raise

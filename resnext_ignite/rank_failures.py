@@ -26,6 +26,8 @@ from resnext_ignite.errors import PreemptedError, RankError, ResnextError, as_re
 # A rank that lost another waits so long for word of it; one that fails waits for rank 0, which may fail alike.
 _WAIT_FOR_WORD_S = 3.0
 _WAIT_FOR_RANK_0_S = 0.5
+# How often a rank looks whether another has failed.
+_POLL_S = 1.0
 # A rank that has not ended by itself so long after a failure does not answer.
 _LAST_WORDS_S = 5.0
 # What gloo says, whose errors are no more than RuntimeErrors: where in its source, and what happened.
@@ -148,30 +150,46 @@ def _loss(error: BaseException, board: FailureBoard, ranks: Ranks) -> ResnextErr
         text = f"{who} {what}; go on with --resume" if silent else "the ranks lost contact with one another"
         own = Failure(silent[0] if silent else ranks.rank, RankError.exit_code, text, ranks.rank)
         first = board.post(own)
-    known = PreemptedError(first.text) if first.code == PreemptedError.exit_code else RankError(first.text)
+    if first.code == PreemptedError.exit_code:
+        known: ResnextError = PreemptedError(first.text)
+    else:
+        known = RankError(first.text)
+        known.culprit_code = first.code
     known.quiet = first.told_by != ranks.rank
     return known
 
 
-def watch_for_failures(ranks: Ranks) -> None:
-    """From now on, end this process soon after any rank has failed, even where it hangs in a collective.
+@contextlib.contextmanager
+def others_watched(ranks: Ranks) -> Iterator[None]:
+    """End this process soon after any rank has failed, even where the block hangs in a collective.
 
     A rank that the others found to hang prints where it does.
     """
-    if ranks.world_size > 1:
-        threading.Thread(target=_watch, args=(ranks,), name="rank failures", daemon=True).start()
+    if ranks.world_size == 1:
+        yield
+        return
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(ranks, over), name="rank failures", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        # A thread that is still in torch's C++ when the interpreter ends aborts the process (SIGABRT, "terminate called
+        # without an active exception").
+        over.set()
+        watcher.join(_LAST_WORDS_S)
 
 
-def _watch(ranks: Ranks) -> None:
+def _watch(ranks: Ranks, over: threading.Event) -> None:
     try:
         board = FailureBoard.connect()
         while (first := board.first()) is None or first.code == PreemptedError.exit_code:
-            time.sleep(1)
+            if over.wait(_POLL_S):
+                return
     except RuntimeError:
         # The board is gone with its process; the next collective fails, or the parent's death ends this one.
         return
     declared = first.rank == ranks.rank != first.told_by
-    if not declared:
-        time.sleep(_LAST_WORDS_S)
-    faulthandler.dump_traceback(all_threads=True)
-    os._exit(RankError.exit_code)
+    if declared or not over.wait(_LAST_WORDS_S):
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(RankError.exit_code)

@@ -68,6 +68,18 @@ def test_an_end_that_a_restart_may_cure_is_repeated(tmp_path: Path, monkeypatch:
         end(tmp_path / "attempt_1", RankError("begun again"), monkeypatch)
 
 
+def test_what_ended_a_rank_of_another_machine_is_not_repeated_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # This machine's ranks only lost contact with the one whose data is missing.
+    lost = RankError("rank 1: cat.jpg: not a picture")
+    lost.culprit_code = DataError.exit_code
+    with pytest.raises(RankError):
+        end(tmp_path / "attempt_0", lost, monkeypatch)
+    with pytest.raises(DataError, match=r"^not started again by torchrun: rank 1: cat.jpg: not a picture$"):
+        end(tmp_path / "attempt_1", RankError("was begun"), monkeypatch)
+
+
 def test_ranks_started_anew_in_the_same_attempt_may_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As torchrun does where a machine joins: it stops the others by SIGTERM, and counts no restart.
     with pytest.raises(PreemptedError):
