@@ -63,13 +63,9 @@ class RunFolderError(ResnextError):
 
 
 class RankError(ResnextError):
-    """A rank that failed or hung.
-
-    `culprit_code`: the exit code of the rank because of which this one ends too.
-    """
+    """A rank that failed or hung."""
 
     exit_code = 8
-    culprit_code = 8
 
 
 class OrphanedError(ResnextError):

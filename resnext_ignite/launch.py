@@ -19,8 +19,8 @@ from torch import multiprocessing as mp
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, PreemptedError, RankError, report_error
 from resnext_ignite.launchers import by_srun, by_torchrun, launched_world_size
-from resnext_ignite.rank_failures import Failure, FailureBoard, failures_named, others_watched
-from resnext_ignite.rendezvous import keeps_its_store, own_store
+from resnext_ignite.rank_failures import Failure, FailureBoard, failures_named, others_watched, refuse_what_ended
+from resnext_ignite.rendezvous import begin_life, connect_to_store, keeps_its_store, last_life
 from resnext_ignite.signals import STOP_SIGNALS, die_with_parent, end_start_on_signals, held_back, leave, let_through
 
 # A rank that has not followed a failed one so long after it is killed.
@@ -79,8 +79,12 @@ def _as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str,
         )
     try:
         if keeps_its_store():
-            store, FailureBoard.life = own_store(timeout_s)
-            _initialize(backend, store, local_rank, timeout_s)
+            shared = connect_to_store(timeout_s)
+            ended = last_life(shared)
+            if ended is not None:
+                refuse_what_ended(ended, shared)
+            FailureBoard.current_life, own = begin_life(shared, timeout_s)
+            _initialize(backend, own, local_rank, timeout_s)
         else:
             idist.initialize(backend, timeout=timedelta(seconds=timeout_s))
     except RuntimeError as error:

@@ -1,8 +1,9 @@
 """What torchrun's and srun's environment tells a process they started. Torch-free.
 
 torchrun starts failed ranks again (`--max-restarts`), whatever their exit code. Its agent gives each rank a file for
-its error, in a folder of the attempt; a rank leaves its exit code there, or that of the rank of whichever machine it
-ends because of, and a later attempt that finds one which no restart would cure ends at once with the same.
+its error, in a folder of the attempt; a rank leaves its exit code there, and a later attempt that finds one which no
+restart would cure ends at once with the same. What ended ranks of other machines is read where the ranks find one
+another (`rank_failures.refuse_what_ended`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from resnext_ignite.errors import (
     DataError,
     NonFiniteError,
     PreemptedError,
-    RankError,
     as_resnext_error,
 )
 
@@ -61,30 +61,34 @@ def ends_remembered() -> Iterator[None]:
         yield
         return
     try:
-        _refuse_to_repeat(Path(file))
+        _refuse_earlier_attempts(Path(file))
         yield
     except BaseException as error:
         known = as_resnext_error(error)
         if known is not None:
             # torchrun's summary shows the message of the first rank that failed.
-            code = known.culprit_code if isinstance(known, RankError) else known.exit_code
-            word = {"message": str(known), "timestamp": int(time.time()), "exit_code": code}
+            word = {"message": str(known), "timestamp": int(time.time()), "exit_code": known.exit_code}
             with contextlib.suppress(OSError):
                 Path(file).write_text(json.dumps(word), encoding="utf-8")
         raise
 
 
-def _refuse_to_repeat(file: Path) -> None:
+def refuse_to_repeat(exit_code: int, message: str) -> None:
+    """Raises ResnextError where an earlier end with this code would only come again."""
+    kind = _FINAL.get(exit_code)
+    if kind is not None:
+        error = kind(f"not started again by torchrun: {message}")
+        error.quiet = int(os.environ.get("LOCAL_RANK", "0")) != 0
+        raise error
+
+
+def _refuse_earlier_attempts(file: Path) -> None:
     # .../attempt_<n>/<local rank>/error.json; an agent that starts its ranks anew because others joined or left does so
     # in the same attempt, whose files it removes first.
     attempt = file.parent.parent
     for other in sorted(attempt.parent.glob("attempt_*/*/error.json")):
         word = _read(other) if other.parent.parent != attempt else {}
-        kind = _FINAL.get(word.get("exit_code", 0))
-        if kind is not None:
-            error = kind(f"not started again by torchrun: {word['message']}")
-            error.quiet = int(os.environ.get("LOCAL_RANK", "0")) != 0
-            raise error
+        refuse_to_repeat(word.get("exit_code", 0), word.get("message", ""))
 
 
 def _read(path: Path) -> dict[str, Any]:

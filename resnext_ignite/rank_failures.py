@@ -22,6 +22,8 @@ from torch import distributed as dist
 
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import PreemptedError, RankError, ResnextError, as_resnext_error
+from resnext_ignite.launchers import refuse_to_repeat
+from resnext_ignite.rendezvous import answer_in_time
 
 # A rank that lost another waits so long for word of it; one that fails waits for rank 0, which may fail alike.
 _WAIT_FOR_WORD_S = 3.0
@@ -47,13 +49,15 @@ class Failure:
 class FailureBoard:
     """Where failures are posted; the first one counts.
 
-    `life` tells these ranks from those before a restart (see `rendezvous`).
+    Args:
+        store: where the ranks found one another.
+        life: tells these ranks from those before a restart (see `rendezvous`).
     """
 
-    life: ClassVar[str] = ""
+    current_life: ClassVar[str] = ""
 
-    def __init__(self, store: dist.Store) -> None:
-        self._store = dist.PrefixStore(f"resnext_ignite/failure/{self.life}", store)
+    def __init__(self, store: dist.Store, life: str = "") -> None:
+        self._store = dist.PrefixStore(f"resnext_ignite/failure/{life}", store)
 
     @classmethod
     @functools.cache
@@ -64,16 +68,17 @@ class FailureBoard:
             RuntimeError: the process that keeps it is gone.
         """
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return cls(dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5)))
+        return cls(dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5)), cls.current_life)
 
     def post(self, failure: Failure) -> Failure:
         """Post a failure; the first one that was, which may be another."""
-        text = self._store.compare_set("first", "", json.dumps(asdict(failure)))
-        return Failure(**json.loads(text))
+        text = json.dumps(asdict(failure))
+        return Failure(**json.loads(answer_in_time(lambda: self._store.compare_set("first", "", text))))
 
     def first(self) -> Failure | None:
         """The first failure that was posted."""
-        return Failure(**json.loads(self._store.get("first"))) if self._store.check(["first"]) else None
+        text = answer_in_time(lambda: self._store.get("first") if self._store.check(["first"]) else None)
+        return None if text is None else Failure(**json.loads(text))
 
     def wait_for_first(self, seconds: float) -> Failure | None:
         """The first failure, as soon as one is posted."""
@@ -84,11 +89,25 @@ class FailureBoard:
 
     def answer(self, rank: int) -> None:
         """Say that a rank is alive, though it lost contact."""
-        self._store.set(f"alive/{rank}", "")
+        answer_in_time(lambda: self._store.set(f"alive/{rank}", ""))
 
     def silent(self, world_size: int) -> list[int]:
         """The ranks that have not answered."""
-        return [rank for rank in range(world_size) if not self._store.check([f"alive/{rank}"])]
+        keys = {rank: f"alive/{rank}" for rank in range(world_size)}
+        return answer_in_time(lambda: [rank for rank, key in keys.items() if not self._store.check([key])])
+
+
+def refuse_what_ended(life: str, store: dist.Store) -> None:
+    """Refuse to begin again where the ranks before these, of any machine, ended for what no restart would cure.
+
+    Raises:
+        ResnextError: their first failure.
+    """
+    first = FailureBoard(store, life).first()
+    # Where a machine joins or leaves, torchrun stops the ranks of the others by SIGTERM, to start them again.
+    by_torchrun = first is not None and first.text.startswith("stopped by SIGTERM")
+    if first is not None and not by_torchrun:
+        refuse_to_repeat(first.code, first.text)
 
 
 @contextlib.contextmanager
@@ -134,7 +153,9 @@ def _named(error: BaseException, ranks: Ranks) -> ResnextError:
     except RuntimeError:
         # Whoever kept the board is gone: rank 0, or the launcher.
         if loss:
-            known = RankError("lost contact with the other ranks: rank 0 or its launcher is gone; go on with --resume")
+            known = RankError(
+                "lost contact with the other ranks: rank 0, its launcher or the link to it is gone; go on with --resume"
+            )
         known.quiet = False
         return known
 
@@ -150,11 +171,7 @@ def _loss(error: BaseException, board: FailureBoard, ranks: Ranks) -> ResnextErr
         text = f"{who} {what}; go on with --resume" if silent else "the ranks lost contact with one another"
         own = Failure(silent[0] if silent else ranks.rank, RankError.exit_code, text, ranks.rank)
         first = board.post(own)
-    if first.code == PreemptedError.exit_code:
-        known: ResnextError = PreemptedError(first.text)
-    else:
-        known = RankError(first.text)
-        known.culprit_code = first.code
+    known = PreemptedError(first.text) if first.code == PreemptedError.exit_code else RankError(first.text)
     known.quiet = first.told_by != ranks.rank
     return known
 

@@ -9,13 +9,42 @@ So the ranks agree on a name for each life, under which all that they put there 
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 from torch import distributed as dist
 
+T = TypeVar("T")
 _PAUSE_S = 0.02
+_ANSWER_S = 3.0
+_LAST_LIFE = "resnext_ignite/last_life"
+
+
+def answer_in_time(ask: Callable[[], T]) -> T:
+    """What a store answers. torch 2.11's client, asked whether a key is there, waits without end where a link is cut.
+
+    Raises:
+        RuntimeError: no answer came in time, or the store is gone.
+    """
+    answers: list[T] = []
+    errors: list[RuntimeError] = []
+
+    def wait_for_it() -> None:
+        try:
+            answers.append(ask())
+        except RuntimeError as error:
+            errors.append(error)
+
+    asking = threading.Thread(target=wait_for_it, name="asks the store", daemon=True)
+    asking.start()
+    asking.join(_ANSWER_S)
+    if answers:
+        return answers[0]
+    raise errors[0] if errors else RuntimeError("the store that the ranks share does not answer")
 
 
 def keeps_its_store() -> bool:
@@ -51,21 +80,35 @@ def agree_on_life(store: dist.Store, rank: int, world_size: int, timeout_s: floa
     return own
 
 
-def own_store(timeout_s: float) -> tuple[dist.Store, str]:
-    """The part of torchrun's store that is these ranks' own, and the name of their life.
+def connect_to_store(timeout_s: float) -> dist.Store:
+    """torchrun's store.
+
+    Raises:
+        RuntimeError: torchrun is gone.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+def last_life(store: dist.Store) -> str | None:
+    """The name of the ranks' life that `begin_life` gave last."""
+    return _read(store, _LAST_LIFE)
+
+
+def begin_life(store: dist.Store, timeout_s: float) -> tuple[str, dist.Store]:
+    """A name for these ranks' life, and the part of the store that is their own; to be called on all of them.
 
     Raises:
         RuntimeError: not all ranks came, or torchrun is gone.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
     life = agree_on_life(dist.PrefixStore("resnext_ignite/lives", store), rank, world_size, timeout_s)
-    return dist.PrefixStore(f"resnext_ignite/life/{life}", store), life
+    store.set(_LAST_LIFE, life)
+    return life, dist.PrefixStore(f"resnext_ignite/life/{life}", store)
 
 
 def _read(store: dist.Store, key: str) -> str | None:
-    return store.get(key).decode() if store.check([key]) else None
+    return answer_in_time(lambda: store.get(key).decode() if store.check([key]) else None)
 
 
 def _pause(deadline: float, missing: set[int]) -> None:

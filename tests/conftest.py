@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import subprocess
@@ -143,6 +142,27 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def fork_ranks() -> None:
+    """Let ranks be forked from this process, in which torch is loaded, instead of spawned."""
+    start = launch.mp.start_processes
+
+    def start_forked(function: Callable[..., None], arguments: tuple[Any, ...], nprocs: int, join: bool) -> Any:
+        reads, writes = os.pipe()
+
+        def begin(*given: Any) -> None:
+            # Once all are forked: the store's thread, which answers the first, may hold a lock of libc while the last
+            # is forked, who would wait for it for ever.
+            os.close(writes)
+            os.read(reads, 1)
+            function(*given)
+
+        started = start(begin, arguments, nprocs=nprocs, join=join, start_method="fork")
+        os.close(writes)
+        return started
+
+    pytest.MonkeyPatch().setattr(launch.mp, "start_processes", start_forked)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended: its exit code (negative: by that signal), what it said, and which processes it left."""
@@ -192,7 +212,7 @@ class Command:
             for number, file in enumerate(self.outputs, start=1):
                 os.dup2(file.fileno(), number)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-            launch.mp.start_processes = functools.partial(launch.mp.start_processes, start_method="fork")
+            fork_ranks()
             if patch is not None:
                 patch()
             sys.argv = ["train", *tiny_arguments(folder, *overrides, resume=resume)]

@@ -68,18 +68,6 @@ def test_an_end_that_a_restart_may_cure_is_repeated(tmp_path: Path, monkeypatch:
         end(tmp_path / "attempt_1", RankError("begun again"), monkeypatch)
 
 
-def test_what_ended_a_rank_of_another_machine_is_not_repeated_either(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # This machine's ranks only lost contact with the one whose data is missing.
-    lost = RankError("rank 1: cat.jpg: not a picture")
-    lost.culprit_code = DataError.exit_code
-    with pytest.raises(RankError):
-        end(tmp_path / "attempt_0", lost, monkeypatch)
-    with pytest.raises(DataError, match=r"^not started again by torchrun: rank 1: cat.jpg: not a picture$"):
-        end(tmp_path / "attempt_1", RankError("was begun"), monkeypatch)
-
-
 def test_ranks_started_anew_in_the_same_attempt_may_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As torchrun does where a machine joins: it stops the others by SIGTERM, and counts no restart.
     with pytest.raises(PreemptedError):
@@ -88,9 +76,11 @@ def test_ranks_started_anew_in_the_same_attempt_may_go_on(tmp_path: Path, monkey
         end(tmp_path / "attempt_1", RankError("begun again"), monkeypatch)
 
 
-def torchrun(folder: Path, *values: str, patch: str = "", ranks: int = 2, restarts: int = 0) -> Any:
-    """The train command under torchrun on this machine, each rank after a line of Python."""
-    script = folder.parent / "train.py"
+RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def patched_train(script: Path, patch: str) -> Path:
+    """A script that is the train command after some lines of Python."""
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
         "import os, signal, torch\n"
@@ -101,9 +91,15 @@ def torchrun(folder: Path, *values: str, patch: str = "", ranks: int = 2, restar
         f"{patch}\n"
         "run_command(train.main)\n"
     )
+    return script
+
+
+def torchrun(folder: Path, *values: str, patch: str = "", ranks: int = 2, restarts: int = 0) -> Any:
+    """The train command under torchrun on this machine, each rank after some lines of Python."""
+    script = patched_train(folder.parent / "train.py", patch)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [f"--max-restarts={restarts}", str(script), *tiny_arguments(folder, *values, resume=True)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **RANK_ENVIRONMENT}
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
 
 
@@ -161,7 +157,7 @@ def test_torchrun_does_not_repeat_what_a_restart_does_not_cure(
 @pytest.mark.slow
 def test_srun_starts_ranks_by_its_environment(tmp_path: Path) -> None:
     job = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1"}
-    job |= {"SLURM_JOB_NODELIST": "localhost", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    job |= {"SLURM_JOB_NODELIST": "localhost", **RANK_ENVIRONMENT}
     command = [sys.executable, "-m", "resnext_ignite.train", *tiny_arguments(tmp_path / "run")]
     tasks = [
         subprocess.Popen(
