@@ -48,21 +48,25 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.benchmark", description="Measure side by side, in turns; medians and ratios."
     )
-    parser.add_argument("--suite", choices=("data", "train", "checkpoint", "all"), default="all", help="default: all")
+    parser.add_argument(
+        "--suite", choices=("data", "train", "checkpoint", "ranks", "all"), default="all", help="default: all"
+    )
     parser.add_argument(
         "--config",
         default="configs/cifar10_resnext11_small.yaml",
-        help="whose model the train suite measures; the checkpoint suite: besides cifar_resnext29_8x64d",
+        help="whose model the train suite measures; the checkpoint and ranks suites: besides cifar_resnext29_8x64d",
     )
     parser.add_argument("--json", metavar="FILE", help="write the machine, every sample and the ratios")
     parsed = parser.parse_args(arguments)
 
-    from resnext_ignite import benchmark_suites
+    from resnext_ignite import benchmark_ranks, benchmark_suites
 
     suites: dict[str, Callable[[], dict[str, Any]]] = {
         "data": benchmark_suites.measure_data,
         "train": lambda: benchmark_suites.measure_overhead(Path(parsed.config)),
         "checkpoint": lambda: benchmark_suites.measure_checkpoint([Path(_LARGE_MODEL), Path(parsed.config)]),
+        # A smaller batch than the recipe's where an iteration would take a CPU half a minute.
+        "ranks": lambda: benchmark_ranks.measure_ranks({Path(_LARGE_MODEL): 32, Path(parsed.config): 128}),
     }
     results = {name: suite() for name, suite in suites.items() if parsed.suite in (name, "all")}
     for name, result in results.items():

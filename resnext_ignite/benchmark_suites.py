@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -109,7 +109,7 @@ def measure_data(rounds: int = 5) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Training:
+class Training:
     """What a run of a config trains with, on the embedded data set."""
 
     config: Config
@@ -140,9 +140,10 @@ class _Training:
             torch.cuda.synchronize()
 
 
-def _prepare(config_path: Path) -> _Training:
-    config = load_config(config_path, ["data.name=shapes"])
-    device, ranks = engines.resolve_device(config.train.device, 0), Ranks()
+def prepare(config_path: Path, overrides: Sequence[str] = (), local_rank: int = 0) -> Training:
+    """What a single rank of a config would train with, on the embedded data set."""
+    config = load_config(config_path, ["data.name=shapes", *overrides])
+    device, ranks = engines.resolve_device(config.train.device, local_rank), Ranks()
     precision = engines.resolve_precision(config.train.precision, device)
     config = with_values(config, {"model.num_classes": 10, "train.precision": precision})
     engines.set_up_machine(device, deterministic=device.type == "cpu")
@@ -152,7 +153,7 @@ def _prepare(config_path: Path) -> _Training:
     optimizer = build_optimizer(config, model)
     lr_scheduler = build_lr_scheduler(config, optimizer, len(loader))
     trainer = engines.build_trainer(config, model, optimizer, device)
-    return _Training(config, device, data, loader, model, optimizer, lr_scheduler, trainer)
+    return Training(config, device, data, loader, model, optimizer, lr_scheduler, trainer)
 
 
 def measure_overhead(config_path: Path, rounds: int = 15, iterations: int = 8) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def measure_overhead(config_path: Path, rounds: int = 15, iterations: int = 8) -
     Two loops in turns, each of some iterations: the trainer with its log point, schedule and input as in a run, and
     forward, backward and update alone on a batch that lies ready. The share is of the medians.
     """
-    training = _prepare(config_path)
+    training = prepare(config_path)
     config, trainer = training.config, training.trainer
     training.lr_scheduler.attach(trainer, Events.ITERATION_STARTED)
     point = LogPoint(StopAgreement(Ranks()), lambda iteration: 0.0, config.logging.every_iterations)
@@ -200,7 +201,7 @@ def measure_checkpoint(config_paths: list[Path], rounds: int = 11, iterations: i
     samples: dict[str, list[float]] = {}
     models, ratios = {}, {}
     for path in config_paths:
-        training = _prepare(path)
+        training = prepare(path)
         name, batch_size = training.config.model.name, training.config.train.batch_size
         ready = next(iter(training.loader))
         # Before the saves: the first update makes the momentum that they hold.
@@ -216,7 +217,7 @@ def measure_checkpoint(config_paths: list[Path], rounds: int = 11, iterations: i
     return {"unit": "s", "models": models, "samples": samples, "ratios": ratios}
 
 
-def _state_of(training: _Training) -> dict[str, Any]:
+def _state_of(training: Training) -> dict[str, Any]:
     """All that a run saves, but for the few numbers of its handlers."""
     data = training.data
     facts = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,12 @@ def test_the_slurm_script_queues_again_what_was_preempted(tmp_path: Path, code: 
     assert (tmp_path / "srun").read_text() == expected
     assert (tmp_path / "scontrol").exists() == requeued
     assert not requeued or (tmp_path / "scontrol").read_text() == "requeue 7\n"
+
+
+def test_the_page_on_scaling_holds_what_its_script_computes() -> None:
+    tables = runpy.run_path(str(ROOT / "docs/scaling.py"))["tables"](0.4)
+    assert tables.count("\n| 1024 |") == 2
+    assert tables in (ROOT / "docs/scaling.md").read_text()
 
 
 def test_the_readme_tells_what_a_resumed_run_may_change() -> None:

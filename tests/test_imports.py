@@ -11,7 +11,7 @@ ROOT = Path(resnext_ignite.__file__).parent
 # From the top: a module may import from its own level (but commands from each other never) and from those below.
 LEVELS = [
     {"train", "evaluate", "report", "verify", "benchmark"},
-    {"benchmark_suites"},
+    {"benchmark_suites", "benchmark_ranks"},
     {"handlers"},
     {"run_folder", "pictures", "pretrained"},
     {"checkpoint"},

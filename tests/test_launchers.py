@@ -155,6 +155,18 @@ def test_torchrun_does_not_repeat_what_a_restart_does_not_cure(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_spawned.sh", "train_torchrun.sh"])
+def test_the_scripts_start_ranks(tmp_path: Path, script: str) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, **RANK_ENVIRONMENT, "RANKS": "2", "PATH": path}
+    command = ["bash", str(ROOT / "scripts" / script), *tiny_arguments(tmp_path / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "2 ranks (" in ended.stderr
+    assert RunFolder(tmp_path / "run").read_status()["state"] == "completed"
+
+
+@pytest.mark.slow
 def test_srun_starts_ranks_by_its_environment(tmp_path: Path) -> None:
     job = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1"}
     job |= {"SLURM_JOB_NODELIST": "localhost", **RANK_ENVIRONMENT}

@@ -1,0 +1,121 @@
+"""What several ranks on this machine cost: the `ranks` suite of the benchmark command."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from resnext_ignite.benchmark_suites import in_turns, prepare
+from resnext_ignite.data.loaders import Batch
+from resnext_ignite.distributed import Ranks, wrap_for_ranks
+from resnext_ignite.launch import launch
+from resnext_ignite.optim import build_optimizer
+
+
+def measure_ranks(contests: dict[Path, int], rounds: int = 5, iterations: int = 2) -> dict[str, Any]:
+    """Images/s of one rank on all cores and of a rank a core, at the same global batch; the share of communication.
+
+    On GPUs: of one, and of a rank for each; nothing where there is a single one.
+
+    Args:
+        contests: the configs whose models are measured, each with its global batch.
+        iterations: in a turn.
+    """
+    world_size = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    samples: dict[str, list[float]] = {}
+    models, ratios = {}, {}
+    if world_size == 1:
+        contests = {}
+    for path, batch_size in contests.items():
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "samples.json"
+            launch(_measure_on_ranks, path, batch_size, rounds, iterations, file, nproc_per_node=world_size)
+            told = json.loads(file.read_text())
+        name, turns = told["model"], told["samples"]
+        seconds = {contender: median(values) for contender, values in turns.items()}
+        samples |= {
+            f"{name}, {contender}": [batch_size * iterations / value for value in values]
+            for contender, values in turns.items()
+        }
+        models[name] = {"batch_size": batch_size, "ranks": world_size, **told["found"]}
+        one, several, unreduced, compressed = seconds.values()
+        ratios[f"ranks_vs_one, {name}"] = one / several
+        ratios[f"communication_share, {name}"] = 1 - unreduced / several
+        ratios[f"compressed_vs_plain, {name}"] = several / compressed
+    return {"unit": "images/s", "models": models, "samples": samples, "ratios": ratios}
+
+
+def _measure_on_ranks(
+    local_rank: int, config_path: Path, batch_size: int, rounds: int, iterations: int, file: Path
+) -> None:
+    ranks = Ranks.current()
+    training = prepare(config_path, [f"train.batch_size={batch_size}"], local_rank)
+    whole = next(iter(training.loader))
+    share = Batch(*(part.chunk(ranks.world_size)[ranks.rank] for part in (whole.images, whole.labels, whole.indices)))
+    threads = torch.get_num_threads()
+
+    def turn(model: nn.Module, batch: Batch, updates: int = iterations) -> Callable[[], float]:
+        contender = replace(training, model=model, optimizer=build_optimizer(training.config, model))
+
+        def run() -> float:
+            dist.barrier()
+            start = time.perf_counter()
+            if updates:
+                contender.update_alone(batch, updates)
+            # Blocks: a rank that only waits takes none of the others' time.
+            dist.barrier()
+            return time.perf_counter() - start
+
+        return run
+
+    def wrapped(*, compress_gradients: bool) -> nn.Module:
+        model = copy.deepcopy(training.model)
+        return wrap_for_ranks(model, training.device, ranks, sync_bn=False, compress_gradients=compress_gradients)
+
+    alone = turn(copy.deepcopy(training.model), whole, updates=iterations if ranks.rank == 0 else 0)
+
+    def alone_on_all_cores() -> float:
+        torch.set_num_threads(threads * ranks.world_size if ranks.rank == 0 else threads)
+        try:
+            return alone()
+        finally:
+            torch.set_num_threads(threads)
+
+    several, plain = f"{ranks.world_size} ranks", turn(wrapped(compress_gradients=False), share)
+    contenders = {
+        "1 rank": alone_on_all_cores,
+        several: plain,
+        f"{several}, gradients not reduced": turn(copy.deepcopy(training.model), share),
+        f"{several}, gradients as bf16": turn(wrapped(compress_gradients=True), share),
+    }
+    samples = in_turns(contenders, rounds)
+    collectives = (_collectives_in(plain) - _collectives_in(dist.barrier) * 2) // iterations
+    if ranks.rank == 0:
+        gradient_bytes = sum(4 * parameter.numel() for parameter in training.model.parameters())
+        found = {
+            "backend": dist.get_backend(),
+            "gradient_bytes": gradient_bytes,
+            "collectives_per_iteration": collectives,
+        }
+        file.write_text(json.dumps({"model": training.config.model.name, "samples": samples, "found": found}))
+
+
+def _collectives_in(function: Callable[[], object]) -> int:
+    def so_far() -> int:
+        return int(dist.group.WORLD._get_sequence_number_for_group())  # type: ignore[union-attr]
+
+    before = so_far()
+    function()
+    return so_far() - before

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# A rank for each GPU of this machine, spawned by the train command itself.
+# Usage: [RANKS=N] bash scripts/train_spawned.sh --config configs/X.yaml [KEY=VALUE ...]
+set -euo pipefail
+gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" || gpus=0
+ranks="${RANKS:-$((gpus > 0 ? gpus : 1))}"
+exec python -m resnext_ignite.train "$@" --nproc-per-node "$ranks"
