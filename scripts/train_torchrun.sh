@@ -10,7 +10,8 @@ set -euo pipefail
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" || gpus=0
 ranks="${RANKS:-$((gpus > 0 ? gpus : 1))}"
 if [ -n "${ENDPOINT:-}" ]; then
-    where=(--nnodes "${NODES:?how many machines, as 4 or 2:4}" --rdzv-backend c10d --rdzv-endpoint "$ENDPOINT" --rdzv-id resnext)
+    where=(--nnodes "${NODES:?how many machines, as 4 or 2:4}")
+    where+=(--rdzv-backend c10d --rdzv-endpoint "$ENDPOINT" --rdzv-id resnext)
 else
     where=(--standalone)
 fi
