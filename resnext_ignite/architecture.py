@@ -32,6 +32,11 @@ class Architecture:
             return ((self.depth - 2) // 9,) * 3
         return _IMAGENET_BLOCKS[self.depth]
 
+    @property
+    def grouped_shapes(self) -> int:
+        """Shapes of the grouped 3x3: one in the first stage; in the others one with the stride, and one without."""
+        return 1 + sum(min(count, 2) for count in self.blocks[1:])
+
     def planes(self, stem_channels: int) -> tuple[int, ...]:
         """Planes of each stage: they double from stage to stage; a stage puts out `EXPANSION` times as many."""
         return tuple(stem_channels * 2**stage for stage in range(len(self.blocks)))

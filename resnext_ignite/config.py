@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from resnext_ignite.architecture import parse_model_name
 from resnext_ignite.config_sections import (
     AugmentConfig,
     CheckpointConfig,
@@ -47,6 +48,7 @@ class Config(Section):
                 f"train.ghost_batch: {ghost} does not divide the micro-batch of {batch // accumulate} images "
                 "(train.batch_size / train.accumulate)"
             )
+        self._check_ways()
         if ghost and self.train.sync_bn:
             raise ValueError("train.sync_bn: and train.ghost_batch exclude each other; set one of them to 0 or false")
         if self.augment.random_resized_crop and self.data.name != "imagefolder":
@@ -56,6 +58,20 @@ class Config(Section):
         if (self.data.mean is None) != (self.data.std is None):
             raise ValueError("data.mean: give data.mean and data.std together, or neither")
         return self
+
+    def _check_ways(self) -> None:
+        architecture, ways = parse_model_name(self.model.name), self.train.grouped_conv
+        if len(ways) not in (1, architecture.grouped_shapes) or ("auto" in ways and len(ways) > 1):
+            raise ValueError(
+                f"train.grouped_conv: {' '.join(ways) or 'empty'}; auto, one way for all, or one for each of the "
+                f"{architecture.grouped_shapes} shapes that {self.model.name} has"
+            )
+        for way in ways:
+            merged = int(way.removeprefix("merged")) if way.startswith("merged") else 1
+            if architecture.cardinality % merged:
+                raise ValueError(
+                    f"train.grouped_conv: '{way}': {merged} does not divide the {architecture.cardinality} groups"
+                )
 
 
 Values = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Configs as files and command lines: read with the line of every key, written, compared.
+"""Configs as files and command lines: read with the line of every key, and written.
 
 The YAML read here is a plain subset: no tags, no aliases, no duplicate keys, and `1e-4` is a number.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from resnext_ignite.config import Config, Values, config_of, flatten, with_values
+from resnext_ignite.config import Config, Values, config_of, flatten
 from resnext_ignite.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -24,37 +24,6 @@ _LONGEST_TEXT = 100_000
 _DEEPEST = 8
 # No key has a use for these, and where a path or a name is printed they would break the line or steer the terminal.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-# A run may be continued with other values of these: none changes what an iteration computes from its state.
-SAFE_ON_RESUME = (
-    "train.epochs",
-    "train.max_hours",
-    "data.root",
-    "data.download",
-    "data.workers",
-    "data.on_error",
-    "data.max_skipped",
-    "evaluation.every",
-    "evaluation.early",
-    "checkpoint.every_epochs",
-    "checkpoint.every_iterations",
-    "checkpoint.keep",
-    "distributed.timeout_s",
-    "logging.every_iterations",
-    "logging.tensorboard",
-    "logging.images",
-    "logging.histograms",
-)
-# Left open (null, auto), these are settled by the machine or the data at the first start, and kept from then on.
-_SETTLED = (
-    "model.num_classes",
-    "data.image_size",
-    "data.mean",
-    "data.std",
-    "train.device",
-    "train.precision",
-    "train.deterministic",
-)
 
 
 class _Loader(yaml.SafeLoader):
@@ -274,19 +243,6 @@ def _closest(dotted: str) -> str | None:
 def dump_config(config: Config) -> str:
     """The config as YAML, every key in the order of its definition."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def adopt_resolved(config: Config, saved: Config) -> Config:
-    """`config`, with what it leaves to the machine or the data taken from a run that settled it already."""
-    now = flatten(config)
-    before = flatten(saved)
-    return with_values(config, {key: before[key] for key in _SETTLED if now[key] in (None, "auto")})
-
-
-def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, with the saved and the new value."""
-    before, after = flatten(saved), flatten(config)
-    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
 
 
 def check_shares(config: Config, world_size: int) -> None:

@@ -36,7 +36,7 @@ def _table(prefix: str, fields: dict[str, Any]) -> list[str]:
     for name, field in fields.items():
         default = json.dumps(field.default if not isinstance(field.default, tuple) else list(field.default))
         choices = getattr(field.annotation, "__args__", ())
-        words = [str(choice) for choice in choices if isinstance(choice, str)]
+        words = [str(choice).lower() for choice in choices if isinstance(choice, str | bool)]
         meaning = _flat(field.description) + (f" One of: {', '.join(words)}." if words else "")
         rows.append(f"| `{prefix}{name}` | `{default}` | {meaning.replace('|', chr(92) + '|')} |")
     return rows

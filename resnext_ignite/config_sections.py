@@ -13,6 +13,7 @@ from resnext_ignite.architecture import parse_model_name
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+GroupedConvWay = Annotated[str, Field(pattern=r"^(auto|grouped|split|merged[1-9][0-9]{0,3})$")]
 PerChannel = tuple[float, float, float]
 
 
@@ -162,8 +163,12 @@ class TrainConfig(Section):
     """Arithmetic of the forward pass (autocast); auto: bf16 where the machine computes in it, else fp32."""
     channels_last: bool = True
     """Keep images as NHWC in memory, which convolutions prefer."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
+    compile: Literal[False, True, "cuda_graphs"] = False
+    """Compile the model with torch.compile; cuda_graphs: and play its kernels back as CUDA graphs (GPUs only)."""
+    grouped_conv: tuple[GroupedConvWay, ...] = ("grouped",)
+    """How each shape of the grouped 3x3 is computed, in the network's order: `grouped`, `split` (a dense convolution a
+    group) or `merged<m>` (m groups in one, filled with zeros); one for all of them, or one for each. auto: the fastest,
+    measured at the first start."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability spread over all classes in the training loss."""
     clip_grad_norm: Annotated[float, Field(ge=0)] = 0.0
@@ -179,6 +184,11 @@ class TrainConfig(Section):
     max_hours: Annotated[float, Field(gt=0)] | None = None
     """Stop, saved and resumable, after so many hours of this process; null: never."""
 
+    @field_validator("grouped_conv", mode="before")
+    @classmethod
+    def _one_way(cls, ways: object) -> object:
+        return (ways,) if isinstance(ways, str) else ways
+
 
 class EvaluationConfig(Section):
     """When to evaluate, and when that ends the run."""
@@ -193,6 +203,9 @@ class EvaluationConfig(Section):
     """Stop after so many evaluations without a lower error; 0: never."""
     min_delta: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Percentage points by which an error must fall to count as lower."""
+    inference: Literal["plain", "folded", "compiled", "auto"] = "plain"
+    """How logits are computed: as the network is; with BatchNorm folded into the convolutions; folded and compiled;
+    auto: the fastest of them, measured at the start. The faster ones agree to rounding."""
     target_error: Annotated[float, Field(ge=0, le=100)] | None = None
     """Stop once the error, in percent, is at most this; null: never."""
 

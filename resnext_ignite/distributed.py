@@ -235,26 +235,29 @@ def wrap_for_ranks(
     ranks: Ranks,
     *,
     sync_bn: bool,
-    compiled: bool = False,
+    compiled: bool | str = False,
     accumulate: int = 1,
     compress_gradients: bool = False,
 ) -> nn.Module:
     """The model as the training iteration calls it: itself on one rank, else in DistributedDataParallel.
 
     Args:
+        compiled: by torch.compile; "cuda_graphs": and played back as CUDA graphs.
         accumulate: micro-batches an iteration.
         compress_gradients: let the gradients travel, and be summed, as bf16.
 
     Raises:
-        ConfigError: `sync_bn` on a CPU, for which torch has none.
+        ConfigError: `sync_bn` or CUDA graphs on a CPU, for which torch has none.
     """
     if sync_bn:
         if device.type != "cuda":
             raise ConfigError("train.sync_bn: torch has a synchronised BatchNorm for GPUs only; set it to false")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if compiled:
+        if compiled == "cuda_graphs" and device.type != "cuda":
+            raise ConfigError("train.compile: cuda_graphs is for GPUs only; set it to true or false")
         # In place: torch.compile(model) would put its own prefix before every saved key.
-        model.compile()
+        model.compile(mode="reduce-overhead" if compiled == "cuda_graphs" else None)
     if ranks.world_size == 1:
         return model
     # Not idist.auto_model: one process that sees several GPUs would silently become DataParallel. Buffers stay a

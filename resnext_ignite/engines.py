@@ -17,8 +17,9 @@ from resnext_ignite.data.loaders import Batch
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError
 from resnext_ignite.metrics import ClassificationCounts, TrainingSums
+from resnext_ignite.models.inference import Inference
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class RunEvents(EventEnum):
@@ -112,7 +113,7 @@ def create_trainer(
         micro_batches = zip(batch.images.chunk(accumulate), batch.labels.chunk(accumulate), strict=True)
         for turn, (images, labels) in enumerate(micro_batches, start=1):
             with _synchronised(model, turn == accumulate):
-                with torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32"):
+                with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
                     logits = model(images).float()
                 loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
                 readable = (labels != UNREADABLE).sum() if skip_unreadable else torch.full_like(loss, len(labels))
@@ -166,6 +167,7 @@ def create_evaluator(
     *,
     num_classes: int,
     precision: str = "fp32",
+    inference: str = "plain",
     ranks: Ranks | None = None,
     keep_mistakes: int = 0,
 ) -> Engine:
@@ -175,18 +177,17 @@ def create_evaluator(
         model: on `device`, not in DistributedDataParallel: an evaluation has no collective before its end.
         num_classes: outputs of the model.
         precision: "fp32", "bf16" or "fp16".
+        inference: "plain", "folded" or "compiled", as Inference computes logits.
         keep_mistakes: worst mistakes that are listed.
     """
+    network = Inference(model, DTYPES[precision], inference)
 
     def evaluate_batch(engine: Engine, batch: Batch) -> tuple[Tensor, Batch]:
-        with torch.inference_mode():
-            with torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32"):
-                logits = model(batch.images)
-            # Losses and comparisons in full precision: bf16 alone moves a mean loss in its third digit.
-            return logits.float(), batch
+        # Losses and comparisons in full precision: bf16 alone moves a mean loss in its third digit.
+        return network(batch.images), batch
 
     evaluator = Engine(evaluate_batch)
-    evaluator.add_event_handler(Events.STARTED, lambda engine: model.eval())
+    evaluator.add_event_handler(Events.STARTED, lambda engine: network.refresh())
     ClassificationCounts(num_classes, ranks or Ranks(), device, keep_mistakes).attach(evaluator, "evaluation")
     return evaluator
 
@@ -220,6 +221,7 @@ def build_evaluator(config: Config, model: nn.Module, device: torch.device, rank
         device,
         num_classes=config.model.num_classes,
         precision=config.train.precision,
+        inference=config.evaluation.inference,
         ranks=ranks,
         keep_mistakes=config.logging.images,
     )

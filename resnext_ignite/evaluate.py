@@ -12,7 +12,14 @@ from typing import Any
 
 from resnext_ignite.errors import CheckpointError, ConfigError, run_command
 
-_ALLOWED = ("data.", "evaluation.batch_size", "train.device", "train.precision", "train.channels_last")
+_ALLOWED = (
+    "data.",
+    "evaluation.batch_size",
+    "evaluation.inference",
+    "train.device",
+    "train.precision",
+    "train.channels_last",
+)
 _JSON_KEYS = ("images", "correct", "correct_top5", "top1_error", "top5_error", "loss")
 
 
@@ -31,6 +38,7 @@ def evaluate(checkpoint: Path, split: str, overrides: list[str]) -> tuple[dict[s
     from resnext_ignite.data import build_eval_loader, load_data
     from resnext_ignite.distributed import Ranks
     from resnext_ignite.handlers.loggers import set_up_console
+    from resnext_ignite.tuning import inference_for
 
     set_up_console()
     refused = [override for override in overrides if not override.startswith(_ALLOWED)]
@@ -51,6 +59,8 @@ def evaluate(checkpoint: Path, split: str, overrides: list[str]) -> tuple[dict[s
         )
     loader = build_eval_loader(config, data, split, device, ranks)
     model = engines.place(model, device, channels_last=config.train.channels_last)
+    if config.evaluation.inference == "auto":
+        config = with_values(config, {"evaluation.inference": inference_for(config, model, data, split, device)})
     evaluator = engines.build_evaluator(config, model, device, ranks)
     return evaluator.run(loader).metrics, metadata.classes
 

@@ -24,7 +24,8 @@ from resnext_ignite.checkpoint import (
     set_aside,
 )
 from resnext_ignite.config import Config
-from resnext_ignite.config_files import SAFE_ON_RESUME, adopt_resolved, changed_values, dump_config, load_config
+from resnext_ignite.config_changes import SAFE_ON_RESUME, adopt_resolved, changed_values
+from resnext_ignite.config_files import dump_config, load_config
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import PreemptedError, RunFolderError, StorageError, as_resnext_error
 from resnext_ignite.storage import append_durably, replace_durably, temporary_path

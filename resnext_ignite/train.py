@@ -45,6 +45,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     from resnext_ignite.pretrained import load_pretrained
     from resnext_ignite.rank_failures import failures_named
     from resnext_ignite.run_folder import open_run
+    from resnext_ignite.tuning import tuned
 
     ranks = Ranks.current()
     set_up_console(quiet=ranks.rank != 0)
@@ -57,6 +58,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
         opened.check_data(loaders.data.contents)
         config = settle(opened.config, loaders.data, device)
         engines.set_up_machine(device, deterministic=bool(config.train.deterministic))
+        config = tuned(config, loaders.data, device, ranks)
         torch.manual_seed(config.seed)
         model = engines.place(build_model(config), device, channels_last=config.train.channels_last)
         if config.model.pretrained and opened.state is None:

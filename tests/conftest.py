@@ -59,6 +59,16 @@ def train_tiny(folder: Path, *overrides: str, resume: bool = False) -> int:
     return train.main(tiny_arguments(folder, *overrides, resume=resume))
 
 
+def command(name: str, *arguments: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """A command of the package, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, *flags, "-m", f"resnext_ignite.{name}", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def digest(folder: Path) -> dict[str, Any]:
     """All of a finished run's state that must not depend on where it was cut: tensors as bytes, and the records."""
     state = load_checkpoint(folder / "checkpoints/final.pt")

@@ -6,15 +6,14 @@ import json
 import os
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, train_tiny
+from conftest import ROOT, TINY, command, train_tiny
 from PIL import Image
 
 from resnext_ignite import evaluate, report
-from resnext_ignite.config_files import SAFE_ON_RESUME
+from resnext_ignite.config_changes import SAFE_ON_RESUME
 from resnext_ignite.errors import (
     CheckpointError,
     ConfigError,
@@ -26,15 +25,6 @@ from resnext_ignite.errors import (
 from resnext_ignite.run_folder import RunFolder
 
 COMMANDS = ("train", "evaluate", "report", "verify", "benchmark")
-
-
-def command(name: str, *arguments: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *flags, "-m", f"resnext_ignite.{name}", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)

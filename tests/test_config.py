@@ -9,9 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from resnext_ignite.config import Config, flatten, with_values
+from resnext_ignite.config_changes import adopt_resolved, changed_values
 from resnext_ignite.config_files import (
-    adopt_resolved,
-    changed_values,
     dump_config,
     load_config,
 )

@@ -11,20 +11,20 @@ ROOT = Path(resnext_ignite.__file__).parent
 # From the top: a module may import from its own level (but commands from each other never) and from those below.
 LEVELS = [
     {"train", "evaluate", "report", "verify", "benchmark"},
-    {"benchmark_suites", "benchmark_ranks"},
     {"handlers"},
     {"run_folder", "pictures", "pretrained"},
     {"checkpoint"},
+    {"tuning"},
     {"engines"},
     {"models", "optim", "data", "metrics"},
     {"launch"},
     {"rank_failures", "rendezvous"},
     {"distributed"},
-    {"config_files", "config_reference"},
+    {"config_changes", "config_files", "config_reference"},
     {"config"},
     {"config_sections"},
     {"launchers", "signals"},
-    {"architecture", "errors", "storage"},
+    {"architecture", "errors", "storage", "timing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -14,6 +14,7 @@ def create_model(
     stem_channels: int = 64,
     ghost_batch: int = 0,
     zero_init_residual: bool = False,
+    grouped_conv: tuple[str, ...] = ("grouped",),
 ) -> ResNeXt:
     """A freshly initialised ResNeXt: (N, 3, H, W) -> logits (N, num_classes).
 
@@ -23,6 +24,7 @@ def create_model(
         stem_channels: channels after the stem; the stages put out 4, 8, 16 (ImageNet layout: to 32) times as many.
         ghost_batch: images over which BatchNorm takes its training statistics; 0: the batch.
         zero_init_residual: start each block as the identity.
+        grouped_conv: how each shape of the grouped 3x3 is computed, see ResNeXt.
 
     Raises:
         ValueError: the name does not follow the grammar, or leaves a group without a channel.
@@ -41,6 +43,7 @@ def create_model(
         num_classes=num_classes,
         ghost_batch=ghost_batch,
         zero_init_residual=zero_init_residual,
+        grouped_conv=grouped_conv,
     )
 
 
@@ -48,10 +51,13 @@ def build_model(config: Config) -> ResNeXt:
     """The model of a config whose `model.num_classes` is settled, on the CPU, initialised from torch's generator."""
     if config.model.num_classes is None:
         raise ValueError("model.num_classes is not settled yet: it comes from the data")
+    if "auto" in config.train.grouped_conv:
+        raise ValueError("train.grouped_conv is not settled yet: it is measured on the device")
     return create_model(
         config.model.name,
         config.model.num_classes,
         stem_channels=config.model.stem_channels,
         ghost_batch=config.train.ghost_batch,
         zero_init_residual=config.model.zero_init_residual,
+        grouped_conv=config.train.grouped_conv,
     )

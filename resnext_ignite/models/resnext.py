@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnext_ignite.models.grouped_conv import GroupedConv2d
+
 Norm = Callable[[int], nn.BatchNorm2d]
 
 
@@ -73,15 +75,16 @@ class Bottleneck(nn.Module):
         cardinality: groups of the 3x3.
         stride: of the 3x3.
         norm: makes the BatchNorm of so many channels.
+        way: how the 3x3 is computed (`grouped_conv.py`).
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, width: int, cardinality: int, stride: int, norm: Norm
+        self, in_channels: int, out_channels: int, width: int, cardinality: int, stride: int, norm: Norm, way: str
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, groups=cardinality, bias=False)
+        self.conv2 = GroupedConv2d(width, cardinality, stride, way)
         self.bn2 = norm(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)
@@ -98,6 +101,11 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(out)) + shortcut, inplace=True)
 
 
+def _stride(stage: int, block: int) -> int:
+    # Every stage but the first halves height and width, in its first block.
+    return 2 if stage > 0 and block == 0 else 1
+
+
 class ResNeXt(nn.Module):
     """ResNeXt of either layout.
 
@@ -110,6 +118,11 @@ class ResNeXt(nn.Module):
         num_classes: outputs.
         ghost_batch: images over which BatchNorm takes its training statistics; 0: the batch.
         zero_init_residual: start each block's last BatchNorm weight at 0.
+        grouped_conv: how each shape of the grouped 3x3 is computed (`grouped_conv.py`), in the network's order (a
+            stage after the first has one with its stride, and one for its other blocks), or one way for all.
+
+    Raises:
+        ValueError: neither one way nor one for each shape.
     """
 
     def __init__(
@@ -123,8 +136,13 @@ class ResNeXt(nn.Module):
         num_classes: int,
         ghost_batch: int = 0,
         zero_init_residual: bool = False,
+        grouped_conv: tuple[str, ...] = ("grouped",),
     ) -> None:
         super().__init__()
+        shapes = dict.fromkeys(
+            (stage, _stride(stage, block)) for stage, count in enumerate(blocks) for block in range(count)
+        )
+        ways = dict(zip(shapes, grouped_conv * len(shapes) if len(grouped_conv) == 1 else grouped_conv, strict=True))
 
         def norm(channels: int) -> nn.BatchNorm2d:
             return GhostBatchNorm2d(channels, ghost_batch) if ghost_batch else nn.BatchNorm2d(channels)
@@ -139,9 +157,9 @@ class ResNeXt(nn.Module):
         for stage, (count, stage_planes, group_width) in enumerate(zip(blocks, planes, group_widths, strict=True)):
             layers = []
             for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
-                out_channels = stage_planes * 4
-                layers.append(Bottleneck(channels, out_channels, group_width * cardinality, cardinality, stride, norm))
+                stride, width, out_channels = _stride(stage, block), group_width * cardinality, stage_planes * 4
+                way = ways[stage, stride]
+                layers.append(Bottleneck(channels, out_channels, width, cardinality, stride, norm, way))
                 channels = out_channels
             self.stages.append(f"layer{stage + 1}")
             self.add_module(self.stages[-1], nn.Sequential(*layers))

@@ -1,0 +1,58 @@
+"""What a network costs an image: operations, bytes and parameters, counted without computing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+# Of each activation, unfused: written and read in the forward pass, read twice and written in the backward.
+_PASSES_OVER_ACTIVATIONS = 5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one image; a multiply-add is two operations.
+
+    Args:
+        forward_flop: operations of the forward pass; the backward's are twice as many.
+        activations: numbers that the layers put out.
+        parameters: of the network, whatever the images.
+    """
+
+    forward_flop: int
+    activations: int
+    parameters: int
+
+    @property
+    def training_flop(self) -> int:
+        """Operations of forward and backward."""
+        return 3 * self.forward_flop
+
+    def training_bytes(self, bytes_a_number: int) -> int:
+        """Bytes of activations that forward and backward move where every layer reads and writes memory."""
+        return _PASSES_OVER_ACTIVATIONS * bytes_a_number * self.activations
+
+    def forward_bytes(self, bytes_a_number: int) -> int:
+        """Bytes of activations that a forward pass writes and reads."""
+        return 2 * bytes_a_number * self.activations
+
+
+def cost_of(model: nn.Module, image_size: int) -> Cost:
+    """A network's cost at pictures of `image_size` pixels a side; takes it to the `meta` device, without weights."""
+    activations = 0
+
+    def count(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        nonlocal activations
+        activations += output.numel()
+
+    model = model.to("meta").eval()
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, image_size, image_size, device="meta"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(counter.get_total_flops(), activations, parameters)

@@ -1,0 +1,103 @@
+"""The grouped 3x3 convolution, and the ways to compute it; `tuning.py` measures which is fastest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_MOST_SPLIT_GROUPS = 16
+
+
+class GroupedConv2d(nn.Conv2d):
+    """A grouped 3x3 convolution of as many channels as it takes, in any of the ways that give the same numbers.
+
+    - `grouped`: the library's own grouped convolution.
+    - `split`: a dense convolution for each group, side by side.
+    - `merged<m>`: m groups in one, whose weights are the groups' on the diagonal and zeros elsewhere: m times the
+      operations, in fewer and wider groups. `merged<cardinality>` is a dense convolution.
+
+    Weights and their names are those of the grouped convolution in every way.
+
+    Args:
+        channels: in and out.
+        groups: cardinality.
+        stride: of the window.
+        way: as above.
+
+    Raises:
+        ValueError: `merged<m>` with an m that does not divide the groups.
+    """
+
+    def __init__(self, channels: int, groups: int, stride: int, way: str = "grouped") -> None:
+        super().__init__(channels, channels, 3, stride, padding=1, groups=groups, bias=False)
+        self.way = way
+        self.merge = int(way.removeprefix("merged")) if way.startswith("merged") else 1
+        if groups % self.merge:
+            raise ValueError(f"'{way}': {self.merge} does not divide {groups} groups")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride))."""
+        if self.way == "split" and self.groups > 1:
+            biases = (None,) * self.groups if self.bias is None else self.bias.chunk(self.groups)
+            parts = zip(input.chunk(self.groups, 1), self.weight.chunk(self.groups, 0), biases, strict=True)
+            return torch.cat([F.conv2d(*part, self.stride, self.padding) for part in parts], 1)
+        if self.merge > 1:
+            merged, groups = self._merged_weight(), self.groups // self.merge
+            return F.conv2d(input, merged, self.bias, self.stride, self.padding, groups=groups)
+        return super().forward(input)
+
+    def _merged_weight(self) -> Tensor:
+        # (G*m*o, i, 3, 3) -> (G, m, o, 1, i, 3, 3), times the identity of the two m: -> (G*m*o, m*i, 3, 3)
+        apart = self.weight.view(self.groups // self.merge, self.merge, -1, 1, *self.weight.shape[1:])
+        identity = torch.eye(self.merge, dtype=self.weight.dtype, device=self.weight.device)
+        merged = apart * identity.view(1, self.merge, 1, self.merge, 1, 1, 1)
+        return merged.reshape(self.weight.shape[0], -1, *self.weight.shape[2:])
+
+
+def ways_for(groups: int, channels: int) -> list[str]:
+    """The ways that are worth measuring for so many groups of so many channels each, `grouped` first."""
+    merges = [m for m in (2, 4, 8, 16, 32, 64) if groups % m == 0 and m * channels <= 512]
+    return ["grouped"] + ["split"] * (1 < groups <= _MOST_SPLIT_GROUPS) + [f"merged{m}" for m in merges]
+
+
+def in_each_way(convolution: GroupedConv2d) -> dict[str, GroupedConv2d]:
+    """A grouped convolution in each of the ways that are worth measuring, with the same weights."""
+    channels, groups = convolution.in_channels, convolution.groups
+    modules = {}
+    for way in ways_for(groups, channels // groups):
+        modules[way] = GroupedConv2d(channels, groups, convolution.stride[0], way)
+        modules[way].load_state_dict(convolution.state_dict())
+    return modules
+
+
+@dataclass(frozen=True)
+class GroupedShape:
+    """One shape of a network's grouped 3x3: the first module that has it, its name, and the input's side in pixels."""
+
+    name: str
+    module: GroupedConv2d
+    size: int
+
+
+def grouped_shapes(model: nn.Module, image_size: int) -> list[GroupedShape]:
+    """The shapes of a network's grouped 3x3, in its order, at pictures of a size."""
+    found: dict[tuple[int, ...], GroupedShape] = {}
+    names = {module: name for name, module in model.named_modules()}
+
+    def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, GroupedConv2d)
+        shape = GroupedShape(names[module], module, inputs[0].shape[2])
+        found.setdefault((module.in_channels, shape.size, *module.stride), shape)
+
+    hooks = [module.register_forward_pre_hook(see) for module in names if isinstance(module, GroupedConv2d)]
+    training = model.training
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    return list(found.values())

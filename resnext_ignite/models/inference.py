@@ -1,0 +1,69 @@
+"""Logits without training: as the network is, or faster, with BatchNorm folded into the convolutions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+class Inference:
+    """A network's logits, computed in one of three ways that agree to rounding.
+
+    - `plain`: by the network itself, under autocast.
+    - `folded`: by a copy whose BatchNorms are part of its convolutions, its weights in the precision of the arithmetic.
+    - `compiled`: that copy, compiled for batches of the size of the first one.
+
+    Args:
+        model: its convolutions and BatchNorms named as in `resnext.py`.
+        dtype: of the arithmetic.
+        way: as above.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32, way: str = "plain") -> None:
+        self.model, self.dtype = model, dtype
+        self._device_type = next(model.parameters()).device.type
+        self._folded = None if way == "plain" else fold_batch_norm(model).to(dtype)
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        if way == "compiled" and self._folded is not None:
+            self._compiled = torch.compile(self._folded, dynamic=False)
+        self._compiled_size = 0
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the weights and statistics that the network has now: call it before each evaluation."""
+        self.model.eval()
+        if self._folded is not None:
+            for mine, its in zip(self._folded.parameters(), fold_batch_norm(self.model).parameters(), strict=True):
+                mine.copy_(its)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> logits float32 (N, num_classes)."""
+        if self._folded is None:
+            with torch.autocast(self._device_type, self.dtype, enabled=self.dtype != torch.float32):
+                return self.model(images).float()
+        network: Callable[[Tensor], Tensor] = self._folded
+        if self._compiled is not None:
+            self._compiled_size = self._compiled_size or len(images)
+            # The last batch of a split is smaller: compiling for it takes longer than computing it.
+            network = self._compiled if len(images) == self._compiled_size else network
+        return network(images.to(self.dtype)).float()
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy in eval mode in which each BatchNorm, by its running statistics, is part of the convolution before it."""
+    model = copy.deepcopy(model).eval()
+    for parent in list(model.modules()):
+        children = dict(parent.named_children())
+        for name, norm in children.items():
+            # bn1 follows conv1, as in the blocks; of a shortcut's Sequential 1 follows 0.
+            before = name.replace("bn", "conv") if name.startswith("bn") else "0"
+            convolution = children.get(before)
+            if isinstance(norm, nn.BatchNorm2d) and isinstance(convolution, nn.Conv2d):
+                setattr(parent, before, fuse_conv_bn_eval(convolution, norm))
+                setattr(parent, name, nn.Identity())
+    return model

@@ -1,0 +1,47 @@
+"""How everything is measured: contenders in turns, A B A B ..., so that a machine whose speed drifts drifts for all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from tqdm import tqdm
+
+
+def in_turns(contenders: dict[str, Callable[[], float]], rounds: int, title: str = "") -> dict[str, list[float]]:
+    """Call each contender once a round, after one round that is not counted; what each returned.
+
+    Args:
+        title: of a progress bar; without one there is none.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    with tqdm(total=(rounds + 1) * len(contenders), desc=title, leave=False, disable=None if title else True) as bar:
+        for turn in range(rounds + 1):
+            for name, contender in contenders.items():
+                bar.set_postfix_str(name)
+                value = contender()
+                if turn:
+                    samples[name].append(value)
+                bar.update()
+    return samples
+
+
+def medians(samples: dict[str, list[float]]) -> dict[str, float]:
+    """The median of each contender."""
+    return {name: median(values) for name, values in samples.items()}
+
+
+def timed(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds of some work on a device: by its own events on a GPU, by the clock on a CPU."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun

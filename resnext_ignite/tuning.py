@@ -1,0 +1,154 @@
+"""What is chosen by measuring on this machine: how grouped convolutions are computed, and the logits of an evaluation.
+
+A choice is made once, at a run's first start, and stands in its config from then on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnext_ignite.config import Config, with_values
+from resnext_ignite.data import Data
+from resnext_ignite.distributed import Ranks
+from resnext_ignite.engines import DTYPES, place
+from resnext_ignite.models import build_model
+from resnext_ignite.models.grouped_conv import grouped_shapes, in_each_way
+from resnext_ignite.models.inference import Inference
+from resnext_ignite.timing import in_turns, medians, timed
+
+log = logging.getLogger(__name__)
+_ROUNDS = 3
+# A CPU's time grows with the images at once; a GPU shows its speed only on a whole batch.
+_MOST_IMAGES_ON_CPU = 8
+# Slower than the best by this factor at the first try, a contender is not tried again.
+_HOPELESS = 1.5
+# Compiling takes about a minute: it is tried where evaluating without it takes five.
+_WORTH_COMPILING_S = 300
+
+
+def tuned(config: Config, data: Data, device: torch.device, ranks: Ranks) -> Config:
+    """The config with what it leaves to be measured (`auto`) as rank 0 measures it; with everything else settled."""
+    train, evaluation = config.train, config.evaluation
+    if "auto" not in train.grouped_conv and evaluation.inference != "auto":
+        return config
+
+    def measure() -> dict[str, Any]:
+        # Apart from the run's own model, and without a draw from the generator that initialises it.
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(with_values(config, {"train.grouped_conv": ["grouped"]}))
+        values: dict[str, Any] = {}
+        arithmetic = _arithmetic(config, device)
+        if "auto" in train.grouped_conv:
+            images = train.batch_size // train.accumulate // ranks.world_size
+            values["train.grouped_conv"] = choose_grouped_conv(model, data.image_size, images, arithmetic)
+        if evaluation.inference == "auto":
+            times = train.epochs // evaluation.every + len(evaluation.early)
+            in_all = times * len(data.splits[data.selection]) // ranks.world_size
+            batch = evaluation.batch_size
+            values["evaluation.inference"] = choose_inference(model, data.image_size, batch, in_all, arithmetic)
+        for key, value in values.items():
+            log.info(f"measured: {key}={value if isinstance(value, str) else ', '.join(value)}")
+        return values
+
+    return with_values(config, ranks.from_rank_zero(measure))
+
+
+def inference_for(config: Config, model: nn.Module, data: Data, split: str, device: torch.device) -> str:
+    """The fastest way to evaluate a split once."""
+    images = len(data.splits[split])
+    batch = config.evaluation.batch_size
+    return choose_inference(model, data.image_size, batch, images, _arithmetic(config, device))
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Where and how networks compute."""
+
+    device: torch.device
+    dtype: torch.dtype
+    channels_last: bool
+
+    def noise(self, images: int, channels: int, size: int) -> Tensor:
+        """In the place of pictures or activations, the same each time: float32 (images, channels, size, size)."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(images, channels, size, size, generator=generator)
+        return noise.to(
+            self.device, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format
+        )
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """A model on the device, in the memory format of the images."""
+        return place(model, self.device, channels_last=self.channels_last)
+
+    def enough(self, images: int) -> int:
+        """Images at once that show which of several ways is fastest, of those that are computed at once."""
+        return images if self.device.type == "cuda" else min(images, _MOST_IMAGES_ON_CPU)
+
+
+def _arithmetic(config: Config, device: torch.device) -> Arithmetic:
+    return Arithmetic(device, DTYPES[config.train.precision], config.train.channels_last)
+
+
+def choose_grouped_conv(model: nn.Module, image_size: int, images: int, arithmetic: Arithmetic) -> list[str]:
+    """The fastest way for each shape of a network's grouped 3x3, forward and backward, in the network's order.
+
+    Args:
+        images: of a forward pass in training, on this device.
+    """
+    choices = []
+    for shape in grouped_shapes(model, image_size):
+        noise = arithmetic.noise(arithmetic.enough(images), shape.module.in_channels, shape.size)
+        ways = {
+            way: _training_step(arithmetic.place(module.to(arithmetic.dtype)), noise.to(arithmetic.dtype))
+            for way, module in in_each_way(shape.module).items()
+        }
+        choices.append(fastest(ways, arithmetic.device))
+    return choices
+
+
+def _training_step(module: nn.Module, images: Tensor) -> Callable[[], object]:
+    images = images.requires_grad_()
+    with torch.no_grad():
+        gradient = torch.ones_like(module(images))
+    return lambda: torch.autograd.grad(module(images), [images, *module.parameters()], gradient)
+
+
+def choose_inference(model: nn.Module, image_size: int, images: int, images_in_all: int, arithmetic: Arithmetic) -> str:
+    """The fastest of `plain`, `folded` and, where there are images enough to make up for compiling, `compiled`.
+
+    Args:
+        images: of an evaluation's batch.
+        images_in_all: that will be evaluated, on this device.
+    """
+    count = arithmetic.enough(images)
+    model, noise = arithmetic.place(model).eval(), arithmetic.noise(count, 3, image_size)
+
+    def contender(way: str) -> Callable[[], object]:
+        network = Inference(model, arithmetic.dtype, way)
+        return lambda: network(noise)
+
+    ways = {way: contender(way) for way in ("plain", "folded")}
+    folded = min(timed(arithmetic.device, ways["folded"]) for _ in range(_ROUNDS))
+    if folded / count * images_in_all > _WORTH_COMPILING_S:
+        ways["compiled"] = contender("compiled")
+    return fastest(ways, arithmetic.device)
+
+
+def fastest(ways: dict[str, Callable[[], object]], device: torch.device) -> str:
+    """The name of what takes the least time: the least median of some turns, after one to warm up."""
+    for way in ways.values():
+        way()
+    first = {name: timed(device, way) for name, way in ways.items()}
+    hopeful = {name: way for name, way in ways.items() if first[name] <= _HOPELESS * min(first.values())}
+    times = medians(in_turns({name: _timer(device, way) for name, way in hopeful.items()}, _ROUNDS))
+    return min(times, key=times.__getitem__)
+
+
+def _timer(device: torch.device, way: Callable[[], object]) -> Callable[[], float]:
+    return lambda: timed(device, way)
