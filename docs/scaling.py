@@ -10,11 +10,8 @@ import math
 import sys
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
 from resnext_ignite.models import create_model
+from resnext_ignite.models.cost import cost_of
 
 # An H200: bf16 matrix products and memory as sustained, not as on the data sheet.
 FLOPS, MEMORY = 790e12, 4.3e12
@@ -30,7 +27,7 @@ BACKWARD = 2 / 3
 
 @dataclass(frozen=True)
 class Workload:
-    """A model's cost an image, and its parameters."""
+    """A model's cost an image, trained in bf16, and its parameters."""
 
     name: str
     flop: float
@@ -43,24 +40,9 @@ class Workload:
 
 
 def workload(name: str, image_size: int, num_classes: int) -> Workload:
-    """Count a model's operations and bytes an image, without computing: twice the forward's again for the backward."""
-    elements = 0
-
-    def count(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        nonlocal elements
-        elements += output.numel()
-
-    with torch.device("meta"):
-        model = create_model(name, num_classes=num_classes)
-        image = torch.empty(1, 3, image_size, image_size)
-    for module in model.modules():
-        if not list(module.children()):
-            module.register_forward_hook(count)
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(image)
-    # Of each activation, in bf16 and unfused: written and read in the forward, read twice and written in the backward.
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Workload(name, 3 * counter.get_total_flops(), 5 * 2 * elements, parameters)
+    """A model's operations and bytes an image, counted on the network."""
+    cost = cost_of(create_model(name, num_classes=num_classes), image_size)
+    return Workload(name, cost.training_flop, cost.training_bytes(2), cost.parameters)
 
 
 def reduction(size: float, gpus: int) -> float:

@@ -1,4 +1,4 @@
-"""What several ranks on this machine cost: the `ranks` suite of the benchmark command."""
+"""What several ranks on this machine cost."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
-from resnext_ignite.benchmark_suites import in_turns, prepare
+from resnext_ignite.benchmark.setup import prepare
 from resnext_ignite.data.loaders import Batch
 from resnext_ignite.distributed import Ranks, wrap_for_ranks
 from resnext_ignite.launch import launch
 from resnext_ignite.optim import build_optimizer
+from resnext_ignite.timing import in_turns, medians
 
 
 def measure_ranks(contests: dict[Path, int], rounds: int = 5, iterations: int = 2) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def measure_ranks(contests: dict[Path, int], rounds: int = 5, iterations: int = 
             launch(_measure_on_ranks, path, batch_size, rounds, iterations, file, nproc_per_node=world_size)
             told = json.loads(file.read_text())
         name, turns = told["model"], told["samples"]
-        seconds = {contender: median(values) for contender, values in turns.items()}
+        seconds = medians(turns)
         samples |= {
             f"{name}, {contender}": [batch_size * iterations / value for value in values]
             for contender, values in turns.items()
@@ -61,8 +61,8 @@ def _measure_on_ranks(
     local_rank: int, config_path: Path, batch_size: int, rounds: int, iterations: int, file: Path
 ) -> None:
     ranks = Ranks.current()
-    training = prepare(config_path, [f"train.batch_size={batch_size}"], local_rank)
-    whole = next(iter(training.loader))
+    training, _, loader = prepare(config_path, [f"train.batch_size={batch_size}"], local_rank)
+    whole = next(iter(loader))
     share = Batch(*(part.chunk(ranks.world_size)[ranks.rank] for part in (whole.images, whole.labels, whole.indices)))
     threads = torch.get_num_threads()
 
@@ -100,7 +100,7 @@ def _measure_on_ranks(
         f"{several}, gradients not reduced": turn(copy.deepcopy(training.model), share),
         f"{several}, gradients as bf16": turn(wrapped(compress_gradients=True), share),
     }
-    samples = in_turns(contenders, rounds)
+    samples = in_turns(contenders, rounds, "ranks" if ranks.rank == 0 else "")
     collectives = (_collectives_in(plain) - _collectives_in(dist.barrier) * 2) // iterations
     if ranks.rank == 0:
         gradient_bytes = sum(4 * parameter.numel() for parameter in training.model.parameters())

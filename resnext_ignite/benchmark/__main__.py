@@ -1,0 +1,156 @@
+"""Side by side with what one would use instead: `python -m resnext_ignite.benchmark [--suite NAME ...]`.
+
+Contenders run in turns, A B A B ..., so that a machine whose speed drifts drifts for all; medians with their spread are
+printed, and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import IO, Any
+
+from resnext_ignite.errors import ConfigError, run_command
+
+SUITES = ("data", "train", "overhead", "eval", "startup", "checkpoint", "ranks", "kernels", "growth")
+_LARGE = Path("configs/cifar10_resnext29_8x64d.yaml")
+_SMALL = Path("configs/cifar10_resnext11_small.yaml")
+_IMAGENET = Path("configs/imagenet_resnext50_32x4d.yaml")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import ignite
+    import torch
+    import torchvision
+
+    from resnext_ignite.benchmark.peers import has_timm
+
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "ignite": ignite.__version__}
+    if has_timm():
+        import timm
+
+        versions["timm"] = timm.__version__
+    names = [line.split(":", 1)[1].strip() for line in _cpu_info() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def suites() -> dict[str, Callable[[], dict[str, Any]]]:
+    """What each suite measures: on a CPU in a tenth of the batches and pictures that fill a GPU."""
+    from resnext_ignite.benchmark.checkpoints import measure_checkpoint
+    from resnext_ignite.benchmark.data import measure_data
+    from resnext_ignite.benchmark.evaluation import measure_evaluation
+    from resnext_ignite.benchmark.growth import measure_growth
+    from resnext_ignite.benchmark.kernels import measure_kernels
+    from resnext_ignite.benchmark.ranks import measure_ranks
+    from resnext_ignite.benchmark.setup import measured_device
+    from resnext_ignite.benchmark.startup import measure_startup
+    from resnext_ignite.benchmark.training import Work, measure_overhead, measure_training
+
+    gpu = measured_device().type == "cuda"
+    large, iterations = (128, 10) if gpu else (16, 1)
+    works = [Work(_LARGE, "cifar_resnext29_8x64d", large, 32, 10, iterations)]
+    kernels = {f"cifar_resnext29_{cardinality}x64d": (128 if gpu else 4, 32) for cardinality in (8, 16)}
+    kernels["resnext50_32x4d"] = (64 if gpu else 2, 224)
+    if gpu:
+        works.append(Work(_IMAGENET, "resnext50_32x4d", 64, 224, 1000, iterations))
+    return {
+        "data": measure_data,
+        "train": lambda: _each(works, measure_training),
+        "overhead": lambda: measure_overhead(_SMALL if not gpu else _LARGE),
+        "eval": lambda: _each(works, measure_evaluation),
+        "startup": lambda: measure_startup(_SMALL),
+        "checkpoint": lambda: measure_checkpoint({_LARGE: large, _SMALL: 128}),
+        "ranks": lambda: measure_ranks({_LARGE: large, _SMALL: 128}),
+        "kernels": lambda: measure_kernels(kernels),
+        "growth": lambda: measure_growth(_SMALL),
+    }
+
+
+def _each(works: list[Any], measure: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """One suite of several models: the first one's ratios have plain names, the others' end with their model."""
+    results = [measure(work) for work in works]
+    first, *others = results
+    for result in others:
+        first["samples"] |= {f"{result['model']}, {name}": values for name, values in result["samples"].items()}
+        first["ratios"] |= {f"{name}, {result['model']}": value for name, value in result["ratios"].items()}
+    return {**first, "others": [{k: v for k, v in r.items() if k not in ("samples", "ratios")} for r in others]}
+
+
+def main(arguments: list[str]) -> int:
+    """The command; raises ResnextError for what a user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m resnext_ignite.benchmark", description="Measure side by side, in turns; medians and ratios."
+    )
+    parser.add_argument("--suite", nargs="+", choices=(*SUITES, "all"), default=["all"], help="default: all")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the machine, every sample and all ratios")
+    parser.add_argument("--continue", action="store_true", dest="go_on", help="leave out what FILE has already")
+    parser.add_argument("--picture", metavar="FILE.png", type=Path, help="draw the medians, with their spread")
+    parsed = parser.parse_args(arguments)
+    wanted = SUITES if "all" in parsed.suite else parsed.suite
+    if parsed.go_on and parsed.json is None:
+        raise ConfigError("--continue: say with --json FILE what to go on with")
+
+    results: dict[str, Any] = {"machine": machine(), "suites": {}, "ratios": {}}
+    if parsed.go_on and parsed.json.exists():
+        results |= json.loads(parsed.json.read_text())
+    for name, measure in suites().items():
+        if name not in wanted or name in results["suites"]:
+            continue
+        begun = time.monotonic()
+        result = measure()
+        results["suites"][name] = {**result, "took_s": time.monotonic() - begun}
+        results["ratios"] |= result["ratios"]
+        tell(name, result)
+        if parsed.json:
+            # After each suite: a machine that is lent for some minutes may be gone before the last.
+            write(parsed.json, results)
+    if parsed.picture:
+        from resnext_ignite.benchmark.picture import draw_benchmark
+        from resnext_ignite.pictures import save_figure
+
+        save_figure(draw_benchmark(results), parsed.picture)
+    return 0
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Write the results whole."""
+    from resnext_ignite.storage import replace_durably
+
+    def write_to(file: IO[bytes]) -> None:
+        file.write((json.dumps(results, indent=1) + "\n").encode())
+
+    replace_durably(path, write_to)
+
+
+def tell(name: str, result: dict[str, Any]) -> None:
+    """Print a suite's medians, their spread, and its ratios."""
+    for contender, values in result["samples"].items():
+        spread = f"{min(values):.4g} to {max(values):.4g}"
+        print(f"{name}: {contender}: {median(values):.4g} {result['unit']} ({spread})")
+    for ratio, value in result["ratios"].items():
+        print(f"{name}: {ratio} = {value:.4g}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    run_command(main)

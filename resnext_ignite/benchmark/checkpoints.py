@@ -1,0 +1,109 @@
+"""What it costs that a run cannot be lost: a durable, verified save against a plain one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnext_ignite.benchmark.setup import Training, prepare
+from resnext_ignite.checkpoint import save_checkpoint
+from resnext_ignite.data import Data
+from resnext_ignite.distributed import Ranks
+from resnext_ignite.handlers.checkpointing import RunState, Stateful
+from resnext_ignite.timing import in_turns, medians
+
+_CIFAR_IMAGES = 50_000
+
+
+def measure_checkpoint(contests: dict[Path, int], rounds: int = 11, iterations: int = 5) -> dict[str, Any]:
+    """Seconds of a save of a run's whole state, for the models of some configs: bare, synced, and as this project does.
+
+    The last is written, synced, renamed, read back and compared. `checkpoint_share` is its share of a run's time at a
+    save for each epoch of CIFAR's 50,000 images; the epoch is that many times the median of some bare iterations.
+
+    Args:
+        contests: the configs, each with the batch of those iterations.
+    """
+    samples: dict[str, list[float]] = {}
+    models, ratios = {}, {}
+    for path, batch_size in contests.items():
+        training, data, loader = prepare(path, [f"train.batch_size={batch_size}"])
+        name = training.config.model.name
+        ready = next(iter(loader))
+        # Before the saves: the first update makes the momentum that they hold.
+        updates = [training.update_alone(ready, 1) for _ in range(iterations + 1)][1:]
+        saves, size = _time_saves(_state_of(training, data), rounds)
+        seconds = medians({**saves, "update": updates})
+        ours, epoch = seconds["save_checkpoint"], _CIFAR_IMAGES // batch_size * seconds["update"]
+        samples |= {f"{name}, {contender}": values for contender, values in saves.items()}
+        samples[f"{name}, forward, backward, update"] = updates
+        models[name] = {"bytes": size, "batch_size": batch_size, "epoch_s": epoch}
+        ratios[f"checkpoint_vs_torch_save, {name}"] = ours / seconds["torch.save"]
+        ratios[f"checkpoint_share, {name}"] = ours / (ours + epoch)
+    return {"unit": "s", "models": models, "samples": samples, "ratios": ratios}
+
+
+def _state_of(training: Training, data: Data) -> dict[str, Any]:
+    """All that a run saves, but for the few numbers of its handlers."""
+    facts = {
+        "config": training.config.model_dump(mode="json"),
+        "classes": list(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "image_size": data.image_size,
+        "selection": data.selection,
+        "data": data.contents,
+    }
+    parts: dict[str, Stateful | None] = {
+        "model": training.model,
+        "ema": None,
+        "optimizer": training.optimizer,
+        "lr_scheduler": training.lr_scheduler,
+        "scaler": training.trainer.state.scaler,
+    }
+    return RunState(training.trainer, Ranks(), facts, parts, {}, dict).collect()
+
+
+def _time_saves(state: dict[str, Any], rounds: int) -> tuple[dict[str, list[float]], int]:
+    """Seconds of each way to save a state, and the bytes of the file."""
+
+    def save_synced(path: Path) -> None:
+        with path.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    size = 0
+
+    def timed(save: Callable[[Path], None]) -> Callable[[], float]:
+        def run() -> float:
+            nonlocal size
+            path = folder / "state.pt"
+            start = time.perf_counter()
+            save(path)
+            seconds = time.perf_counter() - start
+            size = path.stat().st_size
+            # At once, lest what is not on the disk yet is written in the time of the next contender.
+            for file in folder.iterdir():
+                file.unlink()
+            return seconds
+
+        return run
+
+    # Where runs lie by default: a folder for temporary files may be in memory, and syncing is free there.
+    runs = Path("runs")
+    runs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=runs) as name:
+        folder = Path(name)
+        contenders = {
+            "torch.save": timed(lambda path: torch.save(state, path)),
+            "torch.save and fsync": timed(save_synced),
+            "save_checkpoint": timed(lambda path: save_checkpoint(path, state)),
+        }
+        return in_turns(contenders, rounds, "checkpoint"), size

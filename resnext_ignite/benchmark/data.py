@@ -1,0 +1,80 @@
+"""Input: this project's batches against torchvision's transforms in a DataLoader."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from resnext_ignite import engines
+from resnext_ignite.data.augment import Augment
+from resnext_ignite.data.cifar import MEAN, STD
+from resnext_ignite.data.images import Images
+from resnext_ignite.data.loaders import TrainLoader
+from resnext_ignite.data.sampling import TrainOrder
+from resnext_ignite.timing import in_turns, medians
+
+_IMAGES = 10_000
+_BATCH = 128
+
+
+def measure_data(rounds: int = 5) -> dict[str, Any]:
+    """Input of CIFAR's size, images/s: this project's batches against torchvision's transforms in a DataLoader.
+
+    Both crop with 4 pixels of padding, flip and normalise the same uint8 arrays, to float32 on the CPU.
+    """
+    engines.set_up_machine(torch.device("cpu"), deterministic=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (_IMAGES, 32, 32, 3), dtype=np.uint8)
+    labels = torch.zeros(_IMAGES, dtype=torch.int64)
+    chain = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+    class Pictures(Dataset[Any]):
+        """As torchvision's CIFAR10 gives them to its transforms."""
+
+        def __len__(self) -> int:
+            return _IMAGES
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return chain(Image.fromarray(pixels[index])), 0
+
+    loaders = {
+        f"torchvision, {workers} workers": DataLoader(
+            Pictures(), _BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
+        )
+        for workers in (0, 2)
+    }
+    images = Images(torch.from_numpy(pixels), labels, torch.arange(_IMAGES))
+    augment = Augment(1, MEAN, STD, crop_padding=4, flip="random")
+    ours = TrainLoader(images, TrainOrder(seed=1, count=_IMAGES, batch_size=_BATCH), augment, torch.device("cpu"))
+    batches = _IMAGES // _BATCH
+
+    def epoch_of(loader: Any) -> Callable[[], float]:
+        def run() -> float:
+            start = time.perf_counter()
+            for count, _ in enumerate(loader, start=1):
+                if count == batches:
+                    break
+            return batches * _BATCH / (time.perf_counter() - start)
+
+        return run
+
+    # One iterator for all epochs, as a run has it.
+    contenders = {name: epoch_of(loader) for name, loader in {**loaders, "resnext_ignite": iter(ours)}.items()}
+    samples = in_turns(contenders, rounds, "data")
+    speeds = medians(samples)
+    best_peer = max(value for name, value in speeds.items() if name != "resnext_ignite")
+    ratio = speeds["resnext_ignite"] / best_peer
+    return {"unit": "images/s", "samples": samples, "ratios": {"data_vs_torchvision": ratio}}

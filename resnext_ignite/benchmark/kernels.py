@@ -1,0 +1,145 @@
+"""The grouped 3x3, which makes a ResNeXt: each of its shapes in each way to compute it, against the machine's limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnext_ignite.benchmark.limits import measure_limits
+from resnext_ignite.benchmark.setup import measured_device
+from resnext_ignite.models import create_model
+from resnext_ignite.models.grouped_conv import GroupedConv2d, GroupedShape, grouped_shapes, in_each_way
+from resnext_ignite.timing import in_turns, medians, timed
+from resnext_ignite.tuning import Arithmetic
+
+PASSES = ("forward", "data gradient", "weight gradient")
+# A bf16 product keeps 8 bits; sums of thousands of them, rounded once, stay well below this share.
+_TOLERANCE = 0.02
+
+
+def measure_kernels(models: dict[str, tuple[int, int]], rounds: int = 3) -> dict[str, Any]:
+    """Seconds of each pass of each shape in each way, in bf16 and channels_last; the best way for a whole iteration.
+
+    Every way's result and gradients are first compared with the grouped convolution in float64.
+
+    Args:
+        models: names, with pictures at once and their size.
+
+    Raises:
+        ValueError: a way computes something else.
+    """
+    device = measured_device()
+    arithmetic = Arithmetic(device, torch.bfloat16, channels_last=True)
+    limits = measure_limits(device, "bf16")
+    samples: dict[str, list[float]] = {}
+    shapes: dict[str, Any] = {}
+    ratios = {}
+    for model, (images, image_size) in models.items():
+        plain, best = 0.0, 0.0
+        for shape in grouped_shapes(create_model(model, 10), image_size):
+            name = f"{model}, {describe(shape)}"
+            check(shape, arithmetic)
+            taken = _measure_shape(shape, images, arithmetic, rounds, name)
+            samples |= {f"{name}, {way}, {step}": values for (way, step), values in taken.items()}
+            seconds = {key: medians({"": values})[""] for key, values in taken.items()}
+            ways = list(dict.fromkeys(way for way, _ in seconds))
+            whole = {way: sum(seconds[way, step] for step in PASSES) for way in ways}
+            fastest = min(whole, key=whole.__getitem__)
+            least = _least_seconds(shape, images, limits.flop_per_s, limits.bytes_per_s)
+            shapes[name] = {
+                "fastest": fastest,
+                "of_limit": {step: least / seconds[fastest, step] for step in PASSES},
+                "grouped_of_limit": {step: least / seconds["grouped", step] for step in PASSES},
+            }
+            plain, best = plain + whole["grouped"], best + whole[fastest]
+        ratios[f"grouped_conv_auto_vs_grouped, {model}"] = plain / best
+    return {"unit": "s", "images": {m: n for m, (n, _) in models.items()}, "shapes": shapes} | {
+        "samples": samples,
+        "ratios": ratios,
+    }
+
+
+def describe(shape: GroupedShape) -> str:
+    """As in `8 groups of 64, 32x32 / 1`: the stride after the slash."""
+    module = shape.module
+    width = module.in_channels // module.groups
+    return f"{module.groups} groups of {width}, {shape.size}x{shape.size} / {module.stride[0]}"
+
+
+def _measure_shape(
+    shape: GroupedShape, images: int, arithmetic: Arithmetic, rounds: int, title: str
+) -> dict[tuple[str, str], list[float]]:
+    channels = shape.module.in_channels
+    noise = arithmetic.noise(images, channels, shape.size).to(arithmetic.dtype)
+    passes: dict[str, Callable[[], float]] = {}
+    for way, module in in_each_way(shape.module).items():
+        arithmetic.place(module.to(arithmetic.dtype))
+        for step, work in _passes(module, noise).items():
+            passes[f"{way}|{step}"] = _timer(arithmetic.device, work)
+    taken = in_turns(passes, rounds, title)
+    found: dict[tuple[str, str], list[float]] = {}
+    for name, values in taken.items():
+        way, step = name.split("|")
+        # A gradient is had only after a forward pass, whose time is taken off.
+        before = [0.0] * rounds if step == PASSES[0] else taken[f"{way}|{PASSES[0]}"]
+        found[way, step] = [max(value - forward, 1e-9) for value, forward in zip(values, before, strict=True)]
+    return found
+
+
+def _passes(module: GroupedConv2d, images: Tensor) -> dict[str, Callable[[], object]]:
+    images = images.detach().requires_grad_()
+    with torch.no_grad():
+        gradient = torch.ones_like(module(images))
+
+    def forward() -> None:
+        with torch.no_grad():
+            module(images)
+
+    return {
+        PASSES[0]: forward,
+        PASSES[1]: lambda: torch.autograd.grad(module(images), images, gradient),
+        PASSES[2]: lambda: torch.autograd.grad(module(images), module.weight, gradient),
+    }
+
+
+def _timer(device: torch.device, work: Callable[[], object]) -> Callable[[], float]:
+    return lambda: timed(device, work)
+
+
+def _least_seconds(shape: GroupedShape, images: int, flop_per_s: float, bytes_per_s: float) -> float:
+    """Of any of the three passes: each has the same products, and moves the input, the output and the weights once."""
+    module = shape.module
+    pixels_in, pixels_out = shape.size**2, (shape.size // module.stride[0]) ** 2
+    flop = 2 * 9 * module.in_channels * (module.in_channels // module.groups) * pixels_out * images
+    numbers = images * module.in_channels * (pixels_in + pixels_out) + module.weight.numel()
+    return max(flop / flop_per_s, 2 * numbers / bytes_per_s)
+
+
+@torch.enable_grad()
+def check(shape: GroupedShape, arithmetic: Arithmetic, images: int = 2) -> dict[str, float]:
+    """How far each way's result and gradients are from float64's: norm of the difference over the norm, the largest.
+
+    Raises:
+        ValueError: further than rounding explains.
+    """
+    noise = arithmetic.noise(images, shape.module.in_channels, shape.size)
+
+    def results(module: GroupedConv2d, dtype: torch.dtype) -> list[Tensor]:
+        inputs = noise.to(dtype).requires_grad_()
+        out = arithmetic.place(module.to(dtype))(inputs)
+        # Each output has a gradient of its own, the same for all ways.
+        gradient = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(dtype)
+        return [out.detach(), *torch.autograd.grad(out, [inputs, module.weight], gradient)]
+
+    modules = in_each_way(shape.module)
+    expected = results(in_each_way(shape.module)["grouped"], torch.float64)
+    errors = {}
+    for way, module in modules.items():
+        pairs = zip(results(module, arithmetic.dtype), expected, strict=True)
+        errors[way] = max(float((mine.double() - exact).norm() / exact.norm()) for mine, exact in pairs)
+        if not errors[way] <= _TOLERANCE:
+            raise ValueError(f"{describe(shape)}, {way}: off by {errors[way]:.3g} of the exact result")
+    return errors

@@ -1,0 +1,155 @@
+"""What a user would pick instead: the same network from other packages, in the loops of their training scripts.
+
+The loops are written here, from the documented flags of each script, and each gets its batch ready on the device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import resnet as torchvision_resnet
+
+from resnext_ignite.architecture import parse_model_name
+from resnext_ignite.data.loaders import Batch
+from resnext_ignite.models import create_model
+
+# Tiny, so that noise can be trained on for as long as it is timed without a number that is not finite.
+_LR = 1e-4
+
+
+Network = Callable[[str, int], nn.Module]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to train: a network, its optimizer, and one iteration of its loop."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    iterate: Callable[[Batch], None]
+
+
+def torchvision_network(name: str, num_classes: int) -> nn.Module:
+    """torchvision's ResNeXt of a name; its CIFAR form has a 3x3 stem and three stages.
+
+    Raises:
+        ValueError: torchvision cannot build the same network.
+    """
+    shape = parse_model_name(name)
+    cifar = shape.layout == "cifar"
+    # torchvision always has four stages: CIFAR's fourth is built with one block, and replaced.
+    blocks = [*shape.blocks, 1] if cifar else list(shape.blocks)
+    model = torchvision_resnet.ResNet(
+        torchvision_resnet.Bottleneck,
+        blocks,
+        num_classes,
+        groups=shape.cardinality,
+        width_per_group=shape.base_width,
+    )
+    if cifar:
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        model.maxpool, model.layer4 = nn.Identity(), nn.Identity()
+        model.fc = nn.Linear(1024, num_classes)
+    return _same_size(model, name, num_classes)
+
+
+def has_timm() -> bool:
+    """Whether timm is installed: it is an extra."""
+    return importlib.util.find_spec("timm") is not None
+
+
+def timm_network(name: str, num_classes: int) -> nn.Module:
+    """timm's ResNeXt of a name, likewise.
+
+    Raises:
+        ValueError: timm cannot build the same network.
+    """
+    from timm.models import resnet as timm_resnet
+
+    shape = parse_model_name(name)
+    cifar = shape.layout == "cifar"
+    model = timm_resnet.ResNet(
+        timm_resnet.Bottleneck,
+        shape.blocks,
+        num_classes=num_classes,
+        cardinality=shape.cardinality,
+        base_width=shape.base_width,
+        channels=(64, 128, 256) if cifar else (64, 128, 256, 512),
+    )
+    if cifar:
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        model.maxpool, model.layer4 = nn.Identity(), nn.Identity()
+    return _same_size(model, name, num_classes)
+
+
+def _same_size(model: nn.Module, name: str, num_classes: int) -> nn.Module:
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (model, create_model(name, num_classes))]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{name}: {sizes[0]} parameters there, {sizes[1]} here: not the same network")
+    return model
+
+
+def seed_way(name: str, num_classes: int, device: torch.device) -> Peer:
+    """ResNeXt.pytorch's loop: fp32, NCHW, a running loss that waits for the device in each iteration."""
+    model = create_model(name, num_classes).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), _LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    average = 0.0
+
+    def iterate(batch: Batch) -> None:
+        nonlocal average
+        loss = F.cross_entropy(model(batch.images), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average = 0.8 * average + 0.2 * loss.item()
+
+    return Peer(model, optimizer, iterate)
+
+
+def torchvision_way(name: str, num_classes: int, device: torch.device) -> Peer:
+    """references/classification/train.py with `--amp`: fp16 with a scaler on a GPU, which leaves a CPU in fp32.
+
+    NCHW, since it has no flag for anything else; loss, top-1 and top-5 are read in each iteration.
+    """
+    model = torchvision_network(name, num_classes).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), _LR, momentum=0.9, weight_decay=1e-4)
+    amp = device.type == "cuda"
+    scaler = torch.amp.GradScaler(device.type, enabled=amp)
+
+    def iterate(batch: Batch) -> None:
+        with torch.autocast(device.type, torch.float16, enabled=amp):
+            logits = model(batch.images)
+            loss = F.cross_entropy(logits, batch.labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        hits = (logits.topk(5, 1).indices == batch.labels[:, None]).float()
+        for figure in (hits[:, :1].sum(), hits.sum(), loss):
+            figure.item()
+
+    return Peer(model, optimizer, iterate)
+
+
+def amp_way(network: Network, name: str, num_classes: int, device: torch.device, *, compiled: bool = False) -> Peer:
+    """bf16 autocast and channels_last with torch's own SGD, the loss read at log points alone.
+
+    So trains timm's train.py with `--amp --amp-dtype bfloat16 --channels-last`, and `--torchcompile`.
+    """
+    model = network(name, num_classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), _LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+
+    def iterate(batch: Batch) -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = F.cross_entropy(forward(batch.images), batch.labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Peer(model, optimizer, iterate)

@@ -1,0 +1,62 @@
+"""The picture of a benchmark: a row of bars for each suite, and how things grow."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Suites whose contenders are few enough to be told apart; the others are tables.
+_BARS = {"data": "input", "train": "training", "eval": "evaluation"}
+_OURS, _THEIRS = "tab:blue", "0.65"
+
+
+def draw_benchmark(results: dict[str, Any]) -> Figure:
+    """Medians with their whole spread, ours in colour; growth as lines, on logarithmic axes."""
+    found = results["suites"]
+    bars = [name for name in _BARS if name in found]
+    tables = found.get("growth", {}).get("tables", {})
+    heights = [0.32 * len(found[name]["samples"]) + 0.7 for name in bars] + [3.0] * bool(tables)
+    figure = plt.figure(figsize=(9, sum(heights) + 0.6), layout="constrained")
+    rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    machine = results["machine"]
+    figure.suptitle(f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['date']}", fontsize=9)
+    for row, name in zip(rows, bars, strict=False):
+        _draw_bars(row.subplots(), found[name], _BARS[name])
+    if tables:
+        _draw_growth(rows[-1].subplots(1, len(tables), squeeze=False)[0], tables)
+    return figure
+
+
+def _draw_bars(axes: Axes, suite: dict[str, Any], title: str) -> None:
+    samples = dict(reversed(suite["samples"].items()))
+    middles = [median(values) for values in samples.values()]
+    spread = [
+        [middle - min(values) for middle, values in zip(middles, samples.values(), strict=True)],
+        [max(values) - middle for middle, values in zip(middles, samples.values(), strict=True)],
+    ]
+    colors = [_OURS if name.startswith("resnext_ignite") else _THEIRS for name in samples]
+    axes.barh(list(samples), middles, xerr=spread, color=colors, ecolor="0.2", capsize=2)
+    for position, middle in enumerate(middles):
+        axes.text(0, position, f" {middle:,.4g}", va="center", fontsize=8, color="white" if middle else "black")
+    axes.set_title(f"{title}, {suite.get('model', 'pictures of CIFAR')} ({suite['unit']})", fontsize=9, loc="left")
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_growth(all_axes: Any, tables: dict[str, dict[str, dict[str, float]]]) -> None:
+    for axes, (what, table) in zip(all_axes, tables.items(), strict=True):
+        sizes = [int(size) for size in table]
+        for key, style in (("seconds", "o-"), ("peak_bytes", "s--")):
+            values = [row[key] for row in table.values()]
+            axes.plot(sizes, [value / values[0] for value in values], style, markersize=3, label=key.split("_")[0])
+        axes.plot(sizes, [size / sizes[0] for size in sizes], color="0.8", label="in proportion", zorder=0)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_title(what, fontsize=9)
+        axes.tick_params(labelsize=7)
+    all_axes[0].legend(fontsize=7)
+    all_axes[0].set_ylabel("times the first", fontsize=8)

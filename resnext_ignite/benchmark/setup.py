@@ -1,0 +1,95 @@
+"""What the suites measure on: a config's model, optimizer and trainer, and batches for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+from torch.nn import functional as F
+
+from resnext_ignite import engines
+from resnext_ignite.config import Config, with_values
+from resnext_ignite.config_files import load_config
+from resnext_ignite.data import Data, build_train_loader, load_data
+from resnext_ignite.data.loaders import Batch, TrainLoader
+from resnext_ignite.distributed import Ranks, StopAgreement, wrap_for_ranks
+from resnext_ignite.handlers.training import LogPoint
+from resnext_ignite.models import build_model
+from resnext_ignite.optim import IterationLRScheduler, build_lr_scheduler, build_optimizer
+from resnext_ignite.timing import timed
+from resnext_ignite.tuning import Arithmetic
+
+
+def measured_device() -> torch.device:
+    """The GPU where there is one."""
+    return engines.resolve_device("auto", 0)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a single rank of a config trains with."""
+
+    config: Config
+    device: torch.device
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: IterationLRScheduler
+    trainer: Engine
+
+    def run(self, source: Iterator[Batch], iterations: int) -> float:
+        """Seconds an iteration of the trainer, with the handlers that act on each."""
+        self.trainer.state.max_epochs = None
+        return timed(self.device, lambda: self.trainer.run(source, max_epochs=1, epoch_length=iterations)) / iterations
+
+    def update_alone(self, ready: Batch, iterations: int) -> float:
+        """Seconds an iteration of nothing but forward, backward and update, on a batch that lies ready."""
+        self.model.train()
+
+        def update() -> None:
+            for _ in range(iterations):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+                    logits = self.model(ready.images)
+                F.cross_entropy(logits.float(), ready.labels).backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+
+        return timed(self.device, update) / iterations
+
+
+def build_training(config_path: Path, overrides: Sequence[str], num_classes: int, local_rank: int = 0) -> Training:
+    """The model, optimizer and trainer of a config, with the handlers of each iteration: log point and schedule."""
+    config = load_config(config_path, overrides)
+    device, ranks = engines.resolve_device(config.train.device, local_rank), Ranks()
+    precision = engines.resolve_precision(config.train.precision, device)
+    config = with_values(config, {"model.num_classes": num_classes, "train.precision": precision})
+    engines.set_up_machine(device, deterministic=device.type == "cpu")
+    model = engines.place(build_model(config), device, channels_last=config.train.channels_last)
+    optimizer = build_optimizer(config, model)
+    lr_scheduler = build_lr_scheduler(config, optimizer, 1000)
+    model = wrap_for_ranks(model, device, ranks, sync_bn=False, compiled=config.train.compile)
+    trainer = engines.build_trainer(config, model, optimizer, device)
+    lr_scheduler.attach(trainer, Events.ITERATION_STARTED)
+    point = LogPoint(StopAgreement(ranks), lambda iteration: 0.0, config.logging.every_iterations)
+    trainer.add_event_handler(Events.EPOCH_STARTED, point.begin_epoch)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, point)
+    return Training(config, device, model, optimizer, lr_scheduler, trainer)
+
+
+def prepare(
+    config_path: Path, overrides: Sequence[str] = (), local_rank: int = 0
+) -> tuple[Training, Data, TrainLoader]:
+    """What a single rank of a config would train with, on the embedded data set."""
+    training = build_training(config_path, ["data.name=shapes", *overrides], 10, local_rank)
+    data = load_data(training.config, Ranks(), ("train",))
+    return training, data, build_train_loader(training.config, data, training.device, Ranks())
+
+
+def random_batch(count: int, image_size: int, num_classes: int, device: torch.device, *, channels_last: bool) -> Batch:
+    """Noise in the place of normalised pictures, with labels: float32 (count, 3, image_size, image_size)."""
+    images = Arithmetic(device, torch.float32, channels_last).noise(count, 3, image_size)
+    indices = torch.arange(count, device=device)
+    return Batch(images, indices % num_classes, indices)

@@ -1,0 +1,172 @@
+"""Training: this trainer against the loops that a user would pick instead, and its own work beside the network's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from resnext_ignite.benchmark.limits import measure_limits
+from resnext_ignite.benchmark.peers import (
+    Peer,
+    amp_way,
+    has_timm,
+    seed_way,
+    timm_network,
+    torchvision_network,
+    torchvision_way,
+)
+from resnext_ignite.benchmark.processes import Turn, in_processes
+from resnext_ignite.benchmark.setup import build_training, measured_device, prepare, random_batch
+from resnext_ignite.models import create_model
+from resnext_ignite.models.cost import cost_of
+from resnext_ignite.timing import in_turns, medians, timed
+
+OURS = "resnext_ignite"
+_SEED, _TORCHVISION, _AMP = "ResNeXt.pytorch's way", "torchvision's script, --amp", "bf16 channels_last"
+# How inductor is told to keep convolutions in NHWC; by itself it does not where they are grouped.
+_FORCED_LAYOUT = {"TORCHINDUCTOR_FORCE_LAYOUT_OPT": "1"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What each contender is given: a config's model, and batches of noise.
+
+    Args:
+        batch_size: images an iteration.
+        image_size: pixels a side.
+        iterations: in a turn.
+    """
+
+    config_path: Path
+    model: str
+    batch_size: int
+    image_size: int
+    num_classes: int
+    iterations: int = 1
+
+    def overrides(self) -> list[str]:
+        """So small a rate that noise can be trained on for as long as it takes."""
+        return [f"train.batch_size={self.batch_size}", "schedule.name=constant", "optimizer.lr=1e-4"]
+
+
+def train_here(work: Work, overrides: list[str], environment: Mapping[str, str]) -> Turn:
+    """Seconds an iteration of this trainer, with some config values and environment variables."""
+    os.environ.update(environment)
+    training = build_training(work.config_path, [*work.overrides(), *overrides], work.num_classes)
+    config = training.config
+    batch = random_batch(
+        work.batch_size,
+        work.image_size,
+        work.num_classes,
+        training.device,
+        channels_last=config.train.channels_last,
+    )
+    return lambda: training.run(repeat(batch), work.iterations)
+
+
+def train_there(work: Work, way: Callable[[str, int, torch.device], Peer], channels_last: bool) -> Turn:
+    """Seconds an iteration of another loop."""
+    device = measured_device()
+    torch.backends.cudnn.benchmark = True
+    peer = way(work.model, work.num_classes, device)
+    batch = random_batch(work.batch_size, work.image_size, work.num_classes, device, channels_last=channels_last)
+    peer.model.train()
+
+    def run() -> None:
+        for _ in range(work.iterations):
+            peer.iterate(batch)
+
+    return lambda: timed(device, run) / work.iterations
+
+
+def contenders(work: Work, device: torch.device) -> dict[str, Callable[[], Turn]]:
+    """All ways to train, by name; those of this trainer begin with its own."""
+    ours: dict[str, tuple[list[str], Mapping[str, str]]] = {
+        OURS: ([], {}),
+        f"{OURS}, compiled": (["train.compile=true"], {}),
+    }
+    if device.type == "cuda":
+        ours |= {
+            f"{OURS}, grouped_conv=auto": (["train.grouped_conv=auto"], {}),
+            f"{OURS}, compiled, forced layout": (["train.compile=true"], _FORCED_LAYOUT),
+            f"{OURS}, compiled, CUDA graphs": (["train.compile=cuda_graphs"], {}),
+        }
+    makers: dict[str, Callable[[], Turn]] = {
+        name: partial(train_here, work, overrides, environment) for name, (overrides, environment) in ours.items()
+    }
+    makers[_SEED] = partial(train_there, work, seed_way, False)
+    makers[_TORCHVISION] = partial(train_there, work, torchvision_way, False)
+    torchvision_amp = partial(amp_way, torchvision_network)
+    makers[f"torchvision's network, {_AMP}"] = partial(train_there, work, torchvision_amp, True)
+    if has_timm():
+        for suffix, compiled in (("", False), (", compiled", True)):
+            way = partial(amp_way, timm_network, compiled=compiled)
+            makers[f"timm's script, {_AMP}{suffix}"] = partial(train_there, work, way, True)
+    return makers
+
+
+def measure_training(work: Work, rounds: int = 5) -> dict[str, Any]:
+    """Images/s of a model in this trainer and in the loops of other packages, all on one batch of noise."""
+    device = measured_device()
+    with in_processes(contenders(work, device)) as ways:
+        limits = measure_limits(device, "bf16")
+        seconds = in_turns(dict(ways), rounds, f"train, {work.model}")
+        peaks = {name: way.peak_bytes() for name, way in ways.items()}
+    samples = {name: [work.batch_size / value for value in values] for name, values in seconds.items()}
+    speeds = medians(samples)
+    best = max(speed for name, speed in speeds.items() if name.startswith(OURS))
+    least = limits.training_s(cost_of(create_model(work.model, work.num_classes), work.image_size), work.batch_size)
+    ratios = {
+        "train_vs_seed": best / speeds[_SEED],
+        "train_vs_torchvision": best / speeds[_TORCHVISION],
+        "train_vs_best_amp_peer": best / max(speed for name, speed in speeds.items() if _AMP in name),
+        "train_of_limit": best * least / work.batch_size,
+    }
+    timm = [speed for name, speed in speeds.items() if name.startswith("timm")]
+    if timm:
+        ratios["train_vs_timm"] = best / max(timm)
+    return {
+        "unit": "images/s",
+        "model": work.model,
+        "batch_size": work.batch_size,
+        "image_size": work.image_size,
+        "limits": {"flop_per_s": limits.flop_per_s, "bytes_per_s": limits.bytes_per_s},
+        "peak_bytes": peaks,
+        "samples": samples,
+        "ratios": ratios,
+    }
+
+
+def measure_overhead(config_path: Path, rounds: int = 15, iterations: int = 8) -> dict[str, Any]:
+    """Share of an iteration that is not forward, backward and update, for a config's model.
+
+    Two loops in turns, each of some iterations: the trainer with its log point, schedule and input as in a run, and
+    forward, backward and update alone on a batch that lies ready. The share is of the medians.
+    """
+    training, _, loader = prepare(config_path)
+    # One iterator for all epochs, as a run has it.
+    source = iter(loader)
+    ready = next(source)
+    bare = "forward, backward, update"
+    ways = {
+        "trainer": lambda: training.run(source, iterations),
+        bare: lambda: training.update_alone(ready, iterations),
+    }
+    samples = in_turns(ways, rounds, "overhead")
+    share = 1 - median(samples[bare]) / median(samples["trainer"])
+    paired = [1 - alone / trained for trained, alone in zip(samples["trainer"], samples[bare], strict=True)]
+    return {
+        "unit": "s/iteration",
+        "model": training.config.model.name,
+        "batch_size": training.config.train.batch_size,
+        "samples": samples,
+        "ratios": {"trainer_overhead": share, "trainer_overhead_paired_median": median(paired)},
+    }
