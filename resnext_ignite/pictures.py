@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
-
 from resnext_ignite.storage import replace_durably
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 _MOST_NAMED_CLASSES = 40
+
+
+@functools.cache
+def pyplot() -> Any:
+    """matplotlib's, without a screen. Loading it takes half a second, for which no first iteration has to wait."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as loaded
+
+    return loaded
 
 
 def draw_curves(runs: dict[str, Sequence[Record]]) -> Figure:
@@ -28,10 +37,10 @@ def draw_curves(runs: dict[str, Sequence[Record]]) -> Figure:
     Args:
         runs: records of `metrics.jsonl` by the name of their run.
     """
-    figure, (top, middle, bottom) = plt.subplots(
+    figure, (top, middle, bottom) = pyplot().subplots(
         3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 2, 1), layout="constrained"
     )
-    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    colors = pyplot().rcParams["axes.prop_cycle"].by_key()["color"]
     several = len(runs) > 1
     for number, (name, records) in enumerate(runs.items()):
         color = colors[number % len(colors)]
@@ -78,7 +87,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
     count = len(classes)
     side = min(max(4.5, 0.42 * count + 2.5), 14)
-    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(side + 1, side), layout="constrained")
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
     axes.set_xlabel("predicted")
@@ -98,7 +107,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
 def draw_sheet(images: Tensor, captions: Sequence[str] = (), columns: int = 8) -> Figure:
     """Pictures uint8 (N, H, W, 3) in rows, each under its caption."""
     rows = max(1, -(-len(images) // columns))
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         rows, columns, figsize=(1.45 * columns, 1.75 * rows), layout="constrained", squeeze=False
     )
     for number, place in enumerate(axes.flat):
@@ -115,7 +124,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     try:
         replace_durably(path, lambda file: figure.savefig(file, format="png", dpi=110))
     finally:
-        plt.close(figure)
+        pyplot().close(figure)
 
 
 def figure_to_array(figure: Figure) -> NDArray[np.uint8]:
@@ -123,5 +132,5 @@ def figure_to_array(figure: Figure) -> NDArray[np.uint8]:
     figure.set_dpi(110)
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
-    plt.close(figure)
+    pyplot().close(figure)
     return pixels

@@ -20,7 +20,7 @@ from resnext_ignite.engines import DTYPES, place
 from resnext_ignite.models import build_model
 from resnext_ignite.models.grouped_conv import grouped_shapes, in_each_way
 from resnext_ignite.models.inference import Inference
-from resnext_ignite.timing import in_turns, medians, timed
+from resnext_ignite.timing import in_turns, medians, timed, timer
 
 log = logging.getLogger(__name__)
 _ROUNDS = 3
@@ -115,8 +115,13 @@ def choose_grouped_conv(model: nn.Module, image_size: int, images: int, arithmet
 def _training_step(module: nn.Module, images: Tensor) -> Callable[[], object]:
     images = images.requires_grad_()
     with torch.no_grad():
-        gradient = torch.ones_like(module(images))
+        gradient = gradient_for(module(images))
     return lambda: torch.autograd.grad(module(images), [images, *module.parameters()], gradient)
+
+
+def gradient_for(out: Tensor) -> Tensor:
+    """A gradient of an output, in its memory format: of each element another number, from -1 to 1."""
+    return torch.empty_like(out).copy_(torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out))
 
 
 def choose_inference(model: nn.Module, image_size: int, images: int, images_in_all: int, arithmetic: Arithmetic) -> str:
@@ -146,9 +151,5 @@ def fastest(ways: dict[str, Callable[[], object]], device: torch.device) -> str:
         way()
     first = {name: timed(device, way) for name, way in ways.items()}
     hopeful = {name: way for name, way in ways.items() if first[name] <= _HOPELESS * min(first.values())}
-    times = medians(in_turns({name: _timer(device, way) for name, way in hopeful.items()}, _ROUNDS))
+    times = medians(in_turns({name: timer(device, way) for name, way in hopeful.items()}, _ROUNDS))
     return min(times, key=times.__getitem__)
-
-
-def _timer(device: torch.device, way: Callable[[], object]) -> Callable[[], float]:
-    return lambda: timed(device, way)

@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -67,7 +68,7 @@ def suites() -> dict[str, Callable[[], dict[str, Any]]]:
     from resnext_ignite.benchmark.training import Work, measure_overhead, measure_training
 
     gpu = measured_device().type == "cuda"
-    large, iterations = (128, 10) if gpu else (16, 1)
+    large, iterations, rounds = (128, 10, 7) if gpu else (32, 1, 3)
     works = [Work(_LARGE, "cifar_resnext29_8x64d", large, 32, 10, iterations)]
     kernels = {f"cifar_resnext29_{cardinality}x64d": (128 if gpu else 4, 32) for cardinality in (8, 16)}
     kernels["resnext50_32x4d"] = (64 if gpu else 2, 224)
@@ -75,9 +76,9 @@ def suites() -> dict[str, Callable[[], dict[str, Any]]]:
         works.append(Work(_IMAGENET, "resnext50_32x4d", 64, 224, 1000, iterations))
     return {
         "data": measure_data,
-        "train": lambda: _each(works, measure_training),
+        "train": lambda: _each(works, partial(measure_training, rounds=rounds)),
         "overhead": lambda: measure_overhead(_SMALL if not gpu else _LARGE),
-        "eval": lambda: _each(works, measure_evaluation),
+        "eval": lambda: _each(works, partial(measure_evaluation, rounds=rounds)),
         "startup": lambda: measure_startup(_SMALL),
         "checkpoint": lambda: measure_checkpoint({_LARGE: large, _SMALL: 128}),
         "ranks": lambda: measure_ranks({_LARGE: large, _SMALL: 128}),

@@ -12,8 +12,8 @@ from resnext_ignite.benchmark.limits import measure_limits
 from resnext_ignite.benchmark.setup import measured_device
 from resnext_ignite.models import create_model
 from resnext_ignite.models.grouped_conv import GroupedConv2d, GroupedShape, grouped_shapes, in_each_way
-from resnext_ignite.timing import in_turns, medians, timed
-from resnext_ignite.tuning import Arithmetic
+from resnext_ignite.timing import in_turns, medians, timer
+from resnext_ignite.tuning import Arithmetic, gradient_for
 
 PASSES = ("forward", "data gradient", "weight gradient")
 # A bf16 product keeps 8 bits; sums of thousands of them, rounded once, stay well below this share.
@@ -78,7 +78,7 @@ def _measure_shape(
     for way, module in in_each_way(shape.module).items():
         arithmetic.place(module.to(arithmetic.dtype))
         for step, work in _passes(module, noise).items():
-            passes[f"{way}|{step}"] = _timer(arithmetic.device, work)
+            passes[f"{way}|{step}"] = timer(arithmetic.device, work)
     taken = in_turns(passes, rounds, title)
     found: dict[tuple[str, str], list[float]] = {}
     for name, values in taken.items():
@@ -92,7 +92,7 @@ def _measure_shape(
 def _passes(module: GroupedConv2d, images: Tensor) -> dict[str, Callable[[], object]]:
     images = images.detach().requires_grad_()
     with torch.no_grad():
-        gradient = torch.ones_like(module(images))
+        gradient = gradient_for(module(images))
 
     def forward() -> None:
         with torch.no_grad():
@@ -103,10 +103,6 @@ def _passes(module: GroupedConv2d, images: Tensor) -> dict[str, Callable[[], obj
         PASSES[1]: lambda: torch.autograd.grad(module(images), images, gradient),
         PASSES[2]: lambda: torch.autograd.grad(module(images), module.weight, gradient),
     }
-
-
-def _timer(device: torch.device, work: Callable[[], object]) -> Callable[[], float]:
-    return lambda: timed(device, work)
 
 
 def _least_seconds(shape: GroupedShape, images: int, flop_per_s: float, bytes_per_s: float) -> float:
@@ -130,9 +126,7 @@ def check(shape: GroupedShape, arithmetic: Arithmetic, images: int = 2) -> dict[
     def results(module: GroupedConv2d, dtype: torch.dtype) -> list[Tensor]:
         inputs = noise.to(dtype).requires_grad_()
         out = arithmetic.place(module.to(dtype))(inputs)
-        # Each output has a gradient of its own, the same for all ways.
-        gradient = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(dtype)
-        return [out.detach(), *torch.autograd.grad(out, [inputs, module.weight], gradient)]
+        return [out.detach(), *torch.autograd.grad(out, [inputs, module.weight], gradient_for(out))]
 
     modules = in_each_way(shape.module)
     expected = results(in_each_way(shape.module)["grouped"], torch.float64)

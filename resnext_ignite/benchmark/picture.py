@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from resnext_ignite.pictures import pyplot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Suites whose contenders are few enough to be told apart; the others are tables.
 _BARS = {"data": "input", "train": "training", "eval": "evaluation"}
@@ -20,7 +22,7 @@ def draw_benchmark(results: dict[str, Any]) -> Figure:
     bars = [name for name in _BARS if name in found]
     tables = found.get("growth", {}).get("tables", {})
     heights = [0.32 * len(found[name]["samples"]) + 0.7 for name in bars] + [3.0] * bool(tables)
-    figure = plt.figure(figsize=(9, sum(heights) + 0.6), layout="constrained")
+    figure = pyplot().figure(figsize=(9, sum(heights) + 0.6), layout="constrained")
     rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     machine = results["machine"]
     figure.suptitle(f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['date']}", fontsize=9)

@@ -23,7 +23,7 @@ def measure_startup(config_path: Path, rounds: int = 5) -> dict[str, Any]:
         def first_iteration() -> float:
             command = [sys.executable, "-m", "resnext_ignite.train", "--config", str(config_path)]
             command += ["--output-dir", str(Path(folder) / str(next(runs))), "data.name=shapes", "evaluation.early=[]"]
-            return _seconds_until("epoch 1/", [*command, "logging.every_iterations=1", "logging.tensorboard=false"])
+            return _seconds_until("epoch 1/", [*command, "logging.every_iterations=1"])
 
         ways: dict[str, Callable[[], float]] = {
             "to the first iteration": first_iteration,

@@ -162,7 +162,7 @@ def _attach_pictures(
     if config.logging.images:
         if new:
             sheet = AugmentedSheet(board, loaders.train.augment, classes, config.logging.images)
-            trainer.add_event_handler(Events.ITERATION_STARTED(once=1), sheet)
+            trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), sheet)
         sheets = MistakeSheets(board, {name: loader.split for name, loader in loaders.evaluation.items()}, classes)
         trainer.add_event_handler(RunEvents.EVALUATED, sheets)
         trainer.add_event_handler(Events.COMPLETED, sheets.draw)

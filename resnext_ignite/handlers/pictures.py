@@ -36,7 +36,7 @@ class Curves:
 
 
 class AugmentedSheet:
-    """A sheet of the first batch as the model sees it; attach to the first ITERATION_STARTED."""
+    """A sheet of the first batch as the model sees it; attach to the first ITERATION_COMPLETED."""
 
     def __init__(self, board: TensorBoard, augment: Augment, classes: tuple[str, ...], count: int) -> None:
         self.board, self.augment, self.classes, self.count = board, augment, classes, count
