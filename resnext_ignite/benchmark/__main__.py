@@ -81,7 +81,7 @@ def suites() -> dict[str, Callable[[], dict[str, Any]]]:
         "eval": lambda: _each(works, partial(measure_evaluation, rounds=rounds)),
         "startup": lambda: measure_startup(_SMALL),
         "checkpoint": lambda: measure_checkpoint({_LARGE: large, _SMALL: 128}),
-        "ranks": lambda: measure_ranks({_LARGE: large, _SMALL: 128}),
+        "ranks": lambda: measure_ranks({_LARGE: large, _SMALL: 128}, rounds=rounds),
         "kernels": lambda: measure_kernels(kernels),
         "growth": lambda: measure_growth(_SMALL),
     }

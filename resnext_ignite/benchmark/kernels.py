@@ -80,19 +80,13 @@ def _measure_shape(
         for step, work in _passes(module, noise).items():
             passes[f"{way}|{step}"] = timer(arithmetic.device, work)
     taken = in_turns(passes, rounds, title)
-    found: dict[tuple[str, str], list[float]] = {}
-    for name, values in taken.items():
-        way, step = name.split("|")
-        # A gradient is had only after a forward pass, whose time is taken off.
-        before = [0.0] * rounds if step == PASSES[0] else taken[f"{way}|{PASSES[0]}"]
-        found[way, step] = [max(value - forward, 1e-9) for value, forward in zip(values, before, strict=True)]
-    return found
+    return {(name.split("|")[0], name.split("|")[1]): values for name, values in taken.items()}
 
 
 def _passes(module: GroupedConv2d, images: Tensor) -> dict[str, Callable[[], object]]:
     images = images.detach().requires_grad_()
-    with torch.no_grad():
-        gradient = gradient_for(module(images))
+    out = module(images)
+    gradient = gradient_for(out)
 
     def forward() -> None:
         with torch.no_grad():
@@ -100,8 +94,8 @@ def _passes(module: GroupedConv2d, images: Tensor) -> dict[str, Callable[[], obj
 
     return {
         PASSES[0]: forward,
-        PASSES[1]: lambda: torch.autograd.grad(module(images), images, gradient),
-        PASSES[2]: lambda: torch.autograd.grad(module(images), module.weight, gradient),
+        PASSES[1]: lambda: torch.autograd.grad(out, images, gradient, retain_graph=True),
+        PASSES[2]: lambda: torch.autograd.grad(out, module.weight, gradient, retain_graph=True),
     }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from resnext_ignite.engines import DTYPES
 from resnext_ignite.models.cost import Cost
-from resnext_ignite.timing import in_turns, medians, timed
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from resnext_ignite.timing import in_turns, timer
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,16 @@ class Limits:
 
 
 def measure_limits(device: torch.device, precision: str, rounds: int = 5) -> Limits:
-    """The rates of this machine now, each the median of some rounds."""
-    dtype = _DTYPES[precision]
-    size, numbers = (8192, 2**30) if device.type == "cuda" else (2048, 2**27)
-    left, right = (torch.randn(size, size).to(device, dtype) for _ in range(2))
-    source = torch.zeros(numbers, dtype=torch.uint8, device=device)
+    """The best rates that this machine shows in some rounds: of products of several sizes, and of a large copy."""
+    dtype = DTYPES[precision]
+    gpu = device.type == "cuda"
+    sizes, count = ((4096, 8192), 2**30) if gpu else ((1024, 2048, 3072), 2**27)
+    source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    contenders = {
-        "product": lambda: timed(device, lambda: torch.mm(left, right)),
-        "copy": lambda: timed(device, lambda: target.copy_(source)),
-    }
-    seconds = medians(in_turns(contenders, rounds))
-    return Limits(2 * size**3 / seconds["product"], 2 * numbers / seconds["copy"], dtype.itemsize)
+    contenders = {"copy": timer(device, lambda: target.copy_(source))}
+    for size in sizes:
+        left, right = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+        contenders[str(size)] = timer(device, partial(torch.mm, left, right))
+    best = {name: min(values) for name, values in in_turns(contenders, rounds).items()}
+    # Bytes are read and written.
+    return Limits(max(2 * size**3 / best[str(size)] for size in sizes), 2 * count / best["copy"], dtype.itemsize)

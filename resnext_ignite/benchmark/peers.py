@@ -5,9 +5,11 @@ The loops are written here, from the documented flags of each script, and each g
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +71,8 @@ def timm_network(name: str, num_classes: int) -> nn.Module:
     Raises:
         ValueError: timm cannot build the same network.
     """
-    from timm.models import resnet as timm_resnet
-
+    # Typed or not, as it happens to be installed.
+    timm_resnet: Any = importlib.import_module("timm.models.resnet")
     shape = parse_model_name(name)
     cifar = shape.layout == "cifar"
     model = timm_resnet.ResNet(

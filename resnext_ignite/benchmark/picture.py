@@ -42,8 +42,11 @@ def _draw_bars(axes: Axes, suite: dict[str, Any], title: str) -> None:
     ]
     colors = [_OURS if name.startswith("resnext_ignite") else _THEIRS for name in samples]
     axes.barh(list(samples), middles, xerr=spread, color=colors, ecolor="0.2", capsize=2)
-    for position, middle in enumerate(middles):
-        axes.text(0, position, f" {middle:,.4g}", va="center", fontsize=8, color="white" if middle else "black")
+    for position, (middle, values) in enumerate(zip(middles, samples.values(), strict=True)):
+        text = f"{middle:,.0f}" if middle >= 1000 else f"{middle:.3g}"
+        axes.text(max(values), position, f"  {text}", va="center", fontsize=8)
+    axes.set_xlim(right=1.1 * max(max(values) for values in samples.values()))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_title(f"{title}, {suite.get('model', 'pictures of CIFAR')} ({suite['unit']})", fontsize=9, loc="left")
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -52,12 +55,15 @@ def _draw_bars(axes: Axes, suite: dict[str, Any], title: str) -> None:
 def _draw_growth(all_axes: Any, tables: dict[str, dict[str, dict[str, float]]]) -> None:
     for axes, (what, table) in zip(all_axes, tables.items(), strict=True):
         sizes = [int(size) for size in table]
-        for key, style in (("seconds", "o-"), ("peak_bytes", "s--")):
+        for key, style, label in (("seconds", "o-", "time"), ("peak_bytes", "s--", "memory")):
             values = [row[key] for row in table.values()]
-            axes.plot(sizes, [value / values[0] for value in values], style, markersize=3, label=key.split("_")[0])
+            axes.plot(sizes, [value / values[0] for value in values], style, markersize=3, label=label)
         axes.plot(sizes, [size / sizes[0] for size in sizes], color="0.8", label="in proportion", zorder=0)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
+        axes.set_xticks(sizes, [f"{size // 1000}k" if size >= 10_000 else str(size) for size in sizes], minor=False)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_ylim(0.5, 10)
         axes.set_title(what, fontsize=9)
         axes.tick_params(labelsize=7)
     all_axes[0].legend(fontsize=7)

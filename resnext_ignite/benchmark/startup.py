@@ -15,7 +15,7 @@ from resnext_ignite.timing import in_turns, medians
 _IMPORTS = "import torch, torchvision, ignite.engine, ignite.handlers, ignite.metrics, ignite.distributed"
 
 
-def measure_startup(config_path: Path, rounds: int = 5) -> dict[str, Any]:
+def measure_startup(config_path: Path, rounds: int = 3) -> dict[str, Any]:
     """Seconds until a run on the embedded data set ends its first iteration, and of the libraries' imports alone."""
     with tempfile.TemporaryDirectory() as folder:
         runs = iter(range(1_000_000))

@@ -145,7 +145,7 @@ def measure_training(work: Work, rounds: int = 5) -> dict[str, Any]:
     }
 
 
-def measure_overhead(config_path: Path, rounds: int = 15, iterations: int = 8) -> dict[str, Any]:
+def measure_overhead(config_path: Path, rounds: int = 11, iterations: int = 8) -> dict[str, Any]:
     """Share of an iteration that is not forward, backward and update, for a config's model.
 
     Two loops in turns, each of some iterations: the trainer with its log point, schedule and input as in a run, and
