@@ -1,33 +1,50 @@
 #!/usr/bin/env bash
 # Everything that is to be measured on a GPU, at most ten minutes a call: the tests that need one, a short run over NCCL
-# with one rank, and the whole benchmark. What is measured stands in FILE after each suite; --continue goes on from there.
-# Usage: bash scripts/measure_gpu.sh [--continue] [FILE.json]     default: benchmarks/<GPU>.json
-# PYTHON is one with torch 2.11 and this package's dependencies; nothing is installed, and no network is needed.
+# with one rank, and the whole benchmark. FILE.json holds what is measured after each suite: --continue goes on there.
+# Usage: bash scripts/measure_gpu.sh [--continue] [--device cpu] [FILE.json]     default: benchmarks/<GPU>.json
+# PYTHON is one with torch 2.11 and this package's dependencies: nothing is installed, and no network is needed.
+# --device cpu tries the script itself, on a machine without a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
-options=()
-if [ "${1:-}" = "--continue" ]; then
-    options=(--continue)
+deadline=$(($(date +%s) + 570))
+device=cuda
+backend=nccl
+continued=()
+while [ "${1:-}" != "${1#--}" ]; do
+    case "$1" in
+        --continue) continued=(--continue) ;;
+        --device)
+            device="$2"
+            [ "$device" = cuda ] || backend=gloo
+            shift
+            ;;
+        *)
+            echo "error: $1: --continue and --device cpu are all there is" >&2
+            exit 2
+            ;;
+    esac
     shift
-fi
-gpu="$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')"
-file="${1:-benchmarks/$gpu.json}"
+done
+name='import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu")'
+file="${1:-benchmarks/$("$python" -c "$name").json}"
 log="${file%.json}.log"
-deadline=$(($(date +%s) + ${MEASURE_SECONDS:-570}))
-left() { echo $((deadline - $(date +%s))); }
 
-if [ "${#options[@]}" = 0 ]; then
+if [ "${#continued[@]}" = 0 ]; then
     : >"$log"
     if "$python" -c 'import pytest' 2>/dev/null; then
-        timeout 120 "$python" -m pytest -o addopts="" -q -k gpu -rs tests/test_engines.py tests/test_grouped_conv.py 2>&1 | tee -a "$log"
+        timeout 120 "$python" -m pytest -o addopts="" -q -k gpu -rs tests/test_engines.py tests/test_grouped_conv.py \
+            2>&1 | tee -a "$log"
     fi
     run="$(mktemp -d)"
-    timeout 120 "$python" -m torch.distributed.run --standalone --nproc-per-node=1 -m resnext_ignite.train \
-        --config configs/cifar10_resnext29_8x64d.yaml --output-dir "$run/run" --backend nccl data.name=shapes \
-        schedule.milestones='[]' train.epochs=2 logging.tensorboard=false 2>&1 | tee -a "$log"
+    # As a user would start it; small where there is no GPU.
+    model=(--config configs/cifar10_resnext29_8x64d.yaml "schedule.milestones=[]")
+    [ "$device" = cuda ] || model=(--config configs/quickstart.yaml data.train_size=256 data.test_size=100)
+    timeout 150 "$python" -m torch.distributed.run --standalone --nproc-per-node=1 -m resnext_ignite.train "${model[@]}" \
+        --output-dir "$run/run" --backend "$backend" data.name=shapes train.epochs=2 logging.tensorboard=false \
+        "train.device=$device" 2>&1 | tee -a "$log"
     rm -r "$run"
 fi
-# Ended before the time is over, the suite at hand is measured again by the next call.
-timeout --preserve-status "$(left)" "$python" -m resnext_ignite.benchmark \
-    --json "$file" --picture "${file%.json}.png" "${options[@]}" 2>&1 | tee -a "$log"
+# A suite that the time ends is measured by the next call.
+timeout "$((deadline - $(date +%s)))" "$python" -m resnext_ignite.benchmark --device "$device" --json "$file" \
+    "${continued[@]}" 2>&1 | tee -a "$log" || echo "the time is over: bash scripts/measure_gpu.sh --continue ${file}"

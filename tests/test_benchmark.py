@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import command
 
 from resnext_ignite.benchmark import __main__ as benchmark
 from resnext_ignite.benchmark import checkpoints, data, evaluation, growth, kernels, peers, startup, training
@@ -18,6 +17,7 @@ from resnext_ignite.benchmark.limits import Limits
 from resnext_ignite.benchmark.picture import draw_benchmark
 from resnext_ignite.benchmark.processes import in_processes
 from resnext_ignite.benchmark.training import Work
+from resnext_ignite.errors import ConfigError
 from resnext_ignite.models import create_model
 from resnext_ignite.models.cost import cost_of
 from resnext_ignite.models.grouped_conv import GroupedConv2d, grouped_shapes
@@ -164,7 +164,7 @@ def test_a_measurement_goes_on_where_it_was_cut(
     file, picture = tmp_path / "b.json", tmp_path / "b.png"
     assert benchmark.main(["--suite", "data", "eval", "--json", str(file)]) == 0
     assert "data: resnext_ignite: 3 images/s (2 to 4)\n" in capsys.readouterr().out
-    assert benchmark.main(["--json", str(file), "--continue", "--picture", str(picture)]) == 0
+    assert benchmark.main(["--json", str(file), "--continue"]) == 0
     assert calls == ["data", "eval", "train"]
     results = json.loads(file.read_text())
     assert results["ratios"] == {"data_vs_other": 3.0, "eval_vs_other": 3.0, "train_vs_other": 3.0}
@@ -174,9 +174,21 @@ def test_a_measurement_goes_on_where_it_was_cut(
     assert list(json.loads(file.read_text())["suites"]) == ["data"]
 
 
-def test_going_on_needs_a_file() -> None:
-    result = command("benchmark", "--continue")
-    assert (result.returncode, result.stderr) == (2, "error: --continue: say with --json FILE what to go on with\n")
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--continue",), "--continue: say with --json FILE.json what to go on with"),
+        (("--json", "b.txt"), "--json b.txt: a file that ends in .json; the picture stands beside it"),
+        (("--device", "cuda"), "--device cuda: this machine has no GPU that torch can use; leave it out"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    arguments: tuple[str, ...], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        benchmark.main(list(arguments))
+    assert str(caught.value) == line
 
 
 @pytest.mark.slow
@@ -227,9 +239,9 @@ def test_a_save_is_measured_where_runs_lie(tiny: Path) -> None:
     assert set(saves["samples"]) == {f"{TINY}, {contender}" for contender in contenders}
     assert all(len(values) == 2 and min(values) > 0 for values in saves["samples"].values())
     ours, plain = (median(saves["samples"][f"{TINY}, {save}"]) for save in ("save_checkpoint", "torch.save"))
-    assert saves["ratios"][f"checkpoint_vs_torch_save, {TINY}"] == ours / plain
+    assert saves["ratios"]["checkpoint_vs_torch_save"] == ours / plain
     epoch = 3125 * median(saves["samples"][f"{TINY}, forward, backward, update"])
-    assert saves["ratios"][f"checkpoint_share, {TINY}"] == pytest.approx(ours / (ours + epoch))
+    assert saves["ratios"]["checkpoint_share"] == pytest.approx(ours / (ours + epoch))
     # Parameters and their momentum, in float32.
     parameters = sum(parameter.numel() for parameter in create_model(TINY, 10, stem_channels=8).parameters())
     assert saves["models"][TINY]["bytes"] > 8 * parameters

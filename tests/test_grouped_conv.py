@@ -9,10 +9,12 @@ import torch
 from conftest import train_tiny
 
 from resnext_ignite.architecture import parse_model_name
+from resnext_ignite.benchmark.kernels import check
 from resnext_ignite.config import config_of, with_values
 from resnext_ignite.errors import ConfigError
 from resnext_ignite.models import build_model, create_model
 from resnext_ignite.models.grouped_conv import GroupedConv2d, grouped_shapes, in_each_way, ways_for
+from resnext_ignite.tuning import Arithmetic
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -110,3 +112,11 @@ def test_a_model_is_not_built_before_its_ways_are_chosen() -> None:
     config = with_values(config_of({}), {"model.num_classes": 10, "train.grouped_conv": "auto"})
     with pytest.raises(ValueError, match=r"grouped_conv is not settled"):
         build_model(config)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["cifar_resnext29_8x64d", "cifar_resnext29_16x64d", "resnext50_32x4d"])
+def test_all_ways_agree_with_float64_on_the_gpu(name: str) -> None:
+    arithmetic = Arithmetic(torch.device("cuda"), torch.bfloat16, channels_last=True)
+    for shape in grouped_shapes(create_model(name, 10), 32 if name.startswith("cifar") else 224):
+        assert max(check(shape, arithmetic).values()) < 0.01

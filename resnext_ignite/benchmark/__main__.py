@@ -103,13 +103,21 @@ def main(arguments: list[str]) -> int:
         prog="python -m resnext_ignite.benchmark", description="Measure side by side, in turns; medians and ratios."
     )
     parser.add_argument("--suite", nargs="+", choices=(*SUITES, "all"), default=["all"], help="default: all")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the machine, every sample and all ratios")
-    parser.add_argument("--continue", action="store_true", dest="go_on", help="leave out what FILE has already")
-    parser.add_argument("--picture", metavar="FILE.png", type=Path, help="draw the medians, with their spread")
+    parser.add_argument(
+        "--json",
+        metavar="FILE.json",
+        type=Path,
+        help="write the machine, every sample and all ratios; and a picture of them, FILE.png",
+    )
+    parser.add_argument("--continue", action="store_true", dest="go_on", help="leave out what FILE.json has already")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU, if any")
     parsed = parser.parse_args(arguments)
     wanted = SUITES if "all" in parsed.suite else parsed.suite
     if parsed.go_on and parsed.json is None:
-        raise ConfigError("--continue: say with --json FILE what to go on with")
+        raise ConfigError("--continue: say with --json FILE.json what to go on with")
+    if parsed.json is not None and parsed.json.suffix != ".json":
+        raise ConfigError(f"--json {parsed.json}: a file that ends in .json; the picture stands beside it")
+    choose_device(parsed.device)
 
     results: dict[str, Any] = {"machine": machine(), "suites": {}, "ratios": {}}
     if parsed.go_on and parsed.json.exists():
@@ -125,12 +133,26 @@ def main(arguments: list[str]) -> int:
         if parsed.json:
             # After each suite: a machine that is lent for some minutes may be gone before the last.
             write(parsed.json, results)
-    if parsed.picture:
+    if parsed.json:
         from resnext_ignite.benchmark.picture import draw_benchmark
         from resnext_ignite.pictures import save_figure
 
-        save_figure(draw_benchmark(results), parsed.picture)
+        save_figure(draw_benchmark(results), parsed.json.with_suffix(".png"))
     return 0
+
+
+def choose_device(name: str) -> None:
+    """Measure on the CPU, though there is a GPU, here and in all processes to come.
+
+    Raises:
+        ConfigError: a GPU is asked for, and there is none.
+    """
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine has no GPU that torch can use; leave it out")
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

@@ -31,7 +31,8 @@ def measure_checkpoint(contests: dict[Path, int], rounds: int = 11, iterations: 
         contests: the configs, each with the batch of those iterations.
     """
     samples: dict[str, list[float]] = {}
-    models, ratios = {}, {}
+    models: dict[str, dict[str, Any]] = {}
+    ratios: dict[str, float] = {}
     for path, batch_size in contests.items():
         training, data, loader = prepare(path, [f"train.batch_size={batch_size}"])
         name = training.config.model.name
@@ -44,8 +45,10 @@ def measure_checkpoint(contests: dict[Path, int], rounds: int = 11, iterations: 
         samples |= {f"{name}, {contender}": values for contender, values in saves.items()}
         samples[f"{name}, forward, backward, update"] = updates
         models[name] = {"bytes": size, "batch_size": batch_size, "epoch_s": epoch}
-        ratios[f"checkpoint_vs_torch_save, {name}"] = ours / seconds["torch.save"]
-        ratios[f"checkpoint_share, {name}"] = ours / (ours + epoch)
+        # The first model's have plain names.
+        suffix = f", {name}" if ratios else ""
+        ratios[f"checkpoint_vs_torch_save{suffix}"] = ours / seconds["torch.save"]
+        ratios[f"checkpoint_share{suffix}"] = ours / (ours + epoch)
     return {"unit": "s", "models": models, "samples": samples, "ratios": ratios}
 
 

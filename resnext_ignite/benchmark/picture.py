@@ -21,7 +21,7 @@ def draw_benchmark(results: dict[str, Any]) -> Figure:
     found = results["suites"]
     bars = [name for name in _BARS if name in found]
     tables = found.get("growth", {}).get("tables", {})
-    heights = [0.32 * len(found[name]["samples"]) + 0.7 for name in bars] + [3.0] * bool(tables)
+    heights = [0.32 * len(found[name]["samples"]) + 0.7 for name in bars] + [3.0] * bool(tables) or [0.1]
     figure = pyplot().figure(figsize=(9, sum(heights) + 0.6), layout="constrained")
     rows = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     machine = results["machine"]
