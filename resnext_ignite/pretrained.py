@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from resnext_ignite.checkpoint import find_checkpoint, load_checkpoint
@@ -45,7 +46,15 @@ def _pretrained_weights(source: str) -> dict[str, Any]:
             f"model.pretrained: '{source}' is neither a file nor the name of torchvision weights "
             "(ResNeXt50_32X4D_Weights.IMAGENET1K_V2)"
         ) from None
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        return dict(weights.get_state_dict(progress=True, check_hash=True))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"model.pretrained: {source} cannot be downloaded: {error}") from None
+        # A file that lies there already is not hashed again: whatever it is, it must not be run.
+        return dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu"))
+    except OSError as error:
+        raise CheckpointError(
+            f"model.pretrained: {source}: {cached} is not there, and cannot be downloaded ({error}); put it there"
+        ) from None
+    except Exception as error:
+        # What a damaged or hostile file makes torch say is of any kind.
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"model.pretrained: {cached} is no file of weights ({reason}); remove it") from None

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from conftest import Payload
 
 from resnext_ignite import checkpoint
@@ -249,3 +250,28 @@ def test_a_durable_replacement_is_whole_or_absent(tmp_path: Path) -> None:
         replace_durably(path, half)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_torchvisions_weights_are_loaded_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name, model = "ResNeXt50_32X4D_Weights.IMAGENET1K_V2", create_model("resnext50_32x4d", 10)
+    cached = tmp_path / "hub/checkpoints/resnext50_32x4d-1a0047aa.pth"
+    monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(CheckpointError) as caught:
+        load_pretrained(model, name)
+    line = f"model.pretrained: {name}: {cached} is not there, and cannot be downloaded (no network); put it there"
+    assert str(caught.value) == line
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    sentinel = tmp_path / "payload ran"
+    for content in (pickle.dumps(Payload(sentinel)), b"nonsense"):
+        cached.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"is no file of weights .*; remove it"):
+            load_pretrained(model, name)
+    torch.save({"conv1.weight": Payload(sentinel)}, cached)
+    with pytest.raises(CheckpointError, match=r"is no file of weights"):
+        load_pretrained(model, name)
+    assert not sentinel.exists()
+    torch.save(torchvision.models.resnext50_32x4d(num_classes=1000).state_dict(), cached)
+    load_pretrained(model, name)
+    assert torch.equal(model.conv1.weight, torch.load(cached, weights_only=True)["conv1.weight"])
+    assert model.fc.out_features == 10

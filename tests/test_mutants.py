@@ -74,6 +74,13 @@ MUTANTS = [
         "test_checkpoint.py::test_damage_is_always_found",
     ),
     (
+        "downloaded pickles are run",
+        "pretrained.py",
+        "weights_only=True",
+        "weights_only=False",
+        "test_checkpoint.py::test_torchvisions_weights_are_loaded_and_never_run",
+    ),
+    (
         "pickles are run",
         "checkpoint.py",
         "weights_only=True",
