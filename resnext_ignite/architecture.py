@@ -1,7 +1,8 @@
 """The grammar of model names and the shapes that follow from it, without torch.
 
-Two layouts share one bottleneck block (ResNeXt, arXiv:1611.05431, figure 3c): the CIFAR layout of section 5.4
-(three stages on 32x32, a 3x3 stem) and the ImageNet layout of table 1 (four stages, a 7x7 stem and a max pooling).
+Three layouts share one bottleneck block (ResNeXt, arXiv:1611.05431, figure 3c): the CIFAR layout of section 5.4
+(three stages on 32x32, a 3x3 stem), the ImageNet layout of table 1 (four stages, a 7x7 stem and a max pooling), and the
+second's four stages after the first's stem, as others train on CIFAR.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_NAME = re.compile(r"(?P<cifar>cifar_)?resnext(?P<depth>\d+)_(?P<cardinality>\d+)x(?P<base_width>\d+)d", re.ASCII)
+_NAME = re.compile(
+    r"(?:(?P<layout>cifar4?)_)?resnext(?P<depth>\d+)_(?P<cardinality>\d+)x(?P<base_width>\d+)d", re.ASCII
+)
 _IMAGENET_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 EXPANSION = 4
 """Output channels of a block over the planes of its stage (section 4 of the paper)."""
@@ -56,16 +59,21 @@ def parse_model_name(name: str) -> Architecture:
     if match is None:
         raise ValueError(
             f"'{name}' is not a model name: write cifar_resnext<9n+2>_<C>x<W>d (cifar_resnext29_8x64d) "
-            "or resnext50|101|152_<C>x<W>d (resnext50_32x4d)"
+            "or resnext50|101|152_<C>x<W>d (resnext50_32x4d), with a 3x3 stem: cifar4_resnext50_32x4d"
         )
     numbers = match["depth"], match["cardinality"], match["base_width"]
     if any(len(number) > _LONGEST_NUMBER or number.startswith("0") for number in numbers):
         raise ValueError(f"'{name}': depth, cardinality and base width are numbers from 1 to 9999")
     depth, cardinality, base_width = map(int, numbers)
-    if match["cifar"]:
-        if depth < 11 or (depth - 2) % 9:
-            raise ValueError(f"'{name}': a CIFAR layout has a depth of 9n+2 (11, 20, 29, ...), not {depth}")
-        return Architecture("cifar", depth, cardinality, base_width)
-    if depth not in _IMAGENET_BLOCKS:
-        raise ValueError(f"'{name}': an ImageNet layout has a depth of 50, 101 or 152, not {depth}")
-    return Architecture("imagenet", depth, cardinality, base_width)
+    if match["layout"] == "cifar" and (depth < 11 or (depth - 2) % 9):
+        raise ValueError(f"'{name}': a CIFAR layout has a depth of 9n+2 (11, 20, 29, ...), not {depth}")
+    if match["layout"] != "cifar" and depth not in _IMAGENET_BLOCKS:
+        raise ValueError(f"'{name}': a layout of four stages has a depth of 50, 101 or 152, not {depth}")
+    return Architecture(match["layout"] or "imagenet", depth, cardinality, base_width)
+
+
+def depth_of(layout: str, blocks: tuple[int, ...]) -> int | None:
+    """The depth that has so many blocks in its stages; None where none has."""
+    if layout == "cifar":
+        return 9 * blocks[0] + 2 if len(blocks) == 3 and len(set(blocks)) == 1 else None
+    return next((depth for depth, found in _IMAGENET_BLOCKS.items() if found == blocks), None)

@@ -24,7 +24,7 @@ from resnext_ignite.errors import (
 )
 from resnext_ignite.run_folder import RunFolder
 
-COMMANDS = ("train", "evaluate", "report", "verify", "benchmark")
+COMMANDS = ("train", "evaluate", "report", "verify", "convert", "benchmark")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -10,8 +10,8 @@ import resnext_ignite
 ROOT = Path(resnext_ignite.__file__).parent
 # From the top: a module may import from its own level (but commands from each other never) and from those below.
 LEVELS = [
-    {"train", "evaluate", "report", "verify", "benchmark"},
-    {"handlers"},
+    {"train", "evaluate", "report", "verify", "convert", "benchmark"},
+    {"handlers", "foreign"},
     {"run_folder", "pictures", "pretrained"},
     {"checkpoint"},
     {"tuning"},

@@ -20,8 +20,8 @@ from resnext_ignite.data.sampling import Purpose, TrainOrder, permutation
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, DataError
 
-# ImageNet layouts were published at 224 pixels, CIFAR ones at 32.
-_IMAGE_SIZES = {"imagenet": 224, "cifar": 32}
+# ImageNet layouts were published at 224 pixels, those with a 3x3 stem at 32.
+_IMAGE_SIZES = {"imagenet": 224, "cifar": 32, "cifar4": 32}
 _SUBSET_SEED = 0
 
 

@@ -1,0 +1,95 @@
+"""Which network some weights are of, read off their shapes, and whether they fit it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resnext_ignite.architecture import depth_of
+from resnext_ignite.errors import CheckpointError
+from resnext_ignite.models import create_model
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network's name, the channels after its stem, and its classes."""
+
+    name: str
+    stem_channels: int
+    num_classes: int
+
+
+def recognise(weights: dict[str, Tensor], file: object) -> Network:
+    """The network of weights that have this project's names.
+
+    Raises:
+        CheckpointError: none that this project has; the line names the first weight that says so.
+    """
+    stem = _shape(weights, "conv1.weight", 4, file)
+    grouped = _shape(weights, "layer1.0.conv2.weight", 4, file)
+    classes = _shape(weights, "fc.weight", 2, file)[0]
+    if stem[2] not in (3, 7):
+        raise CheckpointError(f"{file}: conv1.weight: a stem of {stem[2]}x{stem[3]}, where a ResNeXt has 3x3 or 7x7")
+    cardinality, rest = divmod(grouped[0], grouped[1])
+    # The least that gives so many channels a group: the grammar rounds them down.
+    base_width = -(-64 * grouped[1] // stem[0])
+    if rest:
+        raise CheckpointError(
+            f"{file}: layer1.0.conv2.weight: {tuple(grouped)} is no grouped 3x3 of a ResNeXt with a stem of {stem[0]}"
+        )
+    blocks = _blocks(weights)
+    layout = "imagenet" if stem[2] == 7 else "cifar" if len(blocks) == 3 else "cifar4"
+    depth = depth_of(layout, blocks)
+    if depth is None:
+        raise CheckpointError(
+            f"{file}: stages of {', '.join(map(str, blocks))} blocks are no depth of a {layout} ResNeXt"
+        )
+    prefix = "" if layout == "imagenet" else f"{layout}_"
+    return Network(f"{prefix}resnext{depth}_{cardinality}x{base_width}d", stem[0], classes)
+
+
+def _shape(weights: dict[str, Tensor], name: str, dimensions: int, file: object) -> torch.Size:
+    if name not in weights:
+        raise CheckpointError(f"{file}: {name} is missing: not the weights of a ResNeXt")
+    if weights[name].ndim != dimensions or 0 in weights[name].shape:
+        raise CheckpointError(f"{file}: {name}: shape {tuple(weights[name].shape)} is none of a ResNeXt's")
+    return weights[name].shape
+
+
+def _blocks(weights: dict[str, Tensor]) -> tuple[int, ...]:
+    last: dict[int, int] = {}
+    for name in weights:
+        match = re.match(r"layer(\d+)\.(\d+)\.", name)
+        if match is not None:
+            last[int(match[1])] = max(last.get(int(match[1]), 0), int(match[2]) + 1)
+    return tuple(count for _, count in sorted(last.items()))
+
+
+def fitted(weights: dict[str, Tensor], network: Network, file: object) -> dict[str, Tensor]:
+    """The weights in the network's own order, in float32 where they are floats; batch counters that miss are zero.
+
+    Raises:
+        CheckpointError: a weight is missing, too many, or of another shape; the line names the first.
+    """
+    with torch.device("meta"):
+        expected = create_model(network.name, network.num_classes, stem_channels=network.stem_channels).state_dict()
+    found: dict[str, Tensor] = {}
+    for name, whole in expected.items():
+        if name.endswith("num_batches_tracked"):
+            found[name] = weights.get(name, torch.zeros(())).reshape(()).to(torch.int64)
+            continue
+        if name not in weights:
+            raise CheckpointError(f"{file}: {name} is missing: {network.name} has it")
+        value = weights[name]
+        if value.shape != whole.shape:
+            raise CheckpointError(
+                f"{file}: {name}: shape {tuple(value.shape)}, where {network.name} has {tuple(whole.shape)}"
+            )
+        found[name] = value.detach().to(torch.float32).contiguous().clone()
+    for name in weights:
+        if name not in expected:
+            raise CheckpointError(f"{file}: {name}: {network.name} has no such weight")
+    return found

@@ -1,0 +1,132 @@
+"""The names that other PyTorch code gives the same weights, and this project's names for them, both ways."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def without_prefixes(weights: Mapping[str, Tensor]) -> Weights:
+    """Names without what DataParallel, DistributedDataParallel and torch.compile put before them all."""
+    plain = dict(weights)
+    for _ in range(len(_PREFIXES)):
+        for prefix in _PREFIXES:
+            if plain and all(name.startswith(prefix) for name in plain):
+                plain = {name.removeprefix(prefix): value for name, value in plain.items()}
+    return plain
+
+
+@dataclass(frozen=True)
+class Naming:
+    """One way to name a ResNeXt's weights.
+
+    Args:
+        marker: a name that only this way has, by which files are recognised.
+        rules: patterns of its names, each with this project's name for them.
+        back: patterns of this project's names, each with its own; none where nothing is written that way.
+    """
+
+    marker: str
+    rules: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
+    back: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = ()
+
+    def to_ours(self, name: str) -> str | None:
+        """This project's name; None where no rule fits."""
+        return _renamed(name, self.rules)
+
+    def from_ours(self, name: str) -> str | None:
+        """Its name for a weight of this project's; None where no rule fits."""
+        return _renamed(name, self.back)
+
+
+def _renamed(name: str, rules: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]) -> str | None:
+    for pattern, replacement in rules:
+        match = re.fullmatch(pattern, name)
+        if match is not None:
+            return replacement(match) if callable(replacement) else match.expand(replacement)
+    return None
+
+
+_OURS = r"((?:conv1|bn1|fc)\.\w+|layer\d+\.\d+\.(?:conv[123]|bn[123]|downsample\.[01])\.\w+)"
+# Of a block: ResNeXt.pytorch's name for each of this project's.
+_SEED_PARTS = {
+    "conv1": "conv_reduce",
+    "bn1": "bn_reduce",
+    "conv2": "conv_conv",
+    "bn2": "bn",
+    "conv3": "conv_expand",
+    "bn3": "bn_expand",
+    "downsample.0": "shortcut.shortcut_conv",
+    "downsample.1": "shortcut.shortcut_bn",
+}
+_FROM_SEED_PARTS = {theirs: ours for ours, theirs in _SEED_PARTS.items()}
+# weiaicunzai/pytorch-cifar100: the places in each block's Sequential.
+_SPLIT_PARTS = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7": "bn3"}
+
+TORCHVISION = Naming("layer1.0.conv2.weight", ((_OURS, r"\1"),), ((_OURS, r"\1"),))
+SEED = Naming(
+    "stage_1.stage_1_bottleneck_0.conv_conv.weight",
+    (
+        (r"conv_1_3x3\.(\w+)", r"conv1.\1"),
+        (r"bn_1\.(\w+)", r"bn1.\1"),
+        (r"classifier\.(\w+)", r"fc.\1"),
+        (
+            rf"stage_(\d)\.stage_\1_bottleneck_(\d+)\.({'|'.join(map(re.escape, _FROM_SEED_PARTS))})\.(\w+)",
+            lambda match: f"layer{match[1]}.{match[2]}.{_FROM_SEED_PARTS[match[3]]}.{match[4]}",
+        ),
+    ),
+    (
+        (r"conv1\.(\w+)", r"conv_1_3x3.\1"),
+        (r"bn1\.(\w+)", r"bn_1.\1"),
+        (r"fc\.(\w+)", r"classifier.\1"),
+        (
+            rf"layer([123])\.(\d+)\.({'|'.join(map(re.escape, _SEED_PARTS))})\.(\w+)",
+            lambda match: f"stage_{match[1]}.stage_{match[1]}_bottleneck_{match[2]}.{_SEED_PARTS[match[3]]}.{match[4]}",
+        ),
+    ),
+)
+PYTORCH_CIFAR100 = Naming(
+    "conv2.0.split_transforms.3.weight",
+    (
+        (r"conv1\.0\.(\w+)", r"conv1.\1"),
+        (r"conv1\.1\.(\w+)", r"bn1.\1"),
+        (r"fc\.(\w+)", r"fc.\1"),
+        (
+            r"conv([2-5])\.(\d+)\.split_transforms\.([013467])\.(\w+)",
+            lambda match: f"layer{int(match[1]) - 1}.{match[2]}.{_SPLIT_PARTS[match[3]]}.{match[4]}",
+        ),
+        (
+            r"conv([2-5])\.(\d+)\.shortcut\.([01])\.(\w+)",
+            lambda match: f"layer{int(match[1]) - 1}.{match[2]}.downsample.{match[3]}.{match[4]}",
+        ),
+    ),
+)
+
+
+def spread_first_convolutions(weights: Weights) -> None:
+    """Make the first 1x1 of each block, which pytorch-cifar100 groups too, the same function without groups."""
+    for name in [name for name in weights if name.startswith("layer") and name.endswith(".conv1.weight")]:
+        block = name.removesuffix("conv1.weight")
+        shortcut, last = weights.get(f"{block}downsample.0.weight"), weights.get(f"{block}conv3.weight")
+        # Without a convolution in its shortcut a block puts out as many channels as it takes.
+        in_channels = 0 if last is None else last.shape[0] if shortcut is None else shortcut.shape[1]
+        width = weights[name].shape[1]
+        if width and in_channels % width == 0 and weights[name].shape[0] % (in_channels // width) == 0:
+            weights[name] = _without_groups(weights[name], in_channels)
+
+
+def _without_groups(weight: Tensor, in_channels: int) -> Tensor:
+    # (out, in / groups, 1, 1) -> (out, in, 1, 1), zero between the groups.
+    whole = torch.zeros(weight.shape[0], in_channels, *weight.shape[2:], dtype=weight.dtype)
+    width = weight.shape[1]
+    groups = in_channels // width
+    for group, (rows, part) in enumerate(zip(whole.chunk(groups), weight.chunk(groups), strict=True)):
+        rows[:, group * width : (group + 1) * width] = part
+    return whole
