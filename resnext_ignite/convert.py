@@ -1,7 +1,6 @@
 """Checkpoints of other systems, to and fro: `python -m resnext_ignite.convert --checkpoint FILE --output FILE`.
 
-What comes out opens in evaluate, predict and export, or starts a training (`model.pretrained`); or, with `--to`, opens in
-the other system.
+What comes out can be evaluated, or start a training (`model.pretrained`); or, with `--to`, opens in the other system.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checkpoints of other systems: the same logits here, and back there.
 
-torchvision's and timm's files are written by their own code. The others' networks are written here after their names and
-shapes (ResNeXt.pytorch and pytorch-classification: models/model.py and models/cifar/resnext.py; pytorch-cifar100:
+torchvision's and timm's files are written by their own code. The others' networks are written here after their names
+and shapes (ResNeXt.pytorch and pytorch-classification: models/model.py and models/cifar/resnext.py; pytorch-cifar100:
 models/resnext.py), apart from what this project builds.
 """
 
