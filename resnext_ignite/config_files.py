@@ -252,15 +252,11 @@ def check_shares(config: Config, world_size: int) -> None:
         ConfigError: with the nearest sizes that they can.
     """
     train = config.train
-    share, rest = divmod(train.batch_size, world_size * train.accumulate)
-    if rest:
-        unit = world_size * train.accumulate
+    unit = world_size * train.accumulate * max(train.ghost_batch, 1)
+    if train.batch_size % unit:
         fits = [size for size in (train.batch_size // unit * unit, (train.batch_size // unit + 1) * unit) if size]
+        ghosts = f" of ghost batches of {train.ghost_batch}" if train.ghost_batch else ""
         raise ConfigError(
             f"train.batch_size: {train.batch_size} cannot be shared by {world_size} ranks of {train.accumulate} "
-            f"micro-batches; {' or '.join(map(str, fits))} can"
-        )
-    if train.ghost_batch and share % train.ghost_batch:
-        raise ConfigError(
-            f"train.ghost_batch: {train.ghost_batch} does not divide a rank's micro-batch of {share} images"
+            f"micro-batches{ghosts}; {' or '.join(map(str, fits))} can"
         )

@@ -1,7 +1,7 @@
 """Ranks: where they stand, what they agree on, and every stop they make together.
 
-All collectives of a run are called here: in the training loop only `StopAgreement.exchange`, one packed all-reduce.
-How ranks start is `launch.py`'s, how they fail `rank_failures.py`'s.
+All collectives of the training loop are called here: only `StopAgreement.exchange`, one packed all-reduce. A network on
+several ranks is `replicas.py`'s, how ranks start `launch.py`'s, how they fail `rank_failures.py`'s.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 
 import ignite.distributed as idist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from resnext_ignite.errors import ConfigError, RankError, ResnextError
+from resnext_ignite.errors import RankError, ResnextError
+from resnext_ignite.launchers import by_srun
 from resnext_ignite.signals import STOP_SIGNALS, end_start, leave, orphaned
 
 T = TypeVar("T")
@@ -43,6 +43,12 @@ class Ranks:
     def current(cls) -> Ranks:
         """This process's, as idist knows it."""
         return cls(idist.get_rank(), idist.get_world_size(), idist.get_local_rank(), idist.get_nproc_per_node())
+
+    def cores(self) -> int:
+        """How many of its machine's cores a rank may use: those that Slurm bound it to, else its share of all."""
+        own = len(os.sched_getaffinity(0))
+        bound = by_srun() and own < (os.cpu_count() or own)
+        return own if bound else max(1, own // self.local_world_size)
 
     def placement(self) -> str:
         """How many ranks there are, and where, in words; to be called on all ranks."""
@@ -91,6 +97,14 @@ class Ranks:
             return [item]
         items: list[Any] = [None] * self.world_size
         dist.all_gather_object(items, item)
+        return items
+
+    def gather_on_rank_zero(self, item: T) -> list[T]:
+        """Every rank's item, in order, on rank 0; nothing on the others."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world_size if self.rank == 0 else []
+        dist.gather_object(item, items if self.rank == 0 else None)
         return items
 
 
@@ -227,75 +241,3 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
             # A process that is a run and nothing else is on its way out: a late signal must not change its exit code.
             if handler not in (end_start, leave):
                 signal.signal(number, handler)
-
-
-def wrap_for_ranks(
-    model: nn.Module,
-    device: torch.device,
-    ranks: Ranks,
-    *,
-    sync_bn: bool,
-    compiled: bool | str = False,
-    accumulate: int = 1,
-    compress_gradients: bool = False,
-) -> nn.Module:
-    """The model as the training iteration calls it: itself on one rank, else in DistributedDataParallel.
-
-    Args:
-        compiled: by torch.compile; "cuda_graphs": and played back as CUDA graphs.
-        accumulate: micro-batches an iteration.
-        compress_gradients: let the gradients travel, and be summed, as bf16.
-
-    Raises:
-        ConfigError: `sync_bn` or CUDA graphs on a CPU, for which torch has none.
-    """
-    if sync_bn:
-        if device.type != "cuda":
-            raise ConfigError("train.sync_bn: torch has a synchronised BatchNorm for GPUs only; set it to false")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if compiled:
-        if compiled == "cuda_graphs" and device.type != "cuda":
-            raise ConfigError("train.compile: cuda_graphs is for GPUs only; set it to true or false")
-        # In place: torch.compile(model) would put its own prefix before every saved key.
-        model.compile(mode="reduce-overhead" if compiled == "cuda_graphs" else None)
-    if ranks.world_size == 1:
-        return model
-    # Not idist.auto_model: one process that sees several GPUs would silently become DataParallel. Buffers stay a
-    # rank's own and are averaged before they are used (`average_statistics`).
-    wrapped = nn.parallel.DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        # Not where some of the backward passes are not reduced, nor where the compiler draws the graph.
-        static_graph=accumulate == 1 and not compiled,
-    )
-    if compress_gradients:
-        wrapped.register_comm_hook(None, bf16_compress_hook)
-    return wrapped
-
-
-def own_statistics(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """The running statistics of BatchNorm that are this rank's own, by their names in the state; none on one rank."""
-    if ranks.world_size == 1:
-        return {}
-    return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-
-
-@torch.no_grad()
-def averaged_statistics(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """The mean of `own_statistics` over all ranks."""
-    own = own_statistics(model, ranks)
-    if not own:
-        return {}
-    # In float64 the mean of equal values is that value, on any number of ranks.
-    flat = torch.cat([buffer.double().flatten() for buffer in own.values()])
-    dist.all_reduce(flat)
-    flat /= ranks.world_size
-    means = flat.split([buffer.numel() for buffer in own.values()])
-    return {name: mean.view_as(own[name]).to(own[name].dtype) for name, mean in zip(own, means, strict=True)}
-
-
-def average_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Average the running statistics of BatchNorm over all ranks, in place."""
-    model.load_state_dict(averaged_statistics(model, ranks), strict=False)

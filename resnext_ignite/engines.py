@@ -117,8 +117,8 @@ def create_trainer(
                     logits = model(images).float()
                 loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
                 readable = (labels != UNREADABLE).sum() if skip_unreadable else torch.full_like(loss, len(labels))
-                # Never by zero, where no image of a micro-batch could be read.
-                scaler.scale(loss / readable.clamp(min=1) / accumulate).backward()
+                # By the readable ones alone, it would depend on how many ranks share them.
+                scaler.scale(loss / len(labels) / accumulate).backward()
             with torch.no_grad():
                 sums.add(loss.detach(), (logits.argmax(1) == labels).sum(), readable, len(labels) - readable)
                 finite &= loss.isfinite()
@@ -196,6 +196,17 @@ def place(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.
     """The model on its device, its weights in the memory format of the images."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+
+
+def blank_images(config: Config, device: torch.device, ranks: Ranks) -> Tensor:
+    """Black pictures, float32 (n, 3, H, W): the fewest that the config's network can be trained on.
+
+    As many as in training where the network is compiled for their number.
+    """
+    train, size = config.train, config.data.image_size
+    assert size is not None
+    share = train.batch_size // train.accumulate // ranks.world_size
+    return torch.zeros(share if train.compile else train.ghost_batch or min(share, 2), 3, size, size, device=device)
 
 
 def build_trainer(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Engine:

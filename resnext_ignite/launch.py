@@ -18,7 +18,7 @@ from torch import multiprocessing as mp
 
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, PreemptedError, RankError, report_error
-from resnext_ignite.launchers import by_srun, by_torchrun, launched_world_size
+from resnext_ignite.launchers import by_srun, by_torchrun, launched_on_this_machine, launched_world_size
 from resnext_ignite.rank_failures import Failure, FailureBoard, failures_named, others_watched, refuse_what_ended
 from resnext_ignite.rendezvous import begin_life, connect_to_store, keeps_its_store, last_life
 from resnext_ignite.signals import STOP_SIGNALS, die_with_parent, end_start_on_signals, held_back, leave, let_through
@@ -38,11 +38,11 @@ def launch(
 
     Args:
         nproc_per_node: spawn so many processes here; None: this process is the only one, or one of a launcher's.
-        backend: "nccl" or "gloo"; None: nccl where there is a GPU for each rank.
+        backend: "nccl" or "gloo"; None: nccl where there are GPUs.
         timeout_s: a rank that lets the others wait so long has failed.
 
     Raises:
-        ConfigError: processes are asked for under a launcher that makes its own.
+        ConfigError: processes are asked for under a launcher that makes its own, or more than there are GPUs.
         ResnextError: as the function's, or RankError where another rank failed.
         SystemExit: spawned ranks failed, and have told why.
     """
@@ -51,12 +51,19 @@ def launch(
         raise ConfigError(
             f"--nproc-per-node {nproc_per_node}: a launcher has started {launched_world_size()} ranks already"
         )
-    count = nproc_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = nproc_per_node or launched_on_this_machine()
     if not launched and count == 1:
         function(0, *args)
         return
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < gpus < count:
+        # Before any rank waits for the others.
+        raise ConfigError(
+            f"{count} ranks on a machine where each sees {gpus} GPUs: start a rank a GPU, and let each see all of them "
+            "(srun --gpus-per-node, not --gpus-per-task), or set train.device=cpu"
+        )
     if backend is None:
-        backend = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= count else "gloo"
+        backend = "nccl" if gpus else "gloo"
     if launched:
         # Ranks must not outlive their launcher.
         die_with_parent(os.getppid(), signal.SIGTERM)
@@ -72,11 +79,6 @@ def _as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str,
         # torchrun inside a Slurm job: Ignite would believe Slurm's numbers rather than torchrun's (ignite#3259).
         os.environ.pop("SLURM_JOB_ID", None)
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {local_rank} sees {torch.cuda.device_count()} GPUs: start a rank a GPU, and let each see all "
-            "of its machine's (srun --gpus-per-node, not --gpus-per-task)"
-        )
     try:
         if keeps_its_store():
             shared = connect_to_store(timeout_s)

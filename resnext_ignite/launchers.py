@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,6 +47,20 @@ def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
     if by_torchrun(environment):
         return int(environment["WORLD_SIZE"])
     return int(environment["SLURM_NTASKS"]) if by_srun(environment) else 1
+
+
+def launched_on_this_machine(environment: Mapping[str, str] = os.environ) -> int:
+    """How many ranks a launcher started on this machine, as far as it says; else 1."""
+    if by_torchrun(environment):
+        return int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if not by_srun(environment):
+        return 1
+    # Tasks of each node: "8(x2),4" is 8, 8 and 4.
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "1")):
+        counts += [int(count)] * int(times or 1)
+    node = int(environment.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else 1
 
 
 @contextlib.contextmanager

@@ -9,17 +9,20 @@ import torch
 from torch import nn
 
 from resnext_ignite.checkpoint import find_checkpoint, load_checkpoint
+from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import CheckpointError
 
 
-def load_pretrained(model: nn.Module, source: str) -> None:
+def load_pretrained(model: nn.Module, source: str, ranks: Ranks | None = None) -> None:
     """Start a model from the weights of a checkpoint file or run, or of torchvision's `source`; keys must fit.
 
-    A classifier of another shape is left as initialised.
+    A classifier of another shape is left as initialised. What must be downloaded is downloaded once a machine.
 
     Raises:
         CheckpointError: no such weights, or weights of another architecture.
     """
+    if not Path(source).exists():
+        (ranks or Ranks()).first_on_node(lambda: _download(source))
     state = _pretrained_weights(source)
     own = model.state_dict()
     for key in ("fc.weight", "fc.bias"):
@@ -31,6 +34,10 @@ def load_pretrained(model: nn.Module, source: str) -> None:
         raise CheckpointError(
             f"model.pretrained: {source} does not fit: {' '.join(str(error).split())[:200]}"
         ) from None
+
+
+def _download(source: str) -> None:
+    _pretrained_weights(source)
 
 
 def _pretrained_weights(source: str) -> dict[str, Any]:

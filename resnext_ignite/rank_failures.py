@@ -145,7 +145,7 @@ def _named(error: BaseException, ranks: Ranks) -> ResnextError:
         if ranks.rank and board.wait_for_first(_WAIT_FOR_RANK_0_S):
             known.quiet = True
             return known
-        if ranks.rank and not isinstance(known, RankError):
+        if ranks.rank and not isinstance(known, RankError | PreemptedError):
             known.args = (f"rank {ranks.rank}: {known}",)
         own = Failure(ranks.rank, known.exit_code, str(known), ranks.rank)
         known.quiet = board.post(own) != own

@@ -37,13 +37,14 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
 
     from resnext_ignite import engines
     from resnext_ignite.data import build_loaders
-    from resnext_ignite.distributed import Ranks, StopAgreement, stop_on_signals, wrap_for_ranks
+    from resnext_ignite.distributed import Ranks, StopAgreement, stop_on_signals
     from resnext_ignite.handlers import Parts, attach_handlers, build_average
     from resnext_ignite.handlers.loggers import describe, set_up_console
     from resnext_ignite.models import build_model
     from resnext_ignite.optim import build_lr_scheduler, build_optimizer
     from resnext_ignite.pretrained import load_pretrained
     from resnext_ignite.rank_failures import failures_named
+    from resnext_ignite.replicas import settle_buckets, wrap_for_ranks
     from resnext_ignite.run_folder import open_run
     from resnext_ignite.tuning import tuned
 
@@ -62,7 +63,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
         torch.manual_seed(config.seed)
         model = engines.place(build_model(config), device, channels_last=config.train.channels_last)
         if config.model.pretrained and opened.state is None:
-            load_pretrained(model, config.model.pretrained)
+            load_pretrained(model, config.model.pretrained, ranks)
         average = build_average(config, model)
         optimizer = build_optimizer(config, model)
         lr_scheduler = build_lr_scheduler(config, optimizer, len(loaders.train))
@@ -75,6 +76,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
             accumulate=config.train.accumulate,
             compress_gradients=config.distributed.compress_gradients,
         )
+        settle_buckets(wrapped, engines.blank_images(config, device, ranks))
         trainer = engines.build_trainer(config, wrapped, optimizer, device)
         evaluated = model if average is None else average.ema_model
         evaluator = engines.build_evaluator(config, evaluated, device, ranks)
@@ -154,6 +156,9 @@ def main(arguments: list[str]) -> int:
     check_shares(config, parsed.nproc_per_node or launched_world_size())
     output_dir = Path(parsed.output_dir) if parsed.output_dir else default_output_dir(Path(path))
 
+    if config.train.device == "cpu":
+        # Before torch looks for them: it would choose a backend for GPUs, and Ignite one of them for each rank.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # torch's C++ parts warn of a rank that is gone with a stack of frames; the run says it in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from resnext_ignite.handlers.loggers import set_up_console

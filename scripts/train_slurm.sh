@@ -6,7 +6,7 @@
 #SBATCH --signal=USR1@120
 set -uo pipefail
 # Slurm sends SIGUSR1 to the tasks two minutes before the time limit (SIGTERM when it preempts).
-srun python -m resnext_ignite.train "$@" --output-dir "${RUN_DIR:-runs/slurm-$SLURM_JOB_ID}" --resume
+srun --kill-on-bad-exit=1 python -m resnext_ignite.train "$@" --output-dir "${RUN_DIR:-runs/slurm-$SLURM_JOB_ID}" --resume
 code=$?
 # 75: stopped by a signal, saved, resumable. Everything else would only fail again.
 if [ "$code" -eq 75 ]; then

@@ -422,7 +422,11 @@ def test_with_only_train_the_held_out_images_are_evaluated(tmp_path: Path) -> No
     ("values", "ranks", "line"),
     [
         ({"train.batch_size": 8}, 3, "cannot be shared by 3 ranks of 1 micro-batches; 6 or 9 can"),
-        ({"train.batch_size": 16, "train.ghost_batch": 8}, 4, "does not divide a rank's micro-batch of 4"),
+        (
+            {"train.batch_size": 16, "train.ghost_batch": 8},
+            4,
+            "of ghost batches of 8; 32 can",
+        ),
         ({"augment.crop_padding": 16, "data.image_size": 16}, 1, "less than the image's 16"),
     ],
 )

@@ -19,6 +19,7 @@ LEVELS = [
     {"models", "optim", "data", "metrics"},
     {"launch"},
     {"rank_failures", "rendezvous"},
+    {"replicas"},
     {"distributed"},
     {"config_changes", "config_files", "config_reference"},
     {"config"},

@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, digest, tiny_arguments
 
+from resnext_ignite import launch
+from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, DataError, NonFiniteError, PreemptedError, RankError, ResnextError
-from resnext_ignite.launchers import by_srun, by_torchrun, ends_remembered, launched_world_size
+from resnext_ignite.launchers import (
+    by_srun,
+    by_torchrun,
+    ends_remembered,
+    launched_on_this_machine,
+    launched_world_size,
+)
 from resnext_ignite.run_folder import RunFolder
 
 SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "4"}
@@ -35,6 +44,38 @@ def test_the_launcher_says_how_many_ranks_there_are(environment: dict[str, str |
     known = {key: value for key, value in environment.items() if value is not None}
     assert launched_world_size(known) == size
     assert (by_torchrun(known) or by_srun(known)) == (size > 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "count"),
+    [
+        ({}, 1),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, 4),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0"}, 4),
+        # Eight tasks on two machines each, four on a third.
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_NODEID": "1"}, 8),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_NODEID": "2"}, 4),
+        (SRUN, 1),
+    ],
+)
+def test_the_launcher_says_how_many_ranks_a_machine_has(environment: dict[str, str], count: int) -> None:
+    assert launched_on_this_machine(environment) == count
+
+
+def test_more_ranks_than_gpus_are_refused_before_any_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"^2 ranks on a machine where each sees 1 GPUs: start a rank a GPU"):
+        launch.launch(print, nproc_per_node=2)
+
+
+def test_a_rank_uses_the_cores_it_is_bound_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    assert Ranks(3, 8, 3, 8).cores() == 1
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    assert Ranks(3, 8, 3, 8).cores() == 12
 
 
 def end(attempt: Path, error: ResnextError, monkeypatch: pytest.MonkeyPatch, rank: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from torch import nn
 from resnext_ignite import distributed
 from resnext_ignite.checkpoint import iteration_checkpoints, load_checkpoint, verify_checkpoint
 from resnext_ignite.errors import DataError
+from resnext_ignite.handlers import checkpointing
 from resnext_ignite.run_folder import RunFolder
 
 OFTEN = ["checkpoint.every_iterations=2", "logging.every_iterations=1"]
@@ -130,6 +132,36 @@ def test_a_signal_stops_all_ranks_at_one_iteration(
     again = Command(tmp_path / "run", *OFTEN, resume=True, ranks=2).wait()
     assert again.code == 0, again.stderr
     assert digest(tmp_path / "run") == digest(two_ranks)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_no_rank_says_saved_before_rank_0_has(tmp_path: Path, full: bool) -> None:
+    def patch() -> None:
+        save = checkpointing.save_checkpoint
+
+        def slowly(path: Path, state: dict[str, Any]) -> None:
+            # As long as a large model's takes; longer than a rank waits for the word of rank 0.
+            time.sleep(1.5)
+            if full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            save(path, state)
+
+        def stop(engine: Engine) -> None:
+            pytest.MonkeyPatch().setattr(checkpointing, "save_checkpoint", slowly)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        at_iteration(6, stop)
+
+    values = ["logging.every_iterations=1", "distributed.timeout_s=20"]
+    outcome = Command(tmp_path / "run", *values, ranks=2, patch=patch).wait()
+    assert (outcome.code, outcome.left) == (6 if full else 75, []), outcome.stderr
+    (line,) = outcome.errors
+    if full:
+        assert "No space left on device" in line
+        assert RunFolder(tmp_path / "run").read_status()["exit_code"] == 6
+    else:
+        # As torchrun must read it, whose own signal ends no run for good.
+        assert line == "error: stopped by SIGTERM and saved at iteration 6; continue with --resume"
 
 
 def test_a_signal_while_ranks_start_ends_them(tmp_path: Path) -> None:

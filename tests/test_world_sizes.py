@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from resnext_ignite import engines, launch, train
 from resnext_ignite.checkpoint import load_checkpoint
 from resnext_ignite.config_files import load_config
 from resnext_ignite.data import build_eval_loader, load_data
+from resnext_ignite.data.cifar import prepare_cifar
 from resnext_ignite.data.images import Images
 from resnext_ignite.distributed import Ranks, StopAgreement, StopReason
 from resnext_ignite.models.resnext import ResNeXt
@@ -126,6 +128,33 @@ def test_ranks_train_as_one(by_world_size: dict[int, Path], ranks: int) -> None:
     assert len(load_checkpoint(by_world_size[ranks] / "checkpoints/final.pt")["generators"]) == ranks
 
 
+def test_ranks_accumulate_as_one(tmp_path: Path) -> None:
+    # Each micro-batch is shared, not each rank's share cut: so that a micro-batch's BatchNorm sees the same images.
+    values = [*ALIKE, "train.accumulate=2", "train.epochs=2"]
+    for ranks in (1, 2):
+        run_logged(tmp_path / str(ranks), *values, ranks=ranks, patch=train_in_float64)
+    one, several = (IterationLog(tmp_path / str(ranks)).samples() for ranks in (1, 2))
+    assert all(sorted(one[iteration][0]) == sorted(several[iteration][0]) for iteration in one)
+    assert_alike(tmp_path / "1", tmp_path / "2", loss=1e-6, state=1e-10, records=4)
+
+
+@pytest.mark.parametrize("cut", [2, 6])
+def test_a_run_of_three_ranks_goes_on_bit_for_bit(tmp_path: Path, cut: int) -> None:
+    # Two sums of two numbers are the same in any order, those of three are not.
+    values = ["train.batch_size=12", "evaluation.early=[]"]
+    assert Command(tmp_path / "whole", *OFTEN, *values, ranks=3).wait().code == 0
+    for resume in (False, True):
+
+        def kill_all(engine: Engine) -> None:
+            os.killpg(0, signal.SIGKILL)
+
+        patch = None if resume else lambda: at_iteration(cut + 1, kill_all)
+        command = Command(tmp_path / "cut", *OFTEN, *values, ranks=3, resume=resume, patch=patch)
+        assert command.wait().code == (0 if resume else -signal.SIGKILL)
+        command.wait_until_gone()
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_train_as_one_in_single_precision(tmp_path: Path, ranks: int) -> None:
     # A small rate: at a large one a rounding that turns a ReLU on or off grows from update to update. Measured: 8e-6
@@ -142,11 +171,11 @@ def test_ranks_train_as_one_in_single_precision(tmp_path: Path, ranks: int) -> N
     assert_alike(tmp_path / "one", tmp_path / "several", loss=1e-4, state=1e-3)
 
 
-def assert_alike(one: Path, several: Path, *, loss: float, state: float) -> None:
+def assert_alike(one: Path, several: Path, *, loss: float, state: float, records: int = 5) -> None:
     """Two finished runs have the same records, and weights and statistics that differ by roundings."""
-    records = [RunFolder(folder).read_metrics() for folder in (one, several)]
-    assert len(records[0]) == len(records[1]) == 5
-    for theirs, ours in zip(*records, strict=True):
+    made = [RunFolder(folder).read_metrics() for folder in (one, several)]
+    assert len(made[0]) == len(made[1]) == records
+    for theirs, ours in zip(*made, strict=True):
         for key in ("epoch", "iteration", "split", "images", "lr", "correct", "top5_error"):
             assert ours[key] == theirs[key]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=loss)
@@ -314,6 +343,39 @@ def test_data_is_downloaded_once_a_machine_and_a_failure_fails_all(
     if fails:
         (line,) = outcome.errors
         assert "cannot be downloaded (the network is unreachable)" in line
+
+
+def test_machines_that_share_a_folder_prepare_it_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_fork: Callable[[Callable[[], Any]], int]
+) -> None:
+    archive, _ = write_cifar(tmp_path, torchvision.datasets.CIFAR10, monkeypatch)
+    there = archive.rename(tmp_path / "there")
+
+    def download(url: str, root: str, *_: Any) -> None:
+        # Half of it, a while, and the rest: who looks in between finds a damaged archive.
+        content = there.read_bytes()
+        archive.write_bytes(content[: len(content) // 2])
+        begun.touch()
+        time.sleep(1)
+        archive.write_bytes(content)
+
+    begun = tmp_path / "begun"
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
+
+    def prepare() -> None:
+        prepare_cifar("cifar10", tmp_path, download=True)
+
+    def both() -> None:
+        other = os.fork()
+        if other == 0:
+            while not begun.exists():
+                time.sleep(0.01)
+            prepare()
+            os._exit(0)
+        prepare()
+        assert os.waitpid(other, 0)[1] == 0
+
+    assert in_fork(both) == 0
 
 
 def test_gradients_may_travel_as_bf16(tmp_path: Path) -> None:

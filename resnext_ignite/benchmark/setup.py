@@ -16,10 +16,11 @@ from resnext_ignite.config import Config, with_values
 from resnext_ignite.config_files import load_config
 from resnext_ignite.data import Data, build_train_loader, load_data
 from resnext_ignite.data.loaders import Batch, TrainLoader
-from resnext_ignite.distributed import Ranks, StopAgreement, wrap_for_ranks
+from resnext_ignite.distributed import Ranks, StopAgreement
 from resnext_ignite.handlers.training import LogPoint
 from resnext_ignite.models import build_model
 from resnext_ignite.optim import IterationLRScheduler, build_lr_scheduler, build_optimizer
+from resnext_ignite.replicas import wrap_for_ranks
 from resnext_ignite.timing import timed
 from resnext_ignite.tuning import Arithmetic
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def load_data(config: Config, ranks: Ranks, splits: tuple[str, ...] | None = Non
     )
     workers = config.data.workers
     if workers is None:
-        workers = max(1, min(8, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+        workers = min(8, ranks.cores())
     if config.data.name == "imagefolder":
         loaded, contents, classes, moments = _load_folder(config, root, size, splits, ranks)
     else:
@@ -139,7 +138,14 @@ def _decoded(files: Split, config: Config, split: str, ranks: Ranks) -> Split:
     whole = config.data.in_memory is True
     skips = split == "train" and config.data.on_error == "skip"
     fill = whole_color(config.data.mean or imagefolder.MEAN) if skips else None
-    images = decode_into_memory(files, any_size=whole, report=ranks.rank == 0, fill=fill)
+    images = decode_into_memory(
+        files,
+        any_size=whole,
+        report=ranks.rank == 0,
+        fill=fill,
+        processes=ranks.local_world_size,
+        threads=ranks.cores(),
+    )
     if images is None and whole:
         raise ConfigError(f"data.in_memory: the {split} split does not fit into memory; set it to null or false")
     return images or files
@@ -209,6 +215,7 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
         batch_size=config.train.batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        accumulate=config.train.accumulate,
         device=split.labels.device,
     )
     return TrainLoader(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import os
 import tarfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import extract_archive
 
@@ -42,7 +45,16 @@ def prepare_cifar(name: str, root: Path, *, download: bool) -> None:
         DataError: a file is missing or its checksum is wrong, with both sums.
         StorageError: there is no room to unpack it.
     """
-    dataset = _DATASETS[name]
+    if download:
+        with contextlib.suppress(OSError):
+            root.mkdir(parents=True, exist_ok=True)
+    # The first ranks of several machines may come to one folder at once. One that cannot be written, nobody changes.
+    shared = root.is_dir() and os.access(root, os.W_OK)
+    with FileLock(root / f".{name}.lock") if shared else contextlib.nullcontext():
+        _prepare(_DATASETS[name], root, download=download)
+
+
+def _prepare(dataset: type[CIFAR10], root: Path, *, download: bool) -> None:
     files = _files(dataset, root)
     there = [(path, md5) for path, md5 in files if path.exists()]
     for path, md5 in there:

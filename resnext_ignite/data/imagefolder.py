@@ -233,7 +233,13 @@ def random_box(width: int, height: int, draws: Sequence[Sequence[float]]) -> tup
 
 
 def decode_into_memory(
-    files: ImageFiles, *, any_size: bool, report: bool, fill: tuple[int, int, int] | None = None
+    files: ImageFiles,
+    *,
+    any_size: bool,
+    report: bool,
+    fill: tuple[int, int, int] | None = None,
+    processes: int = 1,
+    threads: int | None = None,
 ) -> Images | None:
     """Decode a whole split once, in parallel; None where it does not fit, or a picture has not `size` as it is.
 
@@ -241,12 +247,14 @@ def decode_into_memory(
         any_size: resize pictures of other sizes instead of giving up.
         report: draw a bar on standard error, and warn of pictures that cannot be read.
         fill: as for `ImageFiles.read`; the label of such a picture is UNREADABLE.
+        processes: that do the same on this machine, each with as much memory.
+        threads: that decode; None: as many as there are cores.
 
     Raises:
         DataError: a picture cannot be read and there is no `fill`; the line names it.
     """
     needed = len(files) * files.size**2 * 3
-    if needed > _SHARE_OF_MEMORY * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    if processes * needed > _SHARE_OF_MEMORY * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         return None
     pictures = np.empty((len(files), files.size, files.size, 3), dtype=np.uint8)
     unreadable: dict[int, str] = {}
@@ -271,7 +279,7 @@ def decode_into_memory(
             return None
         bar: Any = tqdm(total=len(files), desc="decoding", unit=" images", disable=None if report else True)
         # Threads: PIL decodes outside the interpreter's lock.
-        with bar, ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        with bar, ThreadPoolExecutor(max_workers=threads or len(os.sched_getaffinity(0))) as pool:
             for start in range(0, len(files), 1024):
                 fits = list(pool.map(decode, range(start, min(start + 1024, len(files)))))
                 bar.update(len(fits))

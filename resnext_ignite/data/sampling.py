@@ -95,7 +95,8 @@ class TrainOrder:
         seed: key of the order.
         count: training images; an epoch drops the incomplete last batch.
         batch_size: images an iteration, over all ranks.
-        rank, world_size: this rank takes a contiguous run of each global batch.
+        rank, world_size: this rank takes a contiguous run of each micro-batch.
+        accumulate: micro-batches, contiguous runs of a global batch.
         device: where the orders are computed.
 
     Raises:
@@ -110,14 +111,18 @@ class TrainOrder:
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        if batch_size % world_size:
-            raise ValueError(f"a batch of {batch_size} images cannot be shared evenly by {world_size} ranks")
+        if batch_size % (world_size * accumulate):
+            raise ValueError(
+                f"a batch of {batch_size} images cannot be shared evenly by {world_size} ranks of {accumulate} "
+                "micro-batches"
+            )
         if count < batch_size:
             raise ValueError(f"{count} training images hold no batch of {batch_size}")
         self.seed, self.count, self.batch_size, self.device = seed, count, batch_size, device
-        self.share = rank_share(batch_size, rank, world_size)
+        self.accumulate, self.share = accumulate, rank_share(batch_size // accumulate, rank, world_size)
         self.iterations_per_epoch = count // batch_size
 
     def batches(self, start_iteration: int) -> Iterator[tuple[int, Tensor]]:
@@ -127,6 +132,7 @@ class TrainOrder:
             epoch += 1
             order = permutation(self.seed, epoch, self.count, Purpose.ORDER, self.device)
             for index in range(first, self.iterations_per_epoch):
-                start = index * self.batch_size
-                yield epoch, order[start + self.share.start : start + self.share.stop]
+                batch = order[index * self.batch_size : (index + 1) * self.batch_size]
+                # (accumulate * m,) -> (accumulate, m), and a run of each: the same BatchNorm on any number of ranks.
+                yield epoch, batch.view(self.accumulate, -1)[:, self.share.start : self.share.stop].flatten()
             first = 0

@@ -18,9 +18,10 @@ from resnext_ignite.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from resnext_ignite.distributed import Ranks, StopAgreement, StopReason, averaged_statistics, own_statistics
+from resnext_ignite.distributed import Ranks, StopAgreement, StopReason
 from resnext_ignite.errors import CheckpointError, NonFiniteError
 from resnext_ignite.handlers.evaluation import BestRecord
+from resnext_ignite.replicas import averaged_statistics, own_statistics
 from resnext_ignite.storage import warned_of
 
 log = logging.getLogger(__name__)
@@ -77,8 +78,8 @@ class RunState:
             "handlers": {name: handler.state_dict() for name, handler in self.handlers.items()},
             "errors": self.errors(),
             # Nothing of this project draws from torch's generators while it trains; a model with dropout would.
-            "generators": self.ranks.gather(_generator_states()),
-            "statistics": self.ranks.gather(own),
+            "generators": self.ranks.gather_on_rank_zero(_generator_states()),
+            "statistics": self.ranks.gather_on_rank_zero(own),
         }
 
     def _refuse_what_is_not_finite(self, parts: dict[str, Any]) -> None:

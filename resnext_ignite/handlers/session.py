@@ -125,6 +125,8 @@ class AttachedRun:
     def _finish(self, whole: bool, started_at: int) -> Record | None:
         state = self.parts.trainer.state
         if self.stop.reason >= StopReason.SIGNAL and not whole:
+            # None leaves before rank 0 has saved: as saved they would all report what may have failed.
+            self.state.ranks.from_rank_zero(lambda: None)
             if self.stop.reason == StopReason.ORPHANED:
                 orphaned = OrphanedError(
                     f"what started the ranks of a machine is gone: saved at iteration {state.iteration}; "

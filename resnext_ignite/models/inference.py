@@ -25,7 +25,6 @@ class Inference:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32, way: str = "plain") -> None:
         self.model, self.dtype = model, dtype
-        self._device_type = next(model.parameters()).device.type
         self._folded = None if way == "plain" else fold_batch_norm(model).to(dtype)
         self._compiled: Callable[[Tensor], Tensor] | None = None
         if way == "compiled" and self._folded is not None:
@@ -44,7 +43,7 @@ class Inference:
     def __call__(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> logits float32 (N, num_classes)."""
         if self._folded is None:
-            with torch.autocast(self._device_type, self.dtype, enabled=self.dtype != torch.float32):
+            with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 return self.model(images).float()
         network: Callable[[Tensor], Tensor] = self._folded
         if self._compiled is not None:
