@@ -24,7 +24,7 @@ RATES = {"CPU": (419e9, 20e9), "H200": (790e12, 4.3e12)}
 
 def floors(cost: Cost, flop_per_s: float, bytes_per_s: float) -> tuple[float, float]:
     """Seconds of training on an image in bf16: its operations', and its bytes'."""
-    return cost.training_flop / flop_per_s, cost.training_bytes(2) / bytes_per_s
+    return cost.training_flop / flop_per_s, cost.least_training_bytes(2) / bytes_per_s
 
 
 def table() -> str:
@@ -35,7 +35,7 @@ def table() -> str:
     ]
     for name, (size, classes, stem) in MODELS.items():
         cost = cost_of(create_model(name, classes, stem_channels=stem), size)
-        cells = [f"`{name}`, {size}", f"{cost.training_flop / 1e9:.3g}", f"{cost.training_bytes(2) / 1e6:.3g}"]
+        cells = [f"`{name}`, {size}", f"{cost.training_flop / 1e9:.3g}", f"{cost.least_training_bytes(2) / 1e6:.3g}"]
         for rates in RATES.values():
             seconds = floors(cost, *rates)
             shown = [f"{1 / bound:,.0f}" if bound < 0.1 else f"{1 / bound:.1f}" for bound in seconds]

@@ -49,6 +49,11 @@ class Config(Section):
                 "(train.batch_size / train.accumulate)"
             )
         self._check_ways()
+        if self.train.compile == "cuda_graphs" and accumulate > 1:
+            raise ValueError(
+                f"train.compile: cuda_graphs keeps no gradient from one of {accumulate} micro-batches to the next; "
+                "set it to true, or train.accumulate to 1"
+            )
         if ghost and self.train.sync_bn:
             raise ValueError("train.sync_bn: and train.ghost_batch exclude each other; set one of them to 0 or false")
         if self.augment.random_resized_crop and self.data.name != "imagefolder":

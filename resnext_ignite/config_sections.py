@@ -184,6 +184,14 @@ class TrainConfig(Section):
     max_hours: Annotated[float, Field(gt=0)] | None = None
     """Stop, saved and resumable, after so many hours of this process; null: never."""
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _no_number(cls, value: object) -> object:
+        # Which equals a boolean.
+        if isinstance(value, int) and not isinstance(value, bool):
+            raise ValueError(f"{value}: false, true or cuda_graphs")
+        return value
+
     @field_validator("grouped_conv", mode="before")
     @classmethod
     def _one_way(cls, ways: object) -> object:

@@ -38,8 +38,8 @@ def wrap_for_ranks(
     if compiled:
         if compiled == "cuda_graphs" and device.type != "cuda":
             raise ConfigError("train.compile: cuda_graphs is for GPUs only; set it to true or false")
-        # In place: torch.compile(model) would put its own prefix before every saved key.
-        model.compile(mode="reduce-overhead" if compiled == "cuda_graphs" else None)
+        # In place: torch.compile(model) would put its own prefix before every saved key. All batches have one size.
+        model.compile(dynamic=False, mode="reduce-overhead" if compiled == "cuda_graphs" else None)
     if ranks.world_size == 1:
         return model
     # Not idist.auto_model: one process that sees several GPUs would silently become DataParallel. Buffers stay a

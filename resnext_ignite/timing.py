@@ -10,19 +10,23 @@ import torch
 from tqdm import tqdm
 
 
-def in_turns(contenders: dict[str, Callable[[], float]], rounds: int, title: str = "") -> dict[str, list[float]]:
-    """Call each contender once a round, after one round that is not counted; what each returned.
+def in_turns(
+    contenders: dict[str, Callable[[], float]], rounds: int, title: str = "", *, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Call each contender once a round; what each returned.
 
     Args:
         title: of a progress bar; without one there is none.
+        warm_up: begin with a round that is not counted.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    with tqdm(total=(rounds + 1) * len(contenders), desc=title, leave=False, disable=None if title else True) as bar:
-        for turn in range(rounds + 1):
+    turns = range(-1 if warm_up else 0, rounds)
+    with tqdm(total=len(turns) * len(contenders), desc=title, leave=False, disable=None if title else True) as bar:
+        for turn in turns:
             for name, contender in contenders.items():
                 bar.set_postfix_str(name)
                 value = contender()
-                if turn:
+                if turn >= 0:
                     samples[name].append(value)
                 bar.update()
     return samples

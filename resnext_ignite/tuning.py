@@ -39,17 +39,13 @@ def tuned(config: Config, data: Data, device: torch.device, ranks: Ranks) -> Con
         return config
 
     def measure() -> dict[str, Any]:
-        # Apart from the run's own model, and without a draw from the generator that initialises it.
-        with torch.random.fork_rng(devices=[]):
-            model = build_model(with_values(config, {"train.grouped_conv": ["grouped"]}))
         values: dict[str, Any] = {}
-        arithmetic = _arithmetic(config, device)
         if "auto" in train.grouped_conv:
-            images = train.batch_size // train.accumulate // ranks.world_size
-            values["train.grouped_conv"] = choose_grouped_conv(model, data.image_size, images, arithmetic)
+            values["train.grouped_conv"] = grouped_conv_for(config, data.image_size, device, ranks.world_size)
         if evaluation.inference == "auto":
             times = train.epochs // evaluation.every + len(evaluation.early)
             in_all = times * len(data.splits[data.selection]) // ranks.world_size
+            model, arithmetic = _plain_model(config), _arithmetic(config, device)
             batch = evaluation.batch_size
             values["evaluation.inference"] = choose_inference(model, data.image_size, batch, in_all, arithmetic)
         for key, value in values.items():
@@ -57,6 +53,18 @@ def tuned(config: Config, data: Data, device: torch.device, ranks: Ranks) -> Con
         return values
 
     return with_values(config, ranks.from_rank_zero(measure))
+
+
+def grouped_conv_for(config: Config, image_size: int, device: torch.device, world_size: int = 1) -> list[str]:
+    """The fastest way for each shape of a config's grouped 3x3, on so many ranks."""
+    images = config.train.batch_size // config.train.accumulate // world_size
+    return choose_grouped_conv(_plain_model(config), image_size, images, _arithmetic(config, device))
+
+
+def _plain_model(config: Config) -> nn.Module:
+    # Apart from the run's own, and without a draw from the generator that initialises that.
+    with torch.random.fork_rng(devices=[]):
+        return build_model(with_values(config, {"train.grouped_conv": ["grouped"]}))
 
 
 def inference_for(config: Config, model: nn.Module, data: Data, split: str, device: torch.device) -> str:
@@ -82,6 +90,10 @@ class Arithmetic:
             self.device, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format
         )
 
+    def autocast(self) -> torch.autocast:
+        """In which a network computes so."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
     def place(self, model: nn.Module) -> nn.Module:
         """A model on the device, in the memory format of the images."""
         return place(model, self.device, channels_last=self.channels_last)
@@ -105,18 +117,25 @@ def choose_grouped_conv(model: nn.Module, image_size: int, images: int, arithmet
     for shape in grouped_shapes(model, image_size):
         noise = arithmetic.noise(arithmetic.enough(images), shape.module.in_channels, shape.size)
         ways = {
-            way: _training_step(arithmetic.place(module.to(arithmetic.dtype)), noise.to(arithmetic.dtype))
+            way: _training_step(arithmetic.place(module), noise, arithmetic)
             for way, module in in_each_way(shape.module).items()
         }
         choices.append(fastest(ways, arithmetic.device))
     return choices
 
 
-def _training_step(module: nn.Module, images: Tensor) -> Callable[[], object]:
-    images = images.requires_grad_()
-    with torch.no_grad():
+def _training_step(module: nn.Module, images: Tensor, arithmetic: Arithmetic) -> Callable[[], object]:
+    images = images.to(arithmetic.dtype).requires_grad_()
+
+    def step() -> object:
+        # As in a run: weights are float32, and cast.
+        with arithmetic.autocast():
+            out = module(images)
+        return torch.autograd.grad(out, [images, *module.parameters()], gradient)
+
+    with torch.no_grad(), arithmetic.autocast():
         gradient = gradient_for(module(images))
-    return lambda: torch.autograd.grad(module(images), [images, *module.parameters()], gradient)
+    return step
 
 
 def gradient_for(out: Tensor) -> Tensor:

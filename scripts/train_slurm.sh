@@ -5,8 +5,9 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@120
 set -uo pipefail
+# Who is left two minutes after the first task ended waits for one that is gone (--wait).
 # Slurm sends SIGUSR1 to the tasks two minutes before the time limit (SIGTERM when it preempts).
-srun --kill-on-bad-exit=1 python -m resnext_ignite.train "$@" --output-dir "${RUN_DIR:-runs/slurm-$SLURM_JOB_ID}" --resume
+srun --wait=120 python -m resnext_ignite.train "$@" --output-dir "${RUN_DIR:-runs/slurm-$SLURM_JOB_ID}" --resume
 code=$?
 # 75: stopped by a signal, saved, resumable. Everything else would only fail again.
 if [ "$code" -eq 75 ]; then

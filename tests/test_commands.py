@@ -179,7 +179,7 @@ def test_the_slurm_script_queues_again_what_was_preempted(tmp_path: Path, code: 
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     command = ["bash", str(ROOT / "scripts/train_slurm.sh"), "--config", "c.yaml", "seed=2"]
     assert subprocess.run(command, env=environment, check=False).returncode == code
-    expected = "python -m resnext_ignite.train --config c.yaml seed=2 --output-dir runs/slurm-7 --resume\n"
+    expected = "--wait=120 python -m resnext_ignite.train --config c.yaml seed=2 --output-dir runs/slurm-7 --resume\n"
     assert (tmp_path / "srun").read_text() == expected
     assert (tmp_path / "scontrol").exists() == requeued
     assert not requeued or (tmp_path / "scontrol").read_text() == "requeue 7\n"

@@ -51,6 +51,17 @@ def test_inference_follows_the_network() -> None:
     assert (stale - folded(images)).abs().max() > 0.1
 
 
+def test_synchronised_statistics_are_folded_too() -> None:
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(trained_network()).eval()
+    folded, images = Inference(model, way="folded"), torch.randn(4, 3, 16, 16)
+    model.bn1.running_var.mul_(9)
+    folded.refresh()
+    torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-5)
+    lonely = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    with pytest.raises(ValueError, match="0: no convolution before it to fold it into"):
+        fold_batch_norm(lonely)
+
+
 def test_bf16_folded_is_as_far_from_fp32_as_bf16_is() -> None:
     model, images = trained_network(), torch.randn(64, 3, 16, 16)
     exact = Inference(model)(images)
@@ -81,6 +92,7 @@ def test_the_fastest_is_chosen_and_the_hopeless_is_tried_no_more(monkeypatch: py
         return seconds[name].pop(0) if len(seconds[name]) > 1 else seconds[name][0]
 
     monkeypatch.setattr(tuning, "timed", timed)
+    monkeypatch.setattr(tuning, "timer", lambda device, way: lambda: timed(device, way))
 
     def contender(name: str) -> object:
         def run() -> str:
@@ -146,6 +158,17 @@ def test_evaluate_can_be_asked_for_a_faster_way(tmp_path: Path) -> None:
         assert (metrics["images"], metrics["loss"]) == (last["images"], pytest.approx(last["loss"], rel=1e-4))
 
 
-def test_cuda_graphs_are_refused_on_a_cpu(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train.compile: cuda_graphs is for GPUs only"):
-        train_tiny(tmp_path / "run", "train.compile=cuda_graphs")
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (["train.compile=cuda_graphs", "train.accumulate=2"], "cuda_graphs keeps no gradient from one of 2 micro-"),
+        (["train.compile=cuda_graphs"], "train.compile: cuda_graphs is for GPUs only"),
+        (["train.compile=1"], "train.compile: 1: false, true or cuda_graphs"),
+    ],
+)
+def test_compiling_that_cannot_be_is_refused(tmp_path: Path, values: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train_tiny(tmp_path / "run", *values)
+    assert line in str(caught.value)
+    # Only what the device decides is found out later.
+    assert (tmp_path / "run").exists() == (values == ["train.compile=cuda_graphs"])

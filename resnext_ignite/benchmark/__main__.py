@@ -10,16 +10,17 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
 from resnext_ignite.errors import ConfigError, run_command
 
+# A suite of several models is a part for each, as in train and train:resnext50_32x4d.
 SUITES = ("data", "train", "overhead", "eval", "startup", "checkpoint", "ranks", "kernels", "growth")
 _LARGE = Path("configs/cifar10_resnext29_8x64d.yaml")
 _SMALL = Path("configs/cifar10_resnext11_small.yaml")
@@ -47,7 +48,17 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": versions,
         "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """Of the source that is measured; None where it is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _cpu_info() -> list[str]:
@@ -55,8 +66,8 @@ def _cpu_info() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def suites() -> dict[str, Callable[[], dict[str, Any]]]:
-    """What each suite measures: on a CPU in a tenth of the batches and pictures that fill a GPU."""
+def parts() -> dict[str, Callable[[], dict[str, Any]]]:
+    """What each part of a suite measures; on a CPU, smaller batches than fill a GPU."""
     from resnext_ignite.benchmark.checkpoints import measure_checkpoint
     from resnext_ignite.benchmark.data import measure_data
     from resnext_ignite.benchmark.evaluation import measure_evaluation
@@ -69,32 +80,25 @@ def suites() -> dict[str, Callable[[], dict[str, Any]]]:
 
     gpu = measured_device().type == "cuda"
     large, iterations, rounds = (128, 10, 7) if gpu else (32, 1, 3)
-    works = [Work(_LARGE, "cifar_resnext29_8x64d", large, 32, 10, iterations)]
+    work = Work(_LARGE, "cifar_resnext29_8x64d", large, 32, 10, iterations)
     kernels = {f"cifar_resnext29_{cardinality}x64d": (128 if gpu else 4, 32) for cardinality in (8, 16)}
     kernels["resnext50_32x4d"] = (64 if gpu else 2, 224)
-    if gpu:
-        works.append(Work(_IMAGENET, "resnext50_32x4d", 64, 224, 1000, iterations))
-    return {
+    found: dict[str, Callable[[], dict[str, Any]]] = {
         "data": measure_data,
-        "train": lambda: _each(works, partial(measure_training, rounds=rounds)),
+        "train": lambda: measure_training(work, rounds),
         "overhead": lambda: measure_overhead(_SMALL if not gpu else _LARGE),
-        "eval": lambda: _each(works, partial(measure_evaluation, rounds=rounds)),
+        "eval": lambda: measure_evaluation(work, rounds),
         "startup": lambda: measure_startup(_SMALL),
         "checkpoint": lambda: measure_checkpoint({_LARGE: large, _SMALL: 128}),
         "ranks": lambda: measure_ranks({_LARGE: large, _SMALL: 128}, rounds=rounds),
         "kernels": lambda: measure_kernels(kernels),
         "growth": lambda: measure_growth(_SMALL),
     }
-
-
-def _each(works: list[Any], measure: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """One suite of several models: the first one's ratios have plain names, the others' end with their model."""
-    results = [measure(work) for work in works]
-    first, *others = results
-    for result in others:
-        first["samples"] |= {f"{result['model']}, {name}": values for name, values in result["samples"].items()}
-        first["ratios"] |= {f"{name}, {result['model']}": value for name, value in result["ratios"].items()}
-    return {**first, "others": [{k: v for k, v in r.items() if k not in ("samples", "ratios")} for r in others]}
+    if gpu:
+        imagenet = Work(_IMAGENET, "resnext50_32x4d", 64, 224, 1000, iterations)
+        found["train:resnext50_32x4d"] = lambda: measure_training(imagenet, rounds)
+        found["eval:resnext50_32x4d"] = lambda: measure_evaluation(imagenet, rounds)
+    return found
 
 
 def main(arguments: list[str]) -> int:
@@ -121,14 +125,15 @@ def main(arguments: list[str]) -> int:
 
     results: dict[str, Any] = {"machine": machine(), "suites": {}, "ratios": {}}
     if parsed.go_on and parsed.json.exists():
-        results |= json.loads(parsed.json.read_text())
-    for name, measure in suites().items():
-        if name not in wanted or name in results["suites"]:
+        results = continued(parsed.json, results)
+    for name, measure in parts().items():
+        suite, _, model = name.partition(":")
+        if suite not in wanted or name in results["suites"]:
             continue
         begun = time.monotonic()
         result = measure()
         results["suites"][name] = {**result, "took_s": time.monotonic() - begun}
-        results["ratios"] |= result["ratios"]
+        results["ratios"] |= {f"{r}, {model}" if model else r: value for r, value in result["ratios"].items()}
         tell(name, result)
         if parsed.json:
             # After each suite: a machine that is lent for some minutes may be gone before the last.
@@ -139,6 +144,21 @@ def main(arguments: list[str]) -> int:
 
         save_figure(draw_benchmark(results), parsed.json.with_suffix(".png"))
     return 0
+
+
+def continued(path: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds, to be gone on with.
+
+    Raises:
+        ConfigError: it was measured on another machine, with other versions, or of another state of the source.
+    """
+    before: dict[str, Any] = json.loads(path.read_text())
+    then, now = before["machine"], results["machine"]
+    differs = [key for key in now if key != "date" and then.get(key) != now[key]]
+    if differs:
+        key = differs[0]
+        raise ConfigError(f"--continue: {path} is of {key} {then.get(key)}, and this is {now[key]}; take another file")
+    return before
 
 
 def choose_device(name: str) -> None:

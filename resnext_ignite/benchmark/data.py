@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +55,7 @@ def measure_data(rounds: int = 5) -> dict[str, Any]:
         f"torchvision, {workers} workers": DataLoader(
             Pictures(), _BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
         )
-        for workers in (0, 2)
+        for workers in sorted({0, 2, len(os.sched_getaffinity(0))})
     }
     images = Images(torch.from_numpy(pixels), labels, torch.arange(_IMAGES))
     augment = Augment(1, MEAN, STD, crop_padding=4, flip="random")

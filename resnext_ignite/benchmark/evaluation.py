@@ -76,11 +76,12 @@ def measure_evaluation(work: Work, rounds: int = 5) -> dict[str, Any]:
         }.items()
     }
     with in_processes(makers) as ways:
-        seconds = in_turns(dict(ways), rounds, f"eval, {work.model}")
+        seconds = in_turns(dict(ways), rounds, f"eval, {work.model}", warm_up=False)
         limits = measure_limits(device, "bf16")
     samples = {name: [work.batch_size / value for value in values] for name, values in seconds.items()}
     speeds = medians(samples)
     best = max(speed for name, speed in speeds.items() if name.startswith(OURS))
+    best_peer = max(speed for name, speed in speeds.items() if name.startswith("torchvision"))
     least = limits.forward_s(cost_of(create_model(work.model, work.num_classes), work.image_size), work.batch_size)
     return {
         "unit": "images/s",
@@ -88,9 +89,12 @@ def measure_evaluation(work: Work, rounds: int = 5) -> dict[str, Any]:
         "batch_size": work.batch_size,
         "image_size": work.image_size,
         "differences": differences(work),
+        "failed": ways.failed,
         "samples": samples,
         "ratios": {
-            "eval_vs_torchvision": best / max(speed for name, speed in speeds.items() if name.startswith("torch")),
+            "eval_vs_torchvision": best / best_peer,
+            "eval_folded_vs_torchvision": speeds[f"{OURS}, folded"] / best_peer,
+            "eval_default_vs_torchvision": speeds[f"{OURS}, plain"] / best_peer,
             "eval_of_limit": best * least / work.batch_size,
         },
     }
@@ -99,8 +103,10 @@ def measure_evaluation(work: Work, rounds: int = 5) -> dict[str, Any]:
 def differences(work: Work) -> dict[str, float]:
     """Of each way in bf16 from the network in fp32: the norm of the logits' difference over that of the logits."""
     device = measured_device()
+    set_up_machine(device, deterministic=device.type == "cpu")
     model = _network(work, device)
-    images = random_batch(8, work.image_size, work.num_classes, device, channels_last=True).images
+    # As many as were measured, for whom it is compiled already.
+    images = random_batch(work.batch_size, work.image_size, work.num_classes, device, channels_last=True).images
     reference = Inference(model)(images)
     found = {}
     for way in ("plain", "folded", "compiled"):

@@ -39,7 +39,7 @@ def train(config_path: Path, model: str, stem_channels: int, batch_size: int) ->
         10,
     )
     batch = random_batch(batch_size, 32, 10, training.device, channels_last=True)
-    return lambda: training.run(repeat(batch), 1)
+    return lambda: training.run(repeat(batch), 10 if training.device.type == "cuda" else 1)
 
 
 def load(count: int, batches: int = 20) -> Turn:
@@ -78,15 +78,16 @@ def measure_growth(config_path: Path, rounds: int = 3) -> dict[str, Any]:
     ratios = {}
     for what, makers in sizes(config_path, large=measured_device().type == "cuda").items():
         with in_processes({str(size): make for size, make in makers.items()}) as contenders:
-            taken = in_turns(dict(contenders), rounds, f"growth, {what}")
+            taken = in_turns(dict(contenders), rounds, f"growth, {what}", warm_up=False)
             peaks = {size: contender.peak_bytes() for size, contender in contenders.items()}
         samples |= {f"{what} {size}": values for size, values in taken.items()}
         seconds = medians(taken)
         tables[what] = {size: {"seconds": seconds[size], "peak_bytes": peaks[size]} for size in seconds}
-        ratios[f"time_exponent, {what}"] = exponent(list(makers), list(seconds.values()))
-        ratios[f"memory_exponent, {what}"] = exponent(list(makers), list(peaks.values()))
+        ratios[f"time_exponent, {what}"] = exponent(list(map(int, seconds)), list(seconds.values()))
+        ratios[f"memory_exponent, {what}"] = exponent(list(map(int, peaks)), list(peaks.values()))
     tables["ranks"] = measure_rank_growth(config_path)
-    return {"unit": "s", "tables": tables, "samples": samples, "ratios": ratios}
+    worse = [name for name, value in ratios.items() if value > LINEAR]
+    return {"unit": "s", "worse_than_linear": worse, "tables": tables, "samples": samples, "ratios": ratios}
 
 
 def measure_rank_growth(config_path: Path, batch_size: int = 128, rounds: int = 3) -> dict[str, dict[str, float]]:

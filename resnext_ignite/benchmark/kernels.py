@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from resnext_ignite.benchmark.limits import measure_limits
 from resnext_ignite.benchmark.setup import measured_device
+from resnext_ignite.engines import set_up_machine
 from resnext_ignite.models import create_model
 from resnext_ignite.models.grouped_conv import GroupedConv2d, GroupedShape, grouped_shapes, in_each_way
 from resnext_ignite.timing import in_turns, medians, timer
@@ -32,6 +34,7 @@ def measure_kernels(models: dict[str, tuple[int, int]], rounds: int = 3) -> dict
         ValueError: a way computes something else.
     """
     device = measured_device()
+    set_up_machine(device, deterministic=device.type == "cpu")
     arithmetic = Arithmetic(device, torch.bfloat16, channels_last=True)
     limits = measure_limits(device, "bf16")
     samples: dict[str, list[float]] = {}
@@ -76,20 +79,21 @@ def _measure_shape(
     noise = arithmetic.noise(images, channels, shape.size).to(arithmetic.dtype)
     passes: dict[str, Callable[[], float]] = {}
     for way, module in in_each_way(shape.module).items():
-        arithmetic.place(module.to(arithmetic.dtype))
-        for step, work in _passes(module, noise).items():
+        arithmetic.place(module)
+        for step, work in _passes(module, noise, arithmetic).items():
             passes[f"{way}|{step}"] = timer(arithmetic.device, work)
     taken = in_turns(passes, rounds, title)
     return {(name.split("|")[0], name.split("|")[1]): values for name, values in taken.items()}
 
 
-def _passes(module: GroupedConv2d, images: Tensor) -> dict[str, Callable[[], object]]:
+def _passes(module: GroupedConv2d, images: Tensor, arithmetic: Arithmetic) -> dict[str, Callable[[], object]]:
     images = images.detach().requires_grad_()
-    out = module(images)
+    with arithmetic.autocast():
+        out = module(images)
     gradient = gradient_for(out)
 
     def forward() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), arithmetic.autocast():
             module(images)
 
     return {
@@ -119,7 +123,10 @@ def check(shape: GroupedShape, arithmetic: Arithmetic, images: int = 2) -> dict[
 
     def results(module: GroupedConv2d, dtype: torch.dtype) -> list[Tensor]:
         inputs = noise.to(dtype).requires_grad_()
-        out = arithmetic.place(module.to(dtype))(inputs)
+        exact = dtype == torch.float64
+        module = module.double() if exact else module
+        with contextlib.nullcontext() if exact else arithmetic.autocast():
+            out = arithmetic.place(module)(inputs)
         return [out.detach(), *torch.autograd.grad(out, [inputs, module.weight], gradient_for(out))]
 
     modules = in_each_way(shape.module)

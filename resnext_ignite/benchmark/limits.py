@@ -23,13 +23,13 @@ class Limits:
     def training_s(self, cost: Cost, images: int) -> float:
         """The least time of forward and backward: the larger of the two bounds."""
         return images * max(
-            cost.training_flop / self.flop_per_s, cost.training_bytes(self.bytes_a_number) / self.bytes_per_s
+            cost.training_flop / self.flop_per_s, cost.least_training_bytes(self.bytes_a_number) / self.bytes_per_s
         )
 
     def forward_s(self, cost: Cost, images: int) -> float:
         """Of the forward pass alone."""
         return images * max(
-            cost.forward_flop / self.flop_per_s, cost.forward_bytes(self.bytes_a_number) / self.bytes_per_s
+            cost.forward_flop / self.flop_per_s, cost.least_forward_bytes(self.bytes_a_number) / self.bytes_per_s
         )
 
 

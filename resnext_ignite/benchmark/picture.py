@@ -19,7 +19,7 @@ _OURS, _THEIRS = "tab:blue", "0.65"
 def draw_benchmark(results: dict[str, Any]) -> Figure:
     """Medians with their whole spread, ours in colour; growth as lines, on logarithmic axes."""
     found = results["suites"]
-    bars = [name for name in _BARS if name in found]
+    bars = [name for name in found if name.partition(":")[0] in _BARS]
     tables = found.get("growth", {}).get("tables", {})
     heights = [0.32 * len(found[name]["samples"]) + 0.7 for name in bars] + [3.0] * bool(tables) or [0.1]
     figure = pyplot().figure(figsize=(9, sum(heights) + 0.6), layout="constrained")
@@ -27,7 +27,7 @@ def draw_benchmark(results: dict[str, Any]) -> Figure:
     machine = results["machine"]
     figure.suptitle(f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['date']}", fontsize=9)
     for row, name in zip(rows, bars, strict=False):
-        _draw_bars(row.subplots(), found[name], _BARS[name])
+        _draw_bars(row.subplots(), found[name], _BARS[name.partition(":")[0]])
     if tables:
         _draw_growth(rows[-1].subplots(1, len(tables), squeeze=False)[0], tables)
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import resource
 from collections.abc import Callable, Iterator, Mapping
@@ -10,12 +11,13 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
+log = logging.getLogger(__name__)
 Turn = Callable[[], float]
 _turn: Turn | None = None
 
 
 class Contender:
-    """One of them, which waits for its turn; called, it takes it, and gives what the turn gave.
+    """One of them, warm, which waits for its turn; called, it takes it, and gives what the turn gave.
 
     Args:
         make: prepares a turn in the process; to be pickled.
@@ -33,20 +35,40 @@ class Contender:
         return self._pool.submit(peak_bytes).result()
 
 
+class Contenders(dict[str, Contender]):
+    """By name; `failed` says of those that cannot take part why."""
+
+    failed: dict[str, str]
+
+
 @contextlib.contextmanager
-def in_processes(makers: Mapping[str, Callable[[], Turn]]) -> Iterator[dict[str, Contender]]:
-    """A process for each contender, until the block ends; what is made for it and what it is called stay its own."""
+def in_processes(makers: Mapping[str, Callable[[], Turn]]) -> Iterator[Contenders]:
+    """A process for each contender, until the block ends; what is made for it and what it is called stay its own.
+
+    One that fails at its first turn - a compiler is missing, the memory is full - takes no part.
+    """
     # Forked from a process that has torch loaded and has done nothing with it: a new one would need seconds to import.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["resnext_ignite.benchmark.setup", "resnext_ignite.benchmark.peers"])
+    contenders = Contenders()
+    contenders.failed = {}
     with contextlib.ExitStack() as stack:
-        pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for name in makers}
-        yield {name: Contender(pools[name], make) for name, make in makers.items()}
+        for name, make in makers.items():
+            pool = ProcessPoolExecutor(1, mp_context=context)
+            try:
+                contenders[name] = Contender(pool, make)
+                stack.callback(pool.shutdown)
+            except Exception as error:
+                pool.shutdown()
+                contenders.failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                log.warning(f"{name} takes no part: {contenders.failed[name]}")
+        yield contenders
 
 
 def _prepare(make: Callable[[], Turn]) -> None:
     global _turn
     _turn = make()
+    _turn()
 
 
 def _take_turn() -> float:

@@ -22,7 +22,7 @@ from resnext_ignite.models import build_model
 from resnext_ignite.optim import IterationLRScheduler, build_lr_scheduler, build_optimizer
 from resnext_ignite.replicas import wrap_for_ranks
 from resnext_ignite.timing import timed
-from resnext_ignite.tuning import Arithmetic
+from resnext_ignite.tuning import Arithmetic, grouped_conv_for
 
 
 def measured_device() -> torch.device:
@@ -61,13 +61,17 @@ class Training:
         return timed(self.device, update) / iterations
 
 
-def build_training(config_path: Path, overrides: Sequence[str], num_classes: int, local_rank: int = 0) -> Training:
+def build_training(
+    config_path: Path, overrides: Sequence[str], num_classes: int, local_rank: int = 0, image_size: int = 32
+) -> Training:
     """The model, optimizer and trainer of a config, with the handlers of each iteration: log point and schedule."""
     config = load_config(config_path, overrides)
     device, ranks = engines.resolve_device(config.train.device, local_rank), Ranks()
     precision = engines.resolve_precision(config.train.precision, device)
     config = with_values(config, {"model.num_classes": num_classes, "train.precision": precision})
     engines.set_up_machine(device, deterministic=device.type == "cpu")
+    if "auto" in config.train.grouped_conv:
+        config = with_values(config, {"train.grouped_conv": grouped_conv_for(config, image_size, device)})
     model = engines.place(build_model(config), device, channels_last=config.train.channels_last)
     optimizer = build_optimizer(config, model)
     lr_scheduler = build_lr_scheduler(config, optimizer, 1000)

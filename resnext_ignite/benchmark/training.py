@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -12,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor
 
 from resnext_ignite.benchmark.limits import measure_limits
 from resnext_ignite.benchmark.peers import (
@@ -25,14 +25,13 @@ from resnext_ignite.benchmark.peers import (
 )
 from resnext_ignite.benchmark.processes import Turn, in_processes
 from resnext_ignite.benchmark.setup import build_training, measured_device, prepare, random_batch
+from resnext_ignite.engines import resolve_precision
 from resnext_ignite.models import create_model
 from resnext_ignite.models.cost import cost_of
 from resnext_ignite.timing import in_turns, medians, timed
 
 OURS = "resnext_ignite"
 _SEED, _TORCHVISION, _AMP = "ResNeXt.pytorch's way", "torchvision's script, --amp", "bf16 channels_last"
-# How inductor is told to keep convolutions in NHWC; by itself it does not where they are grouped.
-_FORCED_LAYOUT = {"TORCHINDUCTOR_FORCE_LAYOUT_OPT": "1"}
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,16 @@ class Work:
         return [f"train.batch_size={self.batch_size}", "schedule.name=constant", "optimizer.lr=1e-4"]
 
 
-def train_here(work: Work, overrides: list[str], environment: Mapping[str, str]) -> Turn:
-    """Seconds an iteration of this trainer, with some config values and environment variables."""
-    os.environ.update(environment)
-    training = build_training(work.config_path, [*work.overrides(), *overrides], work.num_classes)
+def train_here(work: Work, overrides: list[str], forced_layout: bool = False) -> Turn:
+    """Seconds an iteration of this trainer, with some config values.
+
+    Args:
+        forced_layout: let inductor keep convolutions in NHWC, which by itself it does not where they are grouped.
+    """
+    inductor.force_layout_optimization = forced_layout
+    training = build_training(
+        work.config_path, [*work.overrides(), *overrides], work.num_classes, image_size=work.image_size
+    )
     config = training.config
     batch = random_batch(
         work.batch_size,
@@ -89,23 +94,24 @@ def train_there(work: Work, way: Callable[[str, int, torch.device], Peer], chann
 
 def contenders(work: Work, device: torch.device) -> dict[str, Callable[[], Turn]]:
     """All ways to train, by name; those of this trainer begin with its own."""
-    ours: dict[str, tuple[list[str], Mapping[str, str]]] = {
-        OURS: ([], {}),
-        f"{OURS}, compiled": (["train.compile=true"], {}),
+    makers: dict[str, Callable[[], Turn]] = {
+        OURS: partial(train_here, work, []),
+        f"{OURS}, compiled": partial(train_here, work, ["train.compile=true"]),
     }
     if device.type == "cuda":
-        ours |= {
-            f"{OURS}, grouped_conv=auto": (["train.grouped_conv=auto"], {}),
-            f"{OURS}, compiled, forced layout": (["train.compile=true"], _FORCED_LAYOUT),
-            f"{OURS}, compiled, CUDA graphs": (["train.compile=cuda_graphs"], {}),
+        makers |= {
+            f"{OURS}, grouped_conv=auto": partial(train_here, work, ["train.grouped_conv=auto"]),
+            f"{OURS}, compiled, forced layout": partial(train_here, work, ["train.compile=true"], True),
+            f"{OURS}, compiled, CUDA graphs": partial(train_here, work, ["train.compile=cuda_graphs"]),
         }
-    makers: dict[str, Callable[[], Turn]] = {
-        name: partial(train_here, work, overrides, environment) for name, (overrides, environment) in ours.items()
-    }
     makers[_SEED] = partial(train_there, work, seed_way, False)
     makers[_TORCHVISION] = partial(train_there, work, torchvision_way, False)
     torchvision_amp = partial(amp_way, torchvision_network)
     makers[f"torchvision's network, {_AMP}"] = partial(train_there, work, torchvision_amp, True)
+    if device.type == "cuda" or not has_timm():
+        # Somebody compiles: where timm does not, and where it takes seconds.
+        compiled_way = partial(amp_way, torchvision_network, compiled=True)
+        makers[f"torchvision's network, {_AMP}, compiled"] = partial(train_there, work, compiled_way, True)
     if has_timm():
         for suffix, compiled in (("", False), (", compiled", True)):
             way = partial(amp_way, timm_network, compiled=compiled)
@@ -117,23 +123,28 @@ def measure_training(work: Work, rounds: int = 5) -> dict[str, Any]:
     """Images/s of a model in this trainer and in the loops of other packages, all on one batch of noise."""
     device = measured_device()
     with in_processes(contenders(work, device)) as ways:
-        limits = measure_limits(device, "bf16")
-        seconds = in_turns(dict(ways), rounds, f"train, {work.model}")
+        limits = measure_limits(device, resolve_precision("auto", device))
+        seconds = in_turns(dict(ways), rounds, f"train, {work.model}", warm_up=False)
         peaks = {name: way.peak_bytes() for name, way in ways.items()}
     samples = {name: [work.batch_size / value for value in values] for name, values in seconds.items()}
     speeds = medians(samples)
     best = max(speed for name, speed in speeds.items() if name.startswith(OURS))
     least = limits.training_s(cost_of(create_model(work.model, work.num_classes), work.image_size), work.batch_size)
-    ratios = {
-        "train_vs_seed": best / speeds[_SEED],
-        "train_vs_torchvision": best / speeds[_TORCHVISION],
-        "train_vs_best_amp_peer": best / max(speed for name, speed in speeds.items() if _AMP in name),
-        "train_of_limit": best * least / work.batch_size,
+    peers = {
+        "train_vs_seed": [_SEED],
+        "train_vs_torchvision": [_TORCHVISION],
+        "train_vs_best_amp_peer": [name for name in speeds if _AMP in name],
+        "train_vs_timm": [name for name in speeds if name.startswith("timm")],
     }
-    timm = [speed for name, speed in speeds.items() if name.startswith("timm")]
-    if timm:
-        ratios["train_vs_timm"] = best / max(timm)
+    fastest = {
+        ratio: max((speeds[name] for name in names if name in speeds), default=0.0) for ratio, names in peers.items()
+    }
+    ratios = {ratio: best / speed for ratio, speed in fastest.items() if speed}
+    # Without a key of the config set, and against the best of all peers.
+    ratios["train_default_vs_best_amp_peer"] = speeds[OURS] / fastest["train_vs_best_amp_peer"]
+    ratios["train_of_limit"] = best * least / work.batch_size
     return {
+        "failed": ways.failed,
         "unit": "images/s",
         "model": work.model,
         "batch_size": work.batch_size,

@@ -19,11 +19,13 @@ class Cost:
     Args:
         forward_flop: operations of the forward pass; the backward's are twice as many.
         activations: numbers that the layers put out.
+        convolved: those of them that convolutions and the classifier do; all that fusing leaves.
         parameters: of the network, whatever the images.
     """
 
     forward_flop: int
     activations: int
+    convolved: int
     parameters: int
 
     @property
@@ -35,18 +37,23 @@ class Cost:
         """Bytes of activations that forward and backward move where every layer reads and writes memory."""
         return _PASSES_OVER_ACTIVATIONS * bytes_a_number * self.activations
 
-    def forward_bytes(self, bytes_a_number: int) -> int:
-        """Bytes of activations that a forward pass writes and reads."""
-        return 2 * bytes_a_number * self.activations
+    def least_training_bytes(self, bytes_a_number: int) -> int:
+        """As `training_bytes`, where everything between convolutions is fused with them."""
+        return _PASSES_OVER_ACTIVATIONS * bytes_a_number * self.convolved
+
+    def least_forward_bytes(self, bytes_a_number: int) -> int:
+        """Bytes that a forward pass writes and reads where all that can be is fused."""
+        return 2 * bytes_a_number * self.convolved
 
 
 def cost_of(model: nn.Module, image_size: int) -> Cost:
     """A network's cost at pictures of `image_size` pixels a side; takes it to the `meta` device, without weights."""
-    activations = 0
+    activations = convolved = 0
 
     def count(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        nonlocal activations
+        nonlocal activations, convolved
         activations += output.numel()
+        convolved += output.numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
 
     model = model.to("meta").eval()
     for module in model.modules():
@@ -55,4 +62,4 @@ def cost_of(model: nn.Module, image_size: int) -> Cost:
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, image_size, image_size, device="meta"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(counter.get_total_flops(), activations, parameters)
+    return Cost(counter.get_total_flops(), activations, convolved, parameters)

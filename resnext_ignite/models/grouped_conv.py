@@ -54,7 +54,10 @@ class GroupedConv2d(nn.Conv2d):
         apart = self.weight.view(self.groups // self.merge, self.merge, -1, 1, *self.weight.shape[1:])
         identity = torch.eye(self.merge, dtype=self.weight.dtype, device=self.weight.device)
         merged = apart * identity.view(1, self.merge, 1, self.merge, 1, 1, 1)
-        return merged.reshape(self.weight.shape[0], -1, *self.weight.shape[2:])
+        merged = merged.reshape(self.weight.shape[0], -1, *self.weight.shape[2:])
+        if self.weight.is_contiguous(memory_format=torch.channels_last):
+            return merged.contiguous(memory_format=torch.channels_last)
+        return merged
 
 
 def ways_for(groups: int, channels: int) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
@@ -36,15 +37,16 @@ class Inference:
         """Take over the weights and statistics that the network has now: call it before each evaluation."""
         self.model.eval()
         if self._folded is not None:
-            for mine, its in zip(self._folded.parameters(), fold_batch_norm(self.model).parameters(), strict=True):
-                mine.copy_(its)
+            # Into the same tensors, which may be compiled for.
+            self._folded.load_state_dict(fold_batch_norm(self.model).state_dict())
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> logits float32 (N, num_classes)."""
         if self._folded is None:
             with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                return self.model(images).float()
+                # Not by a call, which would compile a network that is compiled for training for these batches too.
+                return self.model.forward(images).float()
         network: Callable[[Tensor], Tensor] = self._folded
         if self._compiled is not None:
             self._compiled_size = self._compiled_size or len(images)
@@ -54,7 +56,11 @@ class Inference:
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy in eval mode in which each BatchNorm, by its running statistics, is part of the convolution before it."""
+    """A copy in eval mode in which each BatchNorm, by its running statistics, is part of the convolution before it.
+
+    Raises:
+        ValueError: there is a BatchNorm without one.
+    """
     model = copy.deepcopy(model).eval()
     for parent in list(model.modules()):
         children = dict(parent.named_children())
@@ -62,7 +68,10 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
             # bn1 follows conv1, as in the blocks; of a shortcut's Sequential 1 follows 0.
             before = name.replace("bn", "conv") if name.startswith("bn") else "0"
             convolution = children.get(before)
-            if isinstance(norm, nn.BatchNorm2d) and isinstance(convolution, nn.Conv2d):
+            if isinstance(norm, _BatchNorm) and isinstance(convolution, nn.Conv2d):
                 setattr(parent, before, fuse_conv_bn_eval(convolution, norm))
                 setattr(parent, name, nn.Identity())
+    left = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    if left:
+        raise ValueError(f"{left[0]}: no convolution before it to fold it into")
     return model
