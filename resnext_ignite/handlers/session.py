@@ -19,6 +19,7 @@ from resnext_ignite.handlers.loggers import StatusFile
 from resnext_ignite.handlers.training import WeightAverage
 from resnext_ignite.optim import IterationLRScheduler
 from resnext_ignite.run_folder import ENDED, OpenRun, Record
+from resnext_ignite.signals import orphaned
 
 log = logging.getLogger(__name__)
 _REASONS = {
@@ -125,16 +126,18 @@ class AttachedRun:
     def _finish(self, whole: bool, started_at: int) -> Record | None:
         state = self.parts.trainer.state
         if self.stop.reason >= StopReason.SIGNAL and not whole:
-            # None leaves before rank 0 has saved: as saved they would all report what may have failed.
-            self.state.ranks.from_rank_zero(lambda: None)
+            # None leaves before rank 0 has saved: as saved they would all report what may have failed. By then it also
+            # shows whether the signal came of the death of what started a rank, whose threads die one by one.
+            if any(self.state.ranks.gather(orphaned())):
+                self.stop.decide(StopReason.ORPHANED)
             if self.stop.reason == StopReason.ORPHANED:
-                orphaned = OrphanedError(
+                error = OrphanedError(
                     f"what started the ranks of a machine is gone: saved at iteration {state.iteration}; "
                     "continue with --resume"
                 )
                 # Agreed on; the others need not be told, who might end rank 0 while it saves.
-                orphaned.quiet = self.state.ranks.rank != 0
-                raise orphaned
+                error.quiet = self.state.ranks.rank != 0
+                raise error
             name = self.stop.signal_name
             if state.iteration == started_at == 0:
                 raise PreemptedError(f"stopped by {name} before there was anything to save; start again with --resume")
