@@ -90,7 +90,7 @@ def parts() -> dict[str, Callable[[], dict[str, Any]]]:
         "eval": lambda: measure_evaluation(work, rounds),
         "startup": lambda: measure_startup(_SMALL),
         "checkpoint": lambda: measure_checkpoint({_LARGE: large, _SMALL: 128}),
-        "ranks": lambda: measure_ranks({_LARGE: large, _SMALL: 128}, rounds=rounds),
+        "ranks": lambda: measure_ranks({_LARGE: large if gpu else 16, _SMALL: 128}, rounds, iterations if gpu else 1),
         "kernels": lambda: measure_kernels(kernels),
         "growth": lambda: measure_growth(_SMALL),
     }
