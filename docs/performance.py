@@ -19,7 +19,7 @@ MODELS = {
     "resnext101_64x4d": (224, 1000, 64),
 }
 # bf16 products/s and bytes/s: two cores of the CPU of the page's figures, as it measured them; an H200, as sustained.
-RATES = {"CPU": (419e9, 20e9), "H200": (790e12, 4.3e12)}
+RATES = {"CPU": (412e9, 37e9), "H200": (790e12, 4.3e12)}
 
 
 def floors(cost: Cost, flop_per_s: float, bytes_per_s: float) -> tuple[float, float]:
@@ -38,7 +38,7 @@ def table() -> str:
         cells = [f"`{name}`, {size}", f"{cost.training_flop / 1e9:.3g}", f"{cost.least_training_bytes(2) / 1e6:.3g}"]
         for rates in RATES.values():
             seconds = floors(cost, *rates)
-            shown = [f"{1 / bound:,.0f}" if bound < 0.1 else f"{1 / bound:.1f}" for bound in seconds]
+            shown = [f"{1 / bound:,.0f}" if bound < 0.01 else f"{1 / bound:.1f}" for bound in seconds]
             cells += [f"**{text}**" if s == max(seconds) else text for text, s in zip(shown, seconds, strict=True)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -18,7 +18,7 @@ from resnext_ignite.benchmark import __main__ as benchmark
 from resnext_ignite.benchmark import checkpoints, data, evaluation, growth, kernels, peers, startup, training
 from resnext_ignite.benchmark.limits import Limits
 from resnext_ignite.benchmark.picture import draw_benchmark
-from resnext_ignite.benchmark.processes import in_processes
+from resnext_ignite.benchmark.processes import in_processes, peak_bytes
 from resnext_ignite.benchmark.training import Work
 from resnext_ignite.errors import ConfigError
 from resnext_ignite.models import create_model
@@ -148,6 +148,10 @@ def test_each_contender_has_a_process_of_its_own_and_its_error_is_told() -> None
     with in_processes({"a": partial(_turn_of, 1.5), "b": partial(_turn_of, 2.5)}) as contenders:
         assert [contenders[name]() for name in ("a", "b", "a")] == [1.5, 2.5, 1.5]
         assert all(contender.peak_bytes() > 1e6 for contender in contenders.values())
+    # Each its own memory: 2e8 bytes that this process had are none of theirs.
+    held = bytearray(b"x" * 200_000_000)
+    with in_processes({"a": partial(_turn_of, 1.5)}) as contenders:
+        assert contenders["a"].peak_bytes() < peak_bytes() - len(held) // 2
     with in_processes({"a": partial(_turn_of, 1.5), "broken": _broken}) as contenders:
         assert list(contenders) == ["a"]
         assert contenders.failed == {"broken": "ValueError: cannot be built"}

@@ -185,6 +185,12 @@ def test_the_slurm_script_queues_again_what_was_preempted(tmp_path: Path, code: 
     assert not requeued or (tmp_path / "scontrol").read_text() == "requeue 7\n"
 
 
+def test_the_page_on_performance_holds_the_floors() -> None:
+    table = runpy.run_path(str(ROOT / "docs/performance.py"))["table"]()
+    assert "`cifar_resnext29_8x64d`, 32 | 32.3 |" in table
+    assert table in (ROOT / "docs/performance.md").read_text()
+
+
 def test_the_page_on_scaling_holds_what_its_script_computes() -> None:
     tables = runpy.run_path(str(ROOT / "docs/scaling.py"))["tables"](0.4)
     assert tables.count("\n| 1024 |") == 2

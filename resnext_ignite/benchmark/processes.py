@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
-import resource
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import torch
 
@@ -80,4 +80,6 @@ def peak_bytes() -> int:
     """The most memory that this process had at once, on the GPU where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's, which for a spawned process begins with what its parent had.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1])
