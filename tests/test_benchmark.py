@@ -155,6 +155,9 @@ def test_each_contender_has_a_process_of_its_own_and_its_error_is_told() -> None
     with in_processes({"a": partial(_turn_of, 1.5), "broken": _broken}) as contenders:
         assert list(contenders) == ["a"]
         assert contenders.failed == {"broken": "ValueError: cannot be built"}
+    refused = pytest.raises(RuntimeError, match=r"no contender can take part: .*cannot be built")
+    with refused, in_processes({"broken": _broken}):
+        pass
 
 
 def fake(name: str, calls: list[str]) -> Any:

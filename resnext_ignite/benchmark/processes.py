@@ -46,6 +46,9 @@ def in_processes(makers: Mapping[str, Callable[[], Turn]]) -> Iterator[Contender
     """A process for each contender, until the block ends; what is made for it and what it is called stay its own.
 
     One that fails at its first turn - a compiler is missing, the memory is full - takes no part.
+
+    Raises:
+        RuntimeError: none is left.
     """
     # Forked from a process that has torch loaded and has done nothing with it: a new one would need seconds to import.
     context = multiprocessing.get_context("forkserver")
@@ -62,6 +65,8 @@ def in_processes(makers: Mapping[str, Callable[[], Turn]]) -> Iterator[Contender
                 pool.shutdown()
                 contenders.failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 log.warning(f"{name} takes no part: {contenders.failed[name]}")
+        if not contenders:
+            raise RuntimeError(f"no contender can take part: {contenders.failed}")
         yield contenders
 
 
