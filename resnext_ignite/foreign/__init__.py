@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnext_ignite.data import cifar, imagefolder
 from resnext_ignite.errors import CheckpointError
 from resnext_ignite.foreign.fit import Network, fitted, recognise
 from resnext_ignite.foreign.keys import (
@@ -27,7 +28,6 @@ from resnext_ignite.foreign.keys import (
 )
 
 Statistics = tuple[float, float, float]
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Source:
 
 SOURCES = {
     # train.py there: the same statistics for CIFAR-10 and CIFAR-100.
-    "seed": Source(SEED, (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
+    "seed": Source(SEED, cifar.MEAN, cifar.STD),
     # cifar.py there: ResNeXt.pytorch's network and names, in a dictionary, with other statistics.
     "pytorch-classification": Source(SEED, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     # conf/global_settings.py there.
@@ -60,9 +60,9 @@ SOURCES = {
         (0.2673342859, 0.2564384629, 0.2761504713),
         adapt=spread_first_convolutions,
     ),
-    "torchvision": Source(TORCHVISION, _IMAGENET_MEAN, _IMAGENET_STD, is_imagenet=True),
+    "torchvision": Source(TORCHVISION, imagefolder.MEAN, imagefolder.STD, is_imagenet=True),
     # The tv_, fb_ssl_ and fb_swsl_ weights too.
-    "timm": Source(TORCHVISION, _IMAGENET_MEAN, _IMAGENET_STD, is_imagenet=True),
+    "timm": Source(TORCHVISION, imagefolder.MEAN, imagefolder.STD, is_imagenet=True),
 }
 TARGETS = {"torchvision": TORCHVISION, "timm": TORCHVISION, "seed": SEED}
 
