@@ -5,9 +5,7 @@ What a run puts into the file is `handlers/checkpointing.py`'s; when it is writt
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import re
 import zipfile
 import zlib
@@ -20,32 +18,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from resnext_ignite.config import Config, config_of
-from resnext_ignite.errors import CheckpointError, DamagedError
+from resnext_ignite.errors import CheckpointError, DamagedError, ForeignFileError
 from resnext_ignite.models import build_model
-from resnext_ignite.storage import replace_durably
+from resnext_ignite.storage import HashingFile, replace_durably, sha256_of
 
 log = logging.getLogger(__name__)
 FORMAT = "resnext_ignite/1"
 _ITERATION_FILE = re.compile(r"iteration_(\d{8,})\.pt")
-
-
-class _HashingFile:
-    """A file that keeps the sha256 of all that is written to it, and the error that ended the writing."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.hash = file, hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:
-        self.hash.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def checksum_path(path: Path) -> Path:
@@ -65,7 +44,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     def write(file: IO[bytes]) -> None:
         nonlocal digest
-        hashing = _HashingFile(file)
+        hashing = HashingFile(file)
         try:
             torch.save({"format": FORMAT, **state}, hashing)  # type: ignore[arg-type]
         except RuntimeError as error:
@@ -74,7 +53,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         digest = hashing.hash.hexdigest()
 
     def check(temporary: Path) -> None:
-        found = _sha256(temporary, from_disk=True)
+        found = sha256_of(temporary, from_disk=True)
         if found != digest:
             raise CheckpointError(f"{path}: read back with sha256 {found}, not {digest}; the storage is failing")
         # Until the rename, the sum of the file that is replaced stays good as well.
@@ -103,14 +82,6 @@ def _read_sums(path: Path) -> list[str]:
     return [line.split()[0] for line in lines if line.strip()]
 
 
-def _sha256(path: Path, *, from_disk: bool = False) -> str:
-    with path.open("rb") as file:
-        if from_disk:
-            # Else the system answers from its memory what the disk was told to keep; it is a request, not an order.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def verify_checkpoint(path: Path) -> None:
     """Check a file against the checksum beside it; without one, against its archive's CRCs.
 
@@ -120,26 +91,38 @@ def verify_checkpoint(path: Path) -> None:
     """
     try:
         if checksum_path(path).exists():
-            expected, found = _read_sums(path), _sha256(path)
+            expected, found = _read_sums(path), sha256_of(path)
             if found not in expected:
                 raise DamagedError(f"{path}: damaged: its sha256 is {found}, not {' or '.join(expected) or 'known'}")
             return
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise DamagedError(f"{path}: damaged: the CRC of its record {damaged} is wrong")
+        verify_archive(path)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
+
+
+def verify_archive(path: Path) -> None:
+    """Check a file that torch.save wrote against the CRCs in it, which torch.load does not.
+
+    Raises:
+        DamagedError: one is wrong.
+        ForeignFileError: it is no such archive, or a part of one.
+        OSError: it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError):
         # A damaged directory makes zipfile raise any of these.
-        raise DamagedError(f"{path}: damaged, or not a checkpoint") from None
+        raise ForeignFileError(f"{path}: damaged, or not a checkpoint") from None
+    if damaged is not None:
+        raise DamagedError(f"{path}: damaged: the CRC of its record {damaged} is wrong")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The verified content of a checkpoint, on the CPU.
 
     Raises:
-        DamagedError: it is damaged, or not a checkpoint of this project.
+        DamagedError: it is damaged, or (ForeignFileError) not a checkpoint of this project.
         CheckpointError: it cannot be read, or is of another version's format.
     """
     verify_checkpoint(path)
@@ -150,10 +133,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         # Whatever a hostile or foreign file makes torch say, it is refused in one line.
         reason = " ".join(str(error).split())[:120]
-        raise DamagedError(f"{path}: not a checkpoint of this project ({reason})") from None
+        raise ForeignFileError(f"{path}: not a checkpoint of this project ({reason})") from None
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if found != FORMAT:
-        kind = CheckpointError if str(found).startswith(FORMAT.partition("/")[0]) else DamagedError
+        kind = CheckpointError if str(found).startswith(FORMAT.partition("/")[0]) else ForeignFileError
         raise kind(f"{path}: its format is {found!r}, not {FORMAT!r}")
     return state
 
@@ -290,7 +273,11 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
         CheckpointError: no usable checkpoint.
     """
     file = find_checkpoint(Path(path))
-    state = load_checkpoint(file)
+    return model_of(load_checkpoint(file), file)
+
+
+def model_of(state: dict[str, Any], file: Path) -> tuple[nn.Module, ModelMetadata]:
+    """`load_model` of a checkpoint's content; `file` is named in errors."""
     config = config_of_checkpoint(file, state)
     model = build_model(config)
     try:

@@ -7,68 +7,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from resnext_ignite.errors import ConfigError, run_command
-
-if TYPE_CHECKING:
-    from resnext_ignite.foreign import ForeignModel
 
 # Of resnext_ignite.foreign, which needs torch.
 _SOURCES = ("auto", "seed", "pytorch-classification", "pytorch-cifar100", "torchvision", "timm")
 _TARGETS = ("ours", "torchvision", "timm", "seed")
-
-
-def checkpoint_of(model: ForeignModel) -> dict[str, Any]:
-    """A checkpoint of this project: weights, config, classes and normalisation; nothing to resume from."""
-    from resnext_ignite.config import config_of
-
-    classes, data = classes_of(model)
-    config = config_of(
-        {
-            "model": {
-                "name": model.network.name,
-                "num_classes": model.network.num_classes,
-                "stem_channels": model.network.stem_channels,
-            },
-            "data": {
-                "name": data,
-                "image_size": 224 if model.is_imagenet else 32,
-                "mean": list(model.mean),
-                "std": list(model.std),
-                "eval_crop": 0.875 if model.is_imagenet else 1.0,
-            },
-            "augment": {"crop_padding": 0} if model.is_imagenet else {},
-        }
-    )
-    return {
-        "config": config.model_dump(mode="json"),
-        "model": model.weights,
-        "ema": None,
-        "classes": list(classes),
-        "mean": list(model.mean),
-        "std": list(model.std),
-        "image_size": config.data.image_size,
-        "selection": "test",
-        "trainer": {"iteration": 0},
-        "errors": {"last": None, "best": None},
-        "source": model.source,
-    }
-
-
-def classes_of(model: ForeignModel) -> tuple[tuple[str, ...], str]:
-    """The names of a model's classes, as far as their number tells them, and the data set that has them."""
-    from resnext_ignite.data.cifar import CLASSES
-
-    count = model.network.num_classes
-    if model.is_imagenet and count == 1000:
-        from torchvision.models import ResNeXt50_32X4D_Weights
-
-        return tuple(ResNeXt50_32X4D_Weights.IMAGENET1K_V1.meta["categories"]), "imagefolder"
-    for data, names in CLASSES.items():
-        if not model.is_imagenet and count == len(names):
-            return names, data
-    return tuple(str(number) for number in range(count)), "imagefolder"
 
 
 def convert(checkpoint: Path, output: Path, source: str, target: str) -> str:
@@ -80,7 +24,7 @@ def convert(checkpoint: Path, output: Path, source: str, target: str) -> str:
     import torch
 
     from resnext_ignite.checkpoint import load_model, save_checkpoint
-    from resnext_ignite.foreign import read_foreign, renamed_for
+    from resnext_ignite.foreign import checkpoint_of, read_foreign, renamed_for
     from resnext_ignite.storage import replace_durably
 
     if target == "ours":

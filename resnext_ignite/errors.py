@@ -44,6 +44,10 @@ class DamagedError(CheckpointError):
     """A file that is no checkpoint, or no longer the one that was written."""
 
 
+class ForeignFileError(DamagedError):
+    """A file that no save of this project's left so: another system's, or a part of one of ours."""
+
+
 class NonFiniteError(ResnextError):
     """A loss or gradient that is not finite."""
 

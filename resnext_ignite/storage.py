@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -60,6 +61,36 @@ def append_durably(path: Path, line: str) -> None:
         os.fsync(file.fileno())
     if new:
         _sync_folder(path.parent)
+
+
+class HashingFile:
+    """A file that keeps the sha256 of all that is written to it, and the error that ended the writing."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.hash = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write and hash; keeps what fails."""
+        self.hash.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """As the file's own."""
+        self.file.flush()
+
+
+def sha256_of(path: Path, *, from_disk: bool = False) -> str:
+    """Of a file, in hexadecimal; `from_disk`: past what the system holds in memory, as far as it grants that."""
+    with path.open("rb") as file:
+        if from_disk:
+            # Else the system answers from its memory what the disk was told to keep; it is a request, not an order.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

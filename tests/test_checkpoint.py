@@ -42,7 +42,7 @@ def test_a_state_comes_back(tmp_path: Path) -> None:
     assert torch.equal(loaded["model"]["w"], STATE["model"]["w"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "a.pt.sha256"]
     # In sha256sum's own format.
-    assert checksum_path(path).read_text() == f"{checkpoint._sha256(path)}  a.pt\n"
+    assert checksum_path(path).read_text() == f"{checkpoint.sha256_of(path)}  a.pt\n"
 
 
 @pytest.mark.parametrize("with_sum", [True, False])
@@ -131,7 +131,7 @@ def test_a_crash_between_checksum_and_rename_leaves_the_old_file_good(
 
 
 def test_storage_that_lies_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_sha256", lambda path, **options: "0" * 64)
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda path, **options: "0" * 64)
     with pytest.raises(CheckpointError, match="the storage is failing"):
         save_checkpoint(tmp_path / "a.pt", STATE)
     assert not list(tmp_path.iterdir())

@@ -71,7 +71,7 @@ class Steps:
 
     def install(self) -> None:
         """Hook the functions through which storage is changed."""
-        fsync, rename, unlink, write = os.fsync, Path.replace, Path.unlink, checkpoint._HashingFile.write
+        fsync, rename, unlink, write = os.fsync, Path.replace, Path.unlink, checkpoint.HashingFile.write
 
         def noted_fsync(descriptor: int) -> None:
             name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
@@ -90,7 +90,7 @@ class Steps:
             unlink(path, missing_ok=missing_ok)
             self(f"after unlink {path.name}")
 
-        def noted_write(file: checkpoint._HashingFile, data: Any) -> int:
+        def noted_write(file: checkpoint.HashingFile, data: Any) -> int:
             half = len(data) // 2
             # Once a file, in the middle of its first tensor.
             if half < 256 or hasattr(file, "noted"):
@@ -105,7 +105,7 @@ class Steps:
             (os, "fsync", noted_fsync),
             (Path, "replace", noted_rename),
             (Path, "unlink", noted_unlink),
-            (checkpoint._HashingFile, "write", noted_write),
+            (checkpoint.HashingFile, "write", noted_write),
         ):
             setattr(owner, name, noted)
 

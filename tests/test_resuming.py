@@ -206,14 +206,14 @@ def test_a_file_that_cannot_be_read_today_is_passed_over_and_left(
     folder = tmp_path / "run"
     assert Command(folder, *OFTEN, patch=lambda: at_iteration(6, die)).wait().code == DIED
     newest, before = iteration_checkpoints(folder / "checkpoints")
-    read = checkpoint._sha256
+    read = checkpoint.sha256_of
 
     def failing(path: Path, **options: bool) -> str:
         if path == newest:
             raise OSError(5, "Input/output error")
         return read(path, **options)
 
-    monkeypatch.setattr(checkpoint, "_sha256", failing)
+    monkeypatch.setattr(checkpoint, "sha256_of", failing)
     caplog.set_level("WARNING")
     point = checkpoint.newest_resume_point(folder / "checkpoints")
     assert point is not None

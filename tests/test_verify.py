@@ -162,7 +162,7 @@ def test_a_hostile_file_is_not_run(
         torch.save({"format": checkpoint.FORMAT, "model": Payload(sentinel)}, path)
     checksum_path(path).unlink()
     if with_sum:
-        checkpoint._write_sums(path, [checkpoint._sha256(path)])
+        checkpoint._write_sums(path, [checkpoint.sha256_of(path)])
     (found,), error = report_of(capsys, run)
     assert not found["checkpoints"][0]["ok"]
     assert found["resumes_from"] == str(run / "checkpoints" / OLDER)
@@ -261,18 +261,18 @@ def test_a_file_that_is_replaced_meanwhile_is_checked_again(
 ) -> None:
     """Between the reading of its checksum and of its bytes `best.pt` is saved anew."""
     best = run / "checkpoints/best.pt"
-    state, real = load_checkpoint(best), checkpoint._sha256
+    state, real = load_checkpoint(best), checkpoint.sha256_of
 
     def late(path: Path) -> str:
         if path == best:
-            monkeypatch.setattr(checkpoint, "_sha256", real)
+            monkeypatch.setattr(checkpoint, "sha256_of", real)
             save_checkpoint(best, {**state, "generators": []})
         return real(path)
 
-    monkeypatch.setattr(checkpoint, "_sha256", late)
+    monkeypatch.setattr(checkpoint, "sha256_of", late)
     (found,), error = report_of(capsys, run)
     assert error == ""
-    assert checkpoint._sha256 is real
+    assert checkpoint.sha256_of is real
     assert all(file["ok"] for file in found["checkpoints"])
 
 

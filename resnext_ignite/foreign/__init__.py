@@ -1,86 +1,40 @@
 """Checkpoints that other systems wrote: recognised, renamed, fitted to a network; and written back for them.
 
-Reading is `read_foreign`, writing `renamed_for`. What a file holds is verified before it is believed: nothing in it is
-run, and a weight that does not fit is named.
+Reading is `read_foreign`, writing `renamed_for`; `open_model` takes any file, ours or theirs. What a file holds is
+verified before it is believed: nothing in it is run, and a weight that does not fit is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from resnext_ignite.data import cifar, imagefolder
-from resnext_ignite.errors import CheckpointError
-from resnext_ignite.foreign.fit import Network, fitted, recognise
-from resnext_ignite.foreign.keys import (
-    PYTORCH_CIFAR100,
-    SEED,
-    TORCHVISION,
-    Naming,
-    Weights,
-    spread_first_convolutions,
-    without_prefixes,
-)
+from resnext_ignite.checkpoint import ModelMetadata, find_checkpoint, load_model, model_of, verify_archive
+from resnext_ignite.errors import CheckpointError, ForeignFileError
+from resnext_ignite.foreign.adopted import checkpoint_of
+from resnext_ignite.foreign.fit import fitted, recognise
+from resnext_ignite.foreign.keys import PYTORCH_CIFAR100, SEED, TORCHVISION, without_prefixes
+from resnext_ignite.foreign.sources import SOURCES, TARGETS, ForeignModel
 
-Statistics = tuple[float, float, float]
+__all__ = ["SOURCES", "TARGETS", "ForeignModel", "checkpoint_of", "open_model", "read_foreign", "renamed_for"]
 
 
-@dataclass(frozen=True)
-class Source:
-    """A system whose checkpoints are read.
+def open_model(path: Path) -> tuple[nn.Module, ModelMetadata]:
+    """As `load_model`, of a file that another system wrote, too.
 
-    Args:
-        naming: of its weights.
-        mean, std: by which it normalised pictures, 0 to 1.
-        is_imagenet: trained on pictures of 224 pixels.
-        adapt: makes of renamed weights, in place, those of this project's network.
+    Raises:
+        CheckpointError: it can be used as neither.
     """
-
-    naming: Naming
-    mean: Statistics
-    std: Statistics
-    is_imagenet: bool = False
-    adapt: Callable[[Weights], None] = lambda weights: None
-
-
-SOURCES = {
-    # train.py there: the same statistics for CIFAR-10 and CIFAR-100.
-    "seed": Source(SEED, cifar.MEAN, cifar.STD),
-    # cifar.py there: ResNeXt.pytorch's network and names, in a dictionary, with other statistics.
-    "pytorch-classification": Source(SEED, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    # conf/global_settings.py there.
-    "pytorch-cifar100": Source(
-        PYTORCH_CIFAR100,
-        (0.5070751592, 0.4865488733, 0.4409178434),
-        (0.2673342859, 0.2564384629, 0.2761504713),
-        adapt=spread_first_convolutions,
-    ),
-    "torchvision": Source(TORCHVISION, imagefolder.MEAN, imagefolder.STD, is_imagenet=True),
-    # The tv_, fb_ssl_ and fb_swsl_ weights too.
-    "timm": Source(TORCHVISION, imagefolder.MEAN, imagefolder.STD, is_imagenet=True),
-}
-TARGETS = {"torchvision": TORCHVISION, "timm": TORCHVISION, "seed": SEED}
-
-
-@dataclass(frozen=True)
-class ForeignModel:
-    """What was read: the weights under this project's names, their network, and how pictures were normalised."""
-
-    source: str
-    network: Network
-    weights: dict[str, Tensor]
-    mean: Statistics
-    std: Statistics
-
-    @property
-    def is_imagenet(self) -> bool:
-        """Whether it was trained on pictures of 224 pixels."""
-        return SOURCES[self.source].is_imagenet
+    try:
+        return load_model(path)
+    except ForeignFileError:
+        file = find_checkpoint(path)
+        return model_of(checkpoint_of(read_foreign(file)), file)
 
 
 def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
@@ -119,10 +73,12 @@ def load_tensors(file: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(file)
+        if zipfile.is_zipfile(file):
+            verify_archive(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror or error}") from None
-    except MemoryError:
+    except (MemoryError, CheckpointError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:120]

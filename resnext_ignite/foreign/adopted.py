@@ -1,0 +1,59 @@
+"""What another system's model is as a checkpoint of this project."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchvision.models import ResNeXt50_32X4D_Weights
+
+from resnext_ignite.config import config_of
+from resnext_ignite.data.cifar import CLASSES
+from resnext_ignite.foreign.sources import ForeignModel
+
+
+def checkpoint_of(model: ForeignModel) -> dict[str, Any]:
+    """A checkpoint of this project: weights, config, classes and normalisation; nothing to resume from."""
+    classes, data = classes_of(model)
+    config = config_of(
+        {
+            "model": {
+                "name": model.network.name,
+                "num_classes": model.network.num_classes,
+                "stem_channels": model.network.stem_channels,
+            },
+            "data": {
+                "name": data,
+                "image_size": 224 if model.is_imagenet else 32,
+                "mean": list(model.mean),
+                "std": list(model.std),
+                "eval_crop": 0.875 if model.is_imagenet else 1.0,
+            },
+            "augment": {"crop_padding": 0} if model.is_imagenet else {},
+            # As the other system computed its published figures.
+            "train": {"precision": "fp32"},
+        }
+    )
+    return {
+        "config": config.model_dump(mode="json"),
+        "model": model.weights,
+        "ema": None,
+        "classes": list(classes),
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "image_size": config.data.image_size,
+        "selection": "test",
+        "trainer": {"iteration": 0},
+        "errors": {"last": None, "best": None},
+        "source": model.source,
+    }
+
+
+def classes_of(model: ForeignModel) -> tuple[tuple[str, ...], str]:
+    """The names of a model's classes, as far as their number tells them, and the data set that has them."""
+    count = model.network.num_classes
+    if model.is_imagenet and count == 1000:
+        return tuple(ResNeXt50_32X4D_Weights.IMAGENET1K_V1.meta["categories"]), "imagefolder"
+    for data, names in CLASSES.items():
+        if not model.is_imagenet and count == len(names):
+            return names, data
+    return tuple(str(number) for number in range(count)), "imagefolder"
