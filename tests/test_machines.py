@@ -248,8 +248,8 @@ def test_what_a_restart_does_not_cure_is_repeated_on_no_machine(
     assert [code for code, _ in ends] == [1, 1], ends
     for _, log in ends:
         assert f"not started again by torchrun: {line}" in log
-    # torchrun's own summary: that of another machine may miss the store of the first, which has ended before it.
-    assert f"exitcode  : {code} " in ends[0][1]
+    # torchrun's own summary, on the machine that ends first: the other may find the store gone, or the rendezvous closed.
+    assert any(f"exitcode  : {code} " in log for _, log in ends), ends
     assert ends[0][1].count("epoch 1/3 iteration 1 ") == 1
     # Only contact with the one whose data is bad was lost by rank 0.
     assert RunFolder(folder).read_status()["exit_code"] == (8 if code == 3 else code)
