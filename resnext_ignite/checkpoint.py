@@ -252,7 +252,8 @@ def find_checkpoint(path: Path) -> Path:
 class ModelMetadata:
     """What goes with the weights: enough to feed the model and to name its answers.
 
-    `errors` holds the run's records of its last and best evaluation; `config` is the resolved config.
+    `errors` holds the run's records of its last and best evaluation; `config` is the resolved config; `source` is the
+    system that another's weights are from, None for a run's own.
     """
 
     classes: tuple[str, ...]
@@ -262,6 +263,7 @@ class ModelMetadata:
     iteration: int
     errors: dict[str, Any]
     config: Config
+    source: str | None = None
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
@@ -292,5 +294,6 @@ def model_of(state: dict[str, Any], file: Path) -> tuple[nn.Module, ModelMetadat
         iteration=state["trainer"]["iteration"],
         errors=state["errors"],
         config=config,
+        source=state.get("source"),
     )
     return model.eval(), metadata

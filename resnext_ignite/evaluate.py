@@ -1,17 +1,29 @@
 """Count a checkpoint's errors on a split: `python -m resnext_ignite.evaluate --checkpoint RUN [--json]`.
 
-With the run's own config, so that on the run's machine the figures are the run's own, to the last digit.
+With the run's own config, so that on the run's machine the figures are the run's own, to the last digit. Another
+system's checkpoint is evaluated as well, as far as `convert` reads it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resnext_ignite.errors import CheckpointError, ConfigError, run_command
 
+if TYPE_CHECKING:
+    import torch
+
+    from resnext_ignite.config import Config
+    from resnext_ignite.data import Data
+    from resnext_ignite.data.loaders import CropsLoader, EvalLoader
+    from resnext_ignite.distributed import Ranks
+
+log = logging.getLogger(__name__)
 _ALLOWED = (
     "data.",
     "evaluation.batch_size",
@@ -20,11 +32,20 @@ _ALLOWED = (
     "train.precision",
     "train.channels_last",
 )
-_JSON_KEYS = ("images", "correct", "correct_top5", "top1_error", "top5_error", "loss")
+_JSON_KEYS = ("images", "correct", "correct_top5", "top1_error", "top5_error", "loss", "calibration_error")
+_MISTAKES = 32
+_VIEWS = {"one": "", "flip": " with mirror images", "ten-crop": " with ten crops"}
+_PICTURES = {"confusion": "confusion matrix", "mistakes": "worst mistakes", "calibration": "calibration"}
 
 
-def evaluate(checkpoint: Path, split: str, overrides: list[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The counts of ClassificationCounts for a checkpoint file or run folder, and the names of the classes.
+def evaluate(
+    checkpoint: Path, split: str, overrides: list[str], *, views: str = "one", keep_mistakes: int = 0
+) -> tuple[dict[str, Any], Data]:
+    """The figures of ClassificationCounts and Calibration for a checkpoint file or run folder, and the data.
+
+    Args:
+        views: "one" as the run evaluates; "flip" or "ten-crop": the mean of the logits of mirror images, of ten crops.
+        keep_mistakes: worst mistakes that are listed.
 
     Raises:
         ResnextError: no usable checkpoint or data, or an override that would evaluate another model.
@@ -32,37 +53,71 @@ def evaluate(checkpoint: Path, split: str, overrides: list[str]) -> tuple[dict[s
     import torch
 
     from resnext_ignite import engines
-    from resnext_ignite.checkpoint import load_model
     from resnext_ignite.config import with_values
     from resnext_ignite.config_files import override_config
-    from resnext_ignite.data import build_eval_loader, load_data
+    from resnext_ignite.data import load_data
     from resnext_ignite.distributed import Ranks
+    from resnext_ignite.foreign import open_model
     from resnext_ignite.handlers.loggers import set_up_console
+    from resnext_ignite.metrics import Calibration
+    from resnext_ignite.models.inference import MeanOverViews
     from resnext_ignite.tuning import inference_for
 
     set_up_console()
     refused = [override for override in overrides if not override.startswith(_ALLOWED)]
     if refused:
         raise ConfigError(f"{refused[0]}: an evaluation takes {', '.join(_ALLOWED)} only")
-    model, metadata = load_model(checkpoint)
+    model, metadata = open_model(checkpoint)
     config = metadata.config
     if config.train.device == "cuda" and not torch.cuda.is_available():
         config = with_values(config, {"train.device": "cpu"})
     # Whatever the run did while training: an evaluation leaves no picture out.
-    config = with_values(override_config(config, overrides), {"data.on_error": "fail"})
+    config = with_values(override_config(config, overrides), {"data.on_error": "fail", "logging.images": keep_mistakes})
+    if views == "ten-crop":
+        # In memory a picture is its centre only.
+        config = with_values(config, {"data.in_memory": False})
     device, ranks = engines.resolve_device(config.train.device, 0), Ranks()
     engines.set_up_machine(device, deterministic=bool(config.train.deterministic))
     data = load_data(config, ranks, (split,))
-    if data.classes != metadata.classes:
-        raise CheckpointError(
-            f"{checkpoint}: knows the classes {_shortened(metadata.classes)}, the data has {_shortened(data.classes)}"
-        )
-    loader = build_eval_loader(config, data, split, device, ranks)
+    _check_classes(checkpoint, metadata.classes, data.classes, foreign=metadata.source is not None)
+    loader = _loader(config, data, split, device, ranks, views)
     model = engines.place(model, device, channels_last=config.train.channels_last)
+    if views != "one":
+        model = MeanOverViews(model, flip=True)
     if config.evaluation.inference == "auto":
         config = with_values(config, {"evaluation.inference": inference_for(config, model, data, split, device)})
     evaluator = engines.build_evaluator(config, model, device, ranks)
-    return evaluator.run(loader).metrics, metadata.classes
+    Calibration(ranks, device).attach(evaluator, "calibration")
+    return evaluator.run(loader).metrics, data
+
+
+def _check_classes(checkpoint: Path, own: tuple[str, ...], found: tuple[str, ...], *, foreign: bool) -> None:
+    if own == found:
+        return
+    if foreign and len(own) == len(found):
+        # Its file names none; what ImageNet's folders are called is not what its classes are called.
+        log.info(f"the {len(own)} classes of {checkpoint} are taken to be the data's, in their order")
+        return
+    raise CheckpointError(f"{checkpoint}: knows the classes {_shortened(own)}, the data has {_shortened(found)}")
+
+
+def _loader(
+    config: Config, data: Data, split: str, device: torch.device, ranks: Ranks, views: str
+) -> EvalLoader | CropsLoader:
+    from resnext_ignite.data import build_eval_loader
+    from resnext_ignite.data.decoding import FIVE_CROPS
+    from resnext_ignite.data.imagefolder import ImageFiles
+    from resnext_ignite.data.loaders import CropsLoader
+
+    if views != "ten-crop":
+        return build_eval_loader(config, data, split, device, ranks)
+    files = data.splits.get(split)
+    if not isinstance(files, ImageFiles) or files.crop_share == 1:
+        raise ConfigError(
+            "--views ten-crop: the data leaves no room for crops; it takes a folder and data.eval_crop < 1"
+        )
+    crops = [replace(data, splits={split: replace(files, anchor=anchor)}) for anchor in FIVE_CROPS]
+    return CropsLoader([build_eval_loader(config, crop, split, device, ranks) for crop in crops])
 
 
 def _shortened(names: tuple[str, ...]) -> str:
@@ -83,6 +138,22 @@ def per_class_table(confusion: Any, classes: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def draw(pictures: dict[str, Path], metrics: dict[str, Any], data: Data, split: str) -> None:
+    """Draw what is asked for, by name."""
+    if not pictures:
+        return
+    from resnext_ignite.handlers.pictures import mistakes_with_captions
+    from resnext_ignite.pictures import draw_calibration, draw_confusion, draw_sheet, save_figure
+
+    if "confusion" in pictures:
+        save_figure(draw_confusion(metrics["confusion"], data.classes), pictures["confusion"])
+    if "mistakes" in pictures:
+        images, captions = mistakes_with_captions(metrics["mistakes"], data.splits[split], data.classes)
+        save_figure(draw_sheet(images, captions), pictures["mistakes"])
+    if "calibration" in pictures:
+        save_figure(draw_calibration(metrics["calibration_bins"]), pictures["calibration"])
+
+
 def main(arguments: list[str]) -> int:
     """The command; raises ResnextError for what a user can mend."""
     parser = argparse.ArgumentParser(
@@ -92,26 +163,42 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--checkpoint", required=True, metavar="FILE|RUN", help="checkpoint file or run folder")
     parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="default: test")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument(
+        "--views",
+        choices=("one", "flip", "ten-crop"),
+        default="one",
+        help="average over mirror images, or over ten crops; such figures are not the run's (default: one)",
+    )
     parser.add_argument("--confusion", metavar="FILE.png", help="draw the confusion matrix")
+    parser.add_argument("--mistakes", metavar="FILE.png", help=f"draw the worst mistakes, at most {_MISTAKES}")
+    parser.add_argument("--calibration", metavar="FILE.png", help="draw accuracy over confidence")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config values, as data.root=FOLDER")
     parsed = parser.parse_intermixed_args(arguments)
-    metrics, classes = evaluate(Path(parsed.checkpoint), parsed.split, parsed.overrides)
-    if parsed.confusion:
-        from resnext_ignite.pictures import draw_confusion, save_figure
-
-        save_figure(draw_confusion(metrics["confusion"], classes), Path(parsed.confusion))
+    pictures = {
+        name: Path(getattr(parsed, name)) for name in ("confusion", "mistakes", "calibration") if vars(parsed)[name]
+    }
+    metrics, data = evaluate(
+        Path(parsed.checkpoint),
+        parsed.split,
+        parsed.overrides,
+        views=parsed.views,
+        keep_mistakes=_MISTAKES if parsed.mistakes else 0,
+    )
+    draw(pictures, metrics, data, parsed.split)
     figures = {key: metrics[key] for key in _JSON_KEYS}
     if parsed.json:
-        print(json.dumps({"checkpoint": parsed.checkpoint, "split": parsed.split, **figures}))
+        views = {} if parsed.views == "one" else {"views": parsed.views}
+        print(json.dumps({"checkpoint": parsed.checkpoint, "split": parsed.split, **views, **figures}))
         return 0
     wrong = metrics["images"] - metrics["correct"]
-    print(per_class_table(metrics["confusion"], classes))
-    print(f"{parsed.split}: {metrics['images']} images, {wrong} wrong")
+    print(per_class_table(metrics["confusion"], data.classes))
+    print(f"{parsed.split}{_VIEWS[parsed.views]}: {metrics['images']} images, {wrong} wrong")
     print(f"top-1 error {metrics['top1_error']:.2f} %")
     print(f"top-5 error {metrics['top5_error']:.2f} %")
     print(f"loss {metrics['loss']:.4f}")
-    if parsed.confusion:
-        print(f"confusion matrix: {parsed.confusion}")
+    print(f"expected calibration error {metrics['calibration_error']:.2f} %")
+    for name, path in pictures.items():
+        print(f"{_PICTURES[name]}: {path}")
     return 0
 
 

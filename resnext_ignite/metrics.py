@@ -116,3 +116,43 @@ class ClassificationCounts(Metric):
                 if loss >= 0
             ],
         }
+
+
+class Calibration(Metric):
+    """How far a model's confidence is from its accuracy, reduced once over all ranks.
+
+    `compute` gives a dict: calibration_error, the expected calibration error in percent over equally wide bins of
+    confidence (Guo et al., arXiv:1706.04599, equation 3), and calibration_bins, float64 (bins, 3): images, how many of
+    them are right, and the sum of the confidences.
+    """
+
+    BINS = 15
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self.ranks = ranks
+        super().__init__(device=device)
+
+    def reset(self) -> None:
+        """Forget everything counted."""
+        self._bins = torch.zeros(self.BINS, 3, dtype=torch.float64, device=self._device)
+
+    def update(self, output: tuple[Tensor, Batch]) -> None:
+        """Count logits float32 (n, C) against their batch."""
+        logits, batch = output
+        confidence, predicted = logits.double().softmax(1).max(1)
+        # (0, 1/15], (1/15, 2/15], ...
+        bins = (confidence * self.BINS).ceil().long().clamp(1, self.BINS) - 1
+        values = torch.stack([torch.ones_like(confidence), (predicted == batch.labels).double(), confidence], dim=1)
+        # A product, since adding by index is in no fixed order on a GPU: (bins, n) @ (n, 3).
+        self._bins += F.one_hot(bins, self.BINS).double().T @ values
+
+    def compute(self) -> dict[str, Any]:
+        """The figures over all ranks; waits for the device."""
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(self._bins)
+        bins = self._bins.cpu()
+        images, right, confidence = bins.unbind(1)
+        return {
+            "calibration_error": 100 * float((right - confidence).abs().sum() / images.sum()),
+            "calibration_bins": bins,
+        }

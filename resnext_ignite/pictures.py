@@ -104,6 +104,34 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
     return figure
 
 
+def draw_calibration(bins: Tensor) -> Figure:
+    """Accuracy over confidence, from Calibration's bins (B, 3), and how many images have which confidence."""
+    images, right, confidence = bins.numpy().T
+    count = len(images)
+    figure, (top, bottom) = pyplot().subplots(
+        2, 1, figsize=(5, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    seen = images > 0
+    accuracy, mean_confidence = (sums[seen] / images[seen] for sums in (right, confidence))
+    centres, width = (np.arange(count) + 0.5) / count, 0.92 / count
+    top.bar(centres[seen], accuracy, width=width, label="accuracy")
+    top.plot(mean_confidence, accuracy, "o", color="black", markersize=3, label="at the mean confidence")
+    top.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1, label="calibrated")
+    error = 100 * np.abs(right - confidence).sum() / images.sum()
+    top.set_title(f"expected calibration error {error:.2f} %")
+    top.set_ylabel("accuracy")
+    top.set_ylim(0, 1.03)
+    top.legend(fontsize=8)
+    bottom.bar(centres, images / images.sum(), width=width)
+    bottom.set_ylabel("share of images")
+    bottom.set_xlabel("confidence")
+    bottom.set_xlim(0, 1)
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    return figure
+
+
 def draw_sheet(images: Tensor, captions: Sequence[str] = (), columns: int = 8) -> Figure:
     """Pictures uint8 (N, H, W, 3) in rows, each under its caption."""
     rows = max(1, -(-len(images) // columns))

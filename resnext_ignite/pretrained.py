@@ -1,4 +1,4 @@
-"""Weights to start a model from: another run's, or torchvision's by name."""
+"""Weights to start a model from: another run's, another system's, or torchvision's by name."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import nn
 
 from resnext_ignite.checkpoint import find_checkpoint, load_checkpoint
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.errors import CheckpointError
+from resnext_ignite.errors import CheckpointError, ForeignFileError
+from resnext_ignite.foreign import read_foreign
 
 
 def load_pretrained(model: nn.Module, source: str, ranks: Ranks | None = None) -> None:
-    """Start a model from the weights of a checkpoint file or run, or of torchvision's `source`; keys must fit.
+    """Start a model from the weights of a run, of a file, ours or another system's, or of torchvision's `source`.
 
-    A classifier of another shape is left as initialised. What must be downloaded is downloaded once a machine.
+    Keys must fit. A classifier of another shape is left as initialised. What must be downloaded is downloaded once a
+    machine.
 
     Raises:
         CheckpointError: no such weights, or weights of another architecture.
@@ -42,7 +44,11 @@ def _download(source: str) -> None:
 
 def _pretrained_weights(source: str) -> dict[str, Any]:
     if Path(source).exists():
-        state = load_checkpoint(find_checkpoint(Path(source)))
+        file = find_checkpoint(Path(source))
+        try:
+            state = load_checkpoint(file)
+        except ForeignFileError:
+            return read_foreign(file).weights
         return dict(state["ema"] or state["model"])
     import torchvision
 

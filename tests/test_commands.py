@@ -24,7 +24,7 @@ from resnext_ignite.errors import (
 )
 from resnext_ignite.run_folder import RunFolder
 
-COMMANDS = ("train", "evaluate", "report", "verify", "convert", "benchmark")
+COMMANDS = ("train", "evaluate", "predict", "report", "verify", "convert", "benchmark")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -86,7 +86,7 @@ def test_evaluate_repeats_the_runs_figures(finished_run: Path, capsys: pytest.Ca
     last = RunFolder(finished_run).read_metrics()[-1]
     assert evaluate.main(["--checkpoint", str(finished_run), "--json"]) == 0
     counted = json.loads(capsys.readouterr().out)
-    counts = {"images", "correct", "correct_top5", "top1_error", "top5_error", "loss"}
+    counts = {"images", "correct", "correct_top5", "top1_error", "top5_error", "loss", "calibration_error"}
     assert set(counted) == {"checkpoint", "split"} | counts
     for key in ("images", "correct", "top1_error", "top5_error", "loss"):
         assert counted[key] == last[key]

@@ -19,14 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnext_ignite import convert
+from resnext_ignite import convert, evaluate, predict
 from resnext_ignite.benchmark.peers import has_timm
 from resnext_ignite.checkpoint import load_checkpoint, load_model
+from resnext_ignite.config import with_values
+from resnext_ignite.data import build_eval_loader
 from resnext_ignite.data.cifar import CLASSES
+from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import CheckpointError, ConfigError
-from resnext_ignite.foreign import SOURCES, TARGETS, read_foreign
+from resnext_ignite.foreign import SOURCES, TARGETS, open_model, read_foreign
 from resnext_ignite.foreign.keys import SEED, TORCHVISION
 from resnext_ignite.models import create_model
+from resnext_ignite.pretrained import load_pretrained
 
 
 class SeedBlock(nn.Module):
@@ -252,6 +256,39 @@ def test_names_that_another_system_has_not_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"layer4\.0\.conv1\.weight: seed has no such weight"):
         convert.main(["--checkpoint", str(ours), "--output", str(tmp_path / "x"), "--to", "seed"])
     assert not (tmp_path / "x").exists()
+
+
+def test_another_systems_file_is_used_as_it_is(
+    tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluated, asked and trained from, without a conversion; in fp32, with the names that the folders give."""
+    torch.manual_seed(0)
+    model = living(torchvision.models.resnext50_32x4d(num_classes=2))
+    file = tmp_path / "theirs.pth"
+    torch.save(model.state_dict(), file)
+    data = [f"data.root={picture_folder}", "data.image_size=64"]
+    metrics, found = evaluate.evaluate(file, "test", data)
+    assert found.classes == ("dark", "light")
+    loader = build_eval_loader(
+        with_values(open_model(file)[1].config, {"data.root": str(picture_folder), "data.image_size": 64}),
+        found,
+        "test",
+        torch.device("cpu"),
+        Ranks(),
+    )
+    with torch.no_grad():
+        right = sum(int((model(batch.images).argmax(1) == batch.labels).sum()) for batch in loader)
+    assert (metrics["images"], metrics["correct"]) == (12, right)
+    with pytest.raises(CheckpointError, match="knows the classes 0, 1, the data has disk, ring"):
+        evaluate.evaluate(file, "test", ["data.name=shapes"])
+
+    assert predict.main(["--checkpoint", str(file), str(picture_folder / "test/dark/00.png")]) == 0
+    assert capsys.readouterr().out.count(" % ") == 2
+
+    start = create_model("cifar_resnext20_4x16d", 10)
+    torch.save(living(SeedNetwork(10)).state_dict(), tmp_path / "model.pytorch")
+    load_pretrained(start, str(tmp_path / "model.pytorch"))
+    assert torch.equal(start.fc.weight, torch.load(tmp_path / "model.pytorch")["classifier.weight"])
 
 
 def seed_weights() -> dict[str, Any]:

@@ -20,7 +20,8 @@ from PIL import Image
 from resnext_ignite.config import Config, with_values
 from resnext_ignite.data import build_eval_loader, build_loaders, build_train_loader, load_data, shapes
 from resnext_ignite.data.augment import Augment
-from resnext_ignite.data.imagefolder import ImageFiles, center_crop, find_images, random_box
+from resnext_ignite.data.decoding import random_box, square_crop
+from resnext_ignite.data.imagefolder import ImageFiles, find_images
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.loaders import EvalLoader, TrainLoader
 from resnext_ignite.data.sampling import TrainOrder, uniform
@@ -221,16 +222,6 @@ def test_pictures_of_the_asked_size_are_kept_in_memory(tmp_path: Path) -> None:
         load_data(folder_config(tmp_path, **{"data.val_size": 1}), Ranks())
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
-def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    folder = tmp_path / "train" / "a"
-    folder.mkdir(parents=True)
-    Image.new(mode, (8, 8)).save(folder / ("x.jpg" if mode == "CMYK" else "x.png"))
-    paths, labels, _ = find_images(tmp_path, "train")
-    files = ImageFiles(paths, labels, torch.arange(1), 8)
-    assert files.load(torch.tensor([0])).shape == (1, 8, 8, 3)
-
-
 def break_file(path: Path, kind: str) -> None:
     content = path.read_bytes()
     path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "noise": b"\x00\x01" * 200}[kind])
@@ -391,7 +382,7 @@ def test_boxes_that_never_fit_fall_back_to_the_centre() -> None:
 
 def test_the_central_crop_keeps_its_share() -> None:
     image = Image.fromarray(np.arange(100, dtype=np.uint8).repeat(3).reshape(1, 100, 3).repeat(50, axis=0))
-    out = center_crop(image, 25, 0.5)
+    out = square_crop(image, 25, 0.5)
     # Of 100x50 the central 25x25: columns 37.5 to 62.5, of which the first pixel averages 37 and 38.
     assert out.shape == (25, 25, 3)
     assert abs(int(out[0, 0, 0]) - 38) <= 1

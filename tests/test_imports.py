@@ -10,9 +10,9 @@ import resnext_ignite
 ROOT = Path(resnext_ignite.__file__).parent
 # From the top: a module may import from its own level (but commands from each other never) and from those below.
 LEVELS = [
-    {"train", "evaluate", "report", "verify", "convert", "benchmark"},
-    {"handlers", "foreign"},
-    {"run_folder", "pictures", "pretrained"},
+    {"train", "evaluate", "predict", "report", "verify", "convert", "benchmark"},
+    {"handlers"},
+    {"run_folder", "pictures", "pretrained", "foreign"},
     {"checkpoint"},
     {"tuning"},
     {"engines"},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -162,6 +162,54 @@ class EvalLoader:
             images = self.augment.plain(pictures.to(self.device, non_blocking=True))
             labels, indices = (part[positions].to(self.device) for part in (self.split.labels, self.split.indices))
             yield Batch(images, labels, indices)
+
+
+class CropsLoader:
+    """Batches of an evaluation in which each image is several crops of itself: float32 (n, crops, 3, H, W).
+
+    Args:
+        loaders: one a crop, of the same images in the same order.
+    """
+
+    def __init__(self, loaders: Sequence[EvalLoader]) -> None:
+        self.loaders = loaders
+
+    def __len__(self) -> int:
+        return len(self.loaders[0])
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Raises as EvalLoader's."""
+        for batches in zip(*self.loaders, strict=True):
+            yield replace(batches[0], images=torch.stack([batch.images for batch in batches], dim=1))
+
+
+class PictureLoader:
+    """Pictures that are not a data set, as an evaluation sees them: images, positions, and why some are unreadable.
+
+    It yields float32 (n, 3, H, W), int64 (n,), and a reason for each position of a picture that could not be read, in
+    whose place stands the mean colour.
+
+    Args:
+        files: their labels are not looked at.
+        augment: gives the normalisation.
+        device: where batches are made.
+        batch_size: images at once.
+        workers: processes that decode.
+    """
+
+    def __init__(
+        self, files: ImageFiles, augment: Augment, device: torch.device, *, batch_size: int, workers: int = 0
+    ) -> None:
+        self.files, self.augment, self.device = files, augment, device
+        self.batch_size, self.workers = batch_size, workers
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
+        """Raises DataError for a dead worker."""
+        decoder = _Decoder(self.files, fill=whole_color(self.augment.mean))
+        batches = ((0, part) for part in torch.arange(len(self.files)).split(self.batch_size))
+        for pictures, _, positions, unreadable in _decoded(decoder, batches, self.workers, self.device):
+            images = self.augment.plain(pictures.to(self.device, non_blocking=True))
+            yield images, positions, {int(positions[place]): reason for place, reason in unreadable.items()}
 
 
 # Pictures uint8 (n, size, size, 3), epoch, positions int64 (n,), and by place in the batch why some are unreadable.

@@ -75,3 +75,29 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     if left:
         raise ValueError(f"{left[0]}: no convolution before it to fold it into")
     return model
+
+
+class MeanOverViews(nn.Module):
+    """The mean of a network's logits over several views of each image.
+
+    Of logits, as facebookresearch/ResNeXt averages its ten crops.
+
+    Args:
+        model: (N, 3, H, W) -> (N, num_classes).
+        flip: take each view's mirror image, too.
+    """
+
+    def __init__(self, model: nn.Module, *, flip: bool) -> None:
+        super().__init__()
+        self.model, self.flip = model, flip
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W), or (N, views, 3, H, W) -> logits (N, num_classes)."""
+        count, *_, height, width = images.shape
+        # (N, views, 3, H, W) -> (N * views, 3, H, W), a pixel's values together as the weights are.
+        views = images.reshape(-1, 3, height, width).contiguous(memory_format=torch.channels_last)
+        logits = self.model(views)
+        if self.flip:
+            logits = (logits + self.model(views.flip(-1))) / 2
+        # (N * views, C) -> (N, views, C) -> (N, C)
+        return logits.view(count, -1, logits.shape[1]).mean(1)
