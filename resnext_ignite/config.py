@@ -54,6 +54,8 @@ class Config(Section):
                 f"train.compile: cuda_graphs keeps no gradient from one of {accumulate} micro-batches to the next; "
                 "set it to true, or train.accumulate to 1"
             )
+        if self.train.freeze != "none" and self.model.pretrained is None:
+            raise ValueError(f"train.freeze: {self.train.freeze} keeps random weights; set model.pretrained, or none")
         if ghost and self.train.sync_bn:
             raise ValueError("train.sync_bn: and train.ghost_batch exclude each other; set one of them to 0 or false")
         if self.augment.random_resized_crop and self.data.name != "imagefolder":

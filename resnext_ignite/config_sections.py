@@ -35,8 +35,9 @@ class ModelConfig(Section):
     stem_channels: Annotated[int, Field(ge=1, le=1024)] = 64
     """Channels after the stem (64 as published; smaller for small machines); all stages scale with it."""
     pretrained: str | None = None
-    """Weights to start from: a checkpoint file of this project, or a torchvision weights name
-    (`ResNeXt50_32X4D_Weights.IMAGENET1K_V2`); a classifier for other classes is left as initialised."""
+    """Weights to start from: a checkpoint or run of this project, another system's file that `convert` reads, or
+    torchvision's for this network (`torchvision:IMAGENET1K_V2`); a classifier for other classes is left as
+    initialised."""
     zero_init_residual: bool = False
     """Start the last BatchNorm of each block at zero, so that every block begins as the identity."""
 
@@ -86,7 +87,8 @@ class DataConfig(Section):
     max_skipped: Annotated[int, Field(ge=0)] = 100
     """Pictures an epoch that may be skipped; one more ends the run (exit 3)."""
     mean: PerChannel | None = None
-    """Mean of red, green and blue, 0 to 1; null: the data set's published one (ImageNet's for a folder)."""
+    """Mean of red, green and blue, 0 to 1; null: that of `model.pretrained`, else the data set's published one
+    (ImageNet's for a folder)."""
     std: tuple[Positive, Positive, Positive] | None = None
     """Standard deviation of red, green and blue, on the same scale."""
 
@@ -117,6 +119,8 @@ class OptimizerConfig(Section):
     """Stochastic gradient descent with momentum."""
     lr: Annotated[float, Field(gt=0, le=100)] = 0.1
     """Learning rate at factor 1 of the schedule, for the whole `train.batch_size`."""
+    backbone_lr_factor: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Learning rate of all but the classifier, over `optimizer.lr`: below 1 to keep more of what was learned before."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum."""
     nesterov: bool = True
@@ -157,6 +161,8 @@ class TrainConfig(Section):
     """Images an update, over all ranks and micro-batches; an epoch's incomplete last batch is dropped."""
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Micro-batches an update."""
+    freeze: Literal["none", "stem", "backbone"] = "none"
+    """What keeps the weights and BatchNorm statistics of `model.pretrained`: the stem, or all but the classifier."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

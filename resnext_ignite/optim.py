@@ -61,7 +61,7 @@ class IterationLRScheduler(ParamScheduler):
     with more epochs, has the rate of its iteration whatever was saved.
 
     Args:
-        optimizer: all of whose groups get the rate.
+        optimizer: each of its groups gets the rate, times its `lr_factor` where it has one.
         lr: learning rate at factor 1.
         factor: of the iteration, counted from 0.
     """
@@ -76,28 +76,44 @@ class IterationLRScheduler(ParamScheduler):
             self.event_index = engine.state.iteration - 1
         super().__call__(engine, name)
 
-    def get_param(self) -> float:
-        """The rate of the iteration at hand."""
-        return self.rate_at(self.event_index + 1)
+    def get_param(self) -> list[float]:
+        """The rates of the groups at the iteration at hand."""
+        rate = self.rate_at(self.event_index + 1)
+        return [rate * group.get("lr_factor", 1.0) for group in self.optimizer_param_groups]
 
     def rate_at(self, iteration: int) -> float:
         """The rate of an iteration, counted from 1."""
         return self.lr * self.factor(iteration - 1)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, *, decay_norm_and_bias: bool) -> list[dict[str, Any]]:
-    """Parameters with and without decay; norms and biases are the ones with a single dimension."""
-    if decay_norm_and_bias:
-        return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
-    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, decay_norm_and_bias: bool, backbone_lr_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameters that are trained, by what they have in common: decay, and `lr_factor` where it is not 1.
+
+    Norms and biases are the ones with a single dimension, the backbone all but `fc`.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = weight_decay if decay_norm_and_bias or parameter.ndim > 1 else 0.0
+            factor = 1.0 if name.startswith("fc.") else backbone_lr_factor
+            groups.setdefault((decay, factor), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, **({} if factor == 1 else {"lr_factor": factor})}
+        for (decay, factor), parameters in groups.items()
+    ]
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a config over a model's parameters."""
     optimizer = config.optimizer
-    groups = parameter_groups(model, optimizer.weight_decay, decay_norm_and_bias=optimizer.decay_norm_and_bias)
+    groups = parameter_groups(
+        model,
+        optimizer.weight_decay,
+        decay_norm_and_bias=optimizer.decay_norm_and_bias,
+        backbone_lr_factor=optimizer.backbone_lr_factor,
+    )
     return torch.optim.SGD(
         groups, lr=optimizer.lr, momentum=optimizer.momentum, nesterov=optimizer.nesterov, fused=True
     )

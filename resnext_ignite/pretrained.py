@@ -1,4 +1,4 @@
-"""Weights to start a model from: another run's, another system's, or torchvision's by name."""
+"""Weights to start a model from: another run's, another system's, or torchvision's; and how they saw pictures."""
 
 from __future__ import annotations
 
@@ -9,23 +9,31 @@ import torch
 from torch import nn
 
 from resnext_ignite.checkpoint import find_checkpoint, load_checkpoint
+from resnext_ignite.config import Config, with_values
+from resnext_ignite.data import imagefolder
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import CheckpointError, ForeignFileError
-from resnext_ignite.foreign import read_foreign
+from resnext_ignite.foreign import checkpoint_of, read_foreign
+
+_TORCHVISION = "torchvision:"
 
 
-def load_pretrained(model: nn.Module, source: str, ranks: Ranks | None = None) -> None:
-    """Start a model from the weights of a run, of a file, ours or another system's, or of torchvision's `source`.
+def load_pretrained(model: nn.Module, name: str, source: str, ranks: Ranks | None = None) -> None:
+    """Start a model, called `name`, from the weights that `source` stands for (`model.pretrained`); keys must fit.
 
-    Keys must fit. A classifier of another shape is left as initialised. What must be downloaded is downloaded once a
-    machine.
+    A classifier of another shape is left as initialised. What must be downloaded is downloaded once a machine.
 
     Raises:
         CheckpointError: no such weights, or weights of another architecture.
     """
-    if not Path(source).exists():
-        (ranks or Ranks()).first_on_node(lambda: _download(source))
-    state = _pretrained_weights(source)
+    if source.startswith(_TORCHVISION):
+        state: dict[str, Any] = {}
+        # Each rank reads what the first one on its machine has downloaded.
+        (ranks or Ranks()).first_on_node(lambda: state.update(_torchvision_weights(name, source)))
+        state = state or _torchvision_weights(name, source)
+    else:
+        checkpoint = _checkpoint(source)
+        state = dict(checkpoint["ema"] or checkpoint["model"])
     own = model.state_dict()
     for key in ("fc.weight", "fc.bias"):
         if key in state and state[key].shape != own[key].shape:
@@ -38,27 +46,46 @@ def load_pretrained(model: nn.Module, source: str, ranks: Ranks | None = None) -
         ) from None
 
 
-def _download(source: str) -> None:
-    _pretrained_weights(source)
+def with_normalisation(config: Config) -> Config:
+    """The config with the normalisation of the weights that it starts from, where it names none itself.
+
+    Raises:
+        CheckpointError: no such weights.
+    """
+    source = config.model.pretrained
+    if source is None or config.data.mean is not None:
+        return config
+    moments: dict[str, Any] = {"mean": imagefolder.MEAN, "std": imagefolder.STD}
+    if not source.startswith(_TORCHVISION):
+        moments = _checkpoint(source)
+    return with_values(config, {"data.mean": list(moments["mean"]), "data.std": list(moments["std"])})
 
 
-def _pretrained_weights(source: str) -> dict[str, Any]:
-    if Path(source).exists():
-        file = find_checkpoint(Path(source))
-        try:
-            state = load_checkpoint(file)
-        except ForeignFileError:
-            return read_foreign(file).weights
-        return dict(state["ema"] or state["model"])
+def _checkpoint(source: str) -> dict[str, Any]:
+    if not Path(source).exists():
+        raise CheckpointError(
+            f"model.pretrained: '{source}' is no file or run folder, and torchvision's weights are named as "
+            f"{_TORCHVISION}IMAGENET1K_V2"
+        )
+    file = find_checkpoint(Path(source))
+    try:
+        return load_checkpoint(file)
+    except ForeignFileError:
+        return checkpoint_of(read_foreign(file))
+
+
+def _torchvision_weights(name: str, source: str) -> dict[str, Any]:
     import torchvision
 
     try:
-        weights = torchvision.models.get_weight(source)
-    except (ValueError, KeyError):
-        raise CheckpointError(
-            f"model.pretrained: '{source}' is neither a file nor the name of torchvision weights "
-            "(ResNeXt50_32X4D_Weights.IMAGENET1K_V2)"
-        ) from None
+        known = torchvision.models.get_model_weights(name)
+    except ValueError:
+        raise CheckpointError(f"model.pretrained: {source}: torchvision has no {name}") from None
+    try:
+        weights = known[source.removeprefix(_TORCHVISION)]
+    except KeyError:
+        names = " or ".join(_TORCHVISION + weights.name for weights in known)
+        raise CheckpointError(f"model.pretrained: {source}: torchvision's weights of {name} are {names}") from None
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
         # A file that lies there already is not hashed again: whatever it is, it must not be run.

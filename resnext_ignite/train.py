@@ -42,7 +42,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     from resnext_ignite.handlers.loggers import describe, set_up_console
     from resnext_ignite.models import build_model
     from resnext_ignite.optim import build_lr_scheduler, build_optimizer
-    from resnext_ignite.pretrained import load_pretrained
+    from resnext_ignite.pretrained import load_pretrained, with_normalisation
     from resnext_ignite.rank_failures import failures_named
     from resnext_ignite.replicas import settle_buckets, wrap_for_ranks
     from resnext_ignite.run_folder import open_run
@@ -55,7 +55,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     with stop_on_signals(stop) as begin, run_folder as opened, failures_named(ranks):
         log.info(f"{ranks.placement()}, {config.train.batch_size // ranks.world_size} images each an iteration")
         device = engines.resolve_device(opened.config.train.device, local_rank)
-        loaders = build_loaders(opened.config, device, ranks)
+        loaders = build_loaders(with_normalisation(opened.config), device, ranks)
         opened.check_data(loaders.data.contents)
         config = settle(opened.config, loaders.data, device)
         engines.set_up_machine(device, deterministic=bool(config.train.deterministic))
@@ -63,7 +63,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
         torch.manual_seed(config.seed)
         model = engines.place(build_model(config), device, channels_last=config.train.channels_last)
         if config.model.pretrained and opened.state is None:
-            load_pretrained(model, config.model.pretrained, ranks)
+            load_pretrained(model, config.model.name, config.model.pretrained, ranks)
         average = build_average(config, model)
         optimizer = build_optimizer(config, model)
         lr_scheduler = build_lr_scheduler(config, optimizer, len(loaders.train))

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from conftest import Payload
 
 from resnext_ignite import checkpoint
@@ -28,8 +27,6 @@ from resnext_ignite.checkpoint import (
     verify_checkpoint,
 )
 from resnext_ignite.errors import CheckpointError
-from resnext_ignite.models import create_model
-from resnext_ignite.pretrained import load_pretrained
 from resnext_ignite.storage import replace_durably
 
 STATE: dict[str, Any] = {"model": {"w": torch.arange(200.0)}, "config": {"seed": 1}}
@@ -221,22 +218,6 @@ def test_a_model_comes_out_of_its_file_alone(finished_run: Path, tmp_path: Path)
     assert not any(key.startswith(("module.", "_orig_mod.")) for key in state["model"])
 
 
-def test_pretrained_weights_start_a_model(finished_run: Path) -> None:
-    weights = load_checkpoint(finished_run / "checkpoints/final.pt")["model"]
-    same = create_model("cifar_resnext11_2x8d", 10, stem_channels=8)
-    load_pretrained(same, str(finished_run))
-    assert all(torch.equal(value, weights[key]) for key, value in same.state_dict().items())
-    fewer = create_model("cifar_resnext11_2x8d", 3, stem_channels=8)
-    classifier = fewer.fc.weight.detach().clone()
-    load_pretrained(fewer, str(finished_run))
-    assert torch.equal(fewer.fc.weight, classifier)
-    assert torch.equal(fewer.conv1.weight, weights["conv1.weight"])
-    with pytest.raises(CheckpointError, match="does not fit"):
-        load_pretrained(create_model("cifar_resnext11_2x16d", 10, stem_channels=8), str(finished_run))
-    with pytest.raises(CheckpointError, match="neither a file nor the name"):
-        load_pretrained(same, "ResNeXt999")
-
-
 def test_a_durable_replacement_is_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "status.json"
 
@@ -252,28 +233,3 @@ def test_a_durable_replacement_is_whole_or_absent(tmp_path: Path) -> None:
         replace_durably(path, half)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
-
-
-def test_torchvisions_weights_are_loaded_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    name, model = "ResNeXt50_32X4D_Weights.IMAGENET1K_V2", create_model("resnext50_32x4d", 10)
-    cached = tmp_path / "hub/checkpoints/resnext50_32x4d-1a0047aa.pth"
-    monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(CheckpointError) as caught:
-        load_pretrained(model, name)
-    line = f"model.pretrained: {name}: {cached} is not there, and cannot be downloaded (no network); put it there"
-    assert str(caught.value) == line
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    sentinel = tmp_path / "payload ran"
-    for content in (pickle.dumps(Payload(sentinel)), b"nonsense"):
-        cached.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"is no file of weights .*; remove it"):
-            load_pretrained(model, name)
-    torch.save({"conv1.weight": Payload(sentinel)}, cached)
-    with pytest.raises(CheckpointError, match=r"is no file of weights"):
-        load_pretrained(model, name)
-    assert not sentinel.exists()
-    torch.save(torchvision.models.resnext50_32x4d(num_classes=1000).state_dict(), cached)
-    load_pretrained(model, name)
-    assert torch.equal(model.conv1.weight, torch.load(cached, weights_only=True)["conv1.weight"])
-    assert model.fc.out_features == 10

@@ -287,7 +287,7 @@ def test_another_systems_file_is_used_as_it_is(
 
     start = create_model("cifar_resnext20_4x16d", 10)
     torch.save(living(SeedNetwork(10)).state_dict(), tmp_path / "model.pytorch")
-    load_pretrained(start, str(tmp_path / "model.pytorch"))
+    load_pretrained(start, "cifar_resnext20_4x16d", str(tmp_path / "model.pytorch"))
     assert torch.equal(start.fc.weight, torch.load(tmp_path / "model.pytorch")["classifier.weight"])
 
 

@@ -248,7 +248,7 @@ def test_what_a_restart_does_not_cure_is_repeated_on_no_machine(
     assert [code for code, _ in ends] == [1, 1], ends
     for _, log in ends:
         assert f"not started again by torchrun: {line}" in log
-    # torchrun's own summary, on the machine that ends first: the other may find the store gone, or the rendezvous closed.
+    # torchrun's own summary, on the machine that ends first: the other may find store or rendezvous gone.
     assert any(f"exitcode  : {code} " in log for _, log in ends), ends
     assert ends[0][1].count("epoch 1/3 iteration 1 ") == 1
     # Only contact with the one whose data is bad was lost by rank 0.

@@ -78,7 +78,7 @@ MUTANTS = [
         "pretrained.py",
         "weights_only=True",
         "weights_only=False",
-        "test_checkpoint.py::test_torchvisions_weights_are_loaded_and_never_run",
+        "test_pretrained.py::test_torchvisions_weights_are_loaded_and_never_run",
     ),
     (
         "pickles are run",

@@ -53,7 +53,7 @@ def build_model(config: Config) -> ResNeXt:
         raise ValueError("model.num_classes is not settled yet: it comes from the data")
     if "auto" in config.train.grouped_conv:
         raise ValueError("train.grouped_conv is not settled yet: it is measured on the device")
-    return create_model(
+    model = create_model(
         config.model.name,
         config.model.num_classes,
         stem_channels=config.model.stem_channels,
@@ -61,3 +61,5 @@ def build_model(config: Config) -> ResNeXt:
         zero_init_residual=config.model.zero_init_residual,
         grouped_conv=config.train.grouped_conv,
     )
+    model.freeze(config.train.freeze)
+    return model

@@ -165,6 +165,7 @@ class ResNeXt(nn.Module):
             self.add_module(self.stages[-1], nn.Sequential(*layers))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
+        self._frozen: tuple[str, ...] = ()
         self._initialise(zero_init_residual)
 
     def _initialise(self, zero_init_residual: bool) -> None:
@@ -176,6 +177,21 @@ class ResNeXt(nn.Module):
             elif isinstance(module, Bottleneck) and zero_init_residual:
                 nn.init.zeros_(module.bn3.weight)
         nn.init.zeros_(self.fc.bias)
+
+    def freeze(self, part: str) -> None:
+        """Keep the weights and statistics of a part as they are: "none", "stem" or "backbone" (all but `fc`)."""
+        stem = ("conv1", "bn1")
+        self._frozen = {"none": (), "stem": stem, "backbone": (*stem, *self.stages)}[part]
+        for name in self._frozen:
+            self.get_submodule(name).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> ResNeXt:
+        """As every module's, but what is frozen normalises by its running statistics in training, too."""
+        super().train(mode)
+        for name in self._frozen:
+            self.get_submodule(name).eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W), normalised, 8 to 512 pixels a side -> logits (N, num_classes)."""
