@@ -128,9 +128,10 @@ class Predictor:
 
         from resnext_ignite.data.imagefolder import ImageFiles
         from resnext_ignite.data.loaders import PictureLoader
+        from resnext_ignite.data.paths import Paths
 
         count = torch.arange(len(files))
-        split = ImageFiles(files, count, count, self.metadata.image_size, self.config.data.eval_crop)
+        split = ImageFiles(Paths.of(files), count, count, self.metadata.image_size, self.config.data.eval_crop)
         workers = self.workers
         if workers is None:
             # Processes that would not get two batches each take longer to start than to decode them here.

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 from resnext_ignite.benchmark import __main__ as benchmark
 from resnext_ignite.benchmark import checkpoints, data, evaluation, growth, kernels, peers, startup, training
+from resnext_ignite.benchmark.folders import measure_folders
 from resnext_ignite.benchmark.limits import Limits
 from resnext_ignite.benchmark.picture import draw_benchmark
 from resnext_ignite.benchmark.processes import in_processes, peak_bytes
@@ -308,3 +309,13 @@ def test_a_save_is_measured_where_runs_lie(tiny: Path) -> None:
     parameters = sum(parameter.numel() for parameter in create_model(TINY, 10, stem_channels=8).parameters())
     assert saves["models"][TINY]["bytes"] > 8 * parameters
     assert not list(Path("runs").iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the kernel does not tell a process's memory")
+def test_a_list_of_pictures_is_measured_and_stays_shared() -> None:
+    result = measure_folders(images=25_000, classes=10, rounds=1)
+    assert result["images"] == 25_000
+    assert set(result["samples"]) >= {"torchvision's ImageFolder", "resnext_ignite, from its cache"}
+    growth = result["worker_growth_bytes"]
+    # Going through 25,000 tuples and strings writes into each of them.
+    assert growth["torchvision's ImageFolder"] > 1_000_000 > growth["resnext_ignite, from its cache"]

@@ -21,8 +21,9 @@ from resnext_ignite.config import Config, with_values
 from resnext_ignite.data import build_eval_loader, build_loaders, build_train_loader, load_data, shapes
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.decoding import random_box, square_crop
-from resnext_ignite.data.imagefolder import ImageFiles, find_images
+from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import Images
+from resnext_ignite.data.index import index_images
 from resnext_ignite.data.loaders import EvalLoader, TrainLoader
 from resnext_ignite.data.sampling import TrainOrder, uniform
 from resnext_ignite.distributed import Ranks
@@ -248,9 +249,9 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "train/a").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(tmp_path / "train/a/x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    paths, labels, _ = find_images(tmp_path, "train")
+    index = index_images(tmp_path, "train")
     with pytest.raises(DataError, match=r"x\.png: cannot be read: .*4096"):
-        ImageFiles(paths, labels, torch.arange(1), 8).load(torch.tensor([0]))
+        ImageFiles(index.paths, index.labels, torch.arange(1), 8).load(torch.tensor([0]))
 
 
 def test_folders_that_are_no_data_set(tmp_path: Path, picture_folder: Path) -> None:

@@ -22,6 +22,8 @@ from resnext_ignite.errors import ConfigError, run_command
 
 # A suite of several models is a part for each, as in train and train:resnext50_32x4d.
 SUITES = ("data", "train", "overhead", "eval", "startup", "checkpoint", "ranks", "kernels", "growth")
+# Not of "all", whose time they would take.
+_ON_REQUEST = ("folders",)
 _LARGE = Path("configs/cifar10_resnext29_8x64d.yaml")
 _SMALL = Path("configs/cifar10_resnext11_small.yaml")
 _IMAGENET = Path("configs/imagenet_resnext50_32x4d.yaml")
@@ -71,6 +73,7 @@ def parts() -> dict[str, Callable[[], dict[str, Any]]]:
     from resnext_ignite.benchmark.checkpoints import measure_checkpoint
     from resnext_ignite.benchmark.data import measure_data
     from resnext_ignite.benchmark.evaluation import measure_evaluation
+    from resnext_ignite.benchmark.folders import measure_folders
     from resnext_ignite.benchmark.growth import measure_growth
     from resnext_ignite.benchmark.kernels import measure_kernels
     from resnext_ignite.benchmark.ranks import measure_ranks
@@ -93,6 +96,7 @@ def parts() -> dict[str, Callable[[], dict[str, Any]]]:
         "ranks": lambda: measure_ranks({_LARGE: large if gpu else 16, _SMALL: 128}, rounds, iterations if gpu else 1),
         "kernels": lambda: measure_kernels(kernels),
         "growth": lambda: measure_growth(_SMALL),
+        "folders": measure_folders,
     }
     if gpu:
         imagenet = Work(_IMAGENET, "resnext50_32x4d", 64, 224, 1000, iterations)
@@ -106,7 +110,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.benchmark", description="Measure side by side, in turns; medians and ratios."
     )
-    parser.add_argument("--suite", nargs="+", choices=(*SUITES, "all"), default=["all"], help="default: all")
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        choices=(*SUITES, *_ON_REQUEST, "all"),
+        default=["all"],
+        help="default: all, which is without folders",
+    )
     parser.add_argument(
         "--json",
         metavar="FILE.json",

@@ -12,8 +12,9 @@ from resnext_ignite.config import Config
 from resnext_ignite.config_files import check_shares
 from resnext_ignite.data import cifar, imagefolder, shapes
 from resnext_ignite.data.augment import Augment
-from resnext_ignite.data.imagefolder import ImageFiles, decode_into_memory, find_images
+from resnext_ignite.data.imagefolder import ImageFiles, decode_into_memory
 from resnext_ignite.data.images import Images, whole_color
+from resnext_ignite.data.index import index_images
 from resnext_ignite.data.loaders import EvalLoader, Split, TrainLoader
 from resnext_ignite.data.sampling import Purpose, TrainOrder, permutation
 from resnext_ignite.distributed import Ranks
@@ -116,9 +117,11 @@ def _load_folder(config: Config, root: Path, size: int, splits: tuple[str, ...] 
     for split, folder in folders.items():
         # The training folder is listed whatever is asked for: its classes are the classes.
         if split in needed or split == "train":
-            paths, labels, classes = find_images(root, folder, classes)
+            index = index_images(root, folder, classes)
+            classes = index.classes
             if split in needed:
-                images = ImageFiles(paths, labels, torch.arange(len(labels)), size, config.data.eval_crop)
+                count = torch.arange(len(index.labels))
+                images = ImageFiles(index.paths, index.labels, count, size, config.data.eval_crop)
                 files[split] = images.subset(_subset(len(images), limits.get(split), f"data.{split}_size"))
     if classes is None:
         raise DataError(f"{root}: has no {' or '.join(sorted(wanted))} split; it holds {', '.join(sorted(there))}")

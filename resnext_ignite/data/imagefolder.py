@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from resnext_ignite.data.decoding import (
@@ -28,6 +24,7 @@ from resnext_ignite.data.decoding import (
     square_crop,
 )
 from resnext_ignite.data.images import UNREADABLE, Images
+from resnext_ignite.data.paths import Paths
 from resnext_ignite.data.sampling import Purpose, uniform
 from resnext_ignite.errors import DataError
 
@@ -52,7 +49,7 @@ class ImageFiles:
         anchor: where that lies, as for `square_crop`.
     """
 
-    paths: Sequence[str]
+    paths: Paths
     labels: Tensor
     indices: Tensor
     size: int
@@ -64,13 +61,12 @@ class ImageFiles:
 
     def subset(self, positions: Tensor) -> ImageFiles:
         """The files at some positions (int64), keeping their indices."""
-        paths = [self.paths[position] for position in positions.tolist()]
+        paths = self.paths.take(positions.numpy())
         return replace(self, paths=paths, labels=self.labels[positions], indices=self.indices[positions])
 
     def contents(self) -> str:
         """How many pictures, and the hash of their names: class/file, in order."""
-        names = os.fsencode("\n".join("/".join(path.rsplit(os.sep, 2)[-2:]) for path in self.paths))
-        return f"{len(self)} images, sha256 of names {hashlib.sha256(names).hexdigest()[:16]}"
+        return f"{len(self)} images, sha256 of names {self.paths.digest()[:16]}"
 
     def load(self, positions: Tensor) -> Tensor:
         """Decode, crop and resize: int64 (n,) -> uint8 (n, size, size, 3); raises as `read`."""
@@ -113,50 +109,6 @@ class ImageFiles:
         indices = self.indices[positions]
         draws = torch.stack([uniform(seed, epoch, indices, k) for k in purposes], dim=1)
         return draws.view(-1, ATTEMPTS, 4).tolist()
-
-
-def find_images(
-    root: Path, split: str, classes: tuple[str, ...] | None = None
-) -> tuple[list[str], Tensor, tuple[str, ...]]:
-    """The pictures of `root/split`, sorted by class and name: paths, labels int64 (N,), classes.
-
-    Args:
-        classes: the classes there may be (those of the training split); None: the folders are the classes.
-
-    Raises:
-        DataError: no such folder, no class, a class without a picture, or one that training does not know.
-    """
-    folder = root / split
-    entries = _entries(folder, split)
-    found = sorted(entry.name for entry in entries if entry.is_dir())
-    for entry in entries:
-        if entry.is_symlink() and not os.path.exists(entry.path):
-            # It would have been a class.
-            raise DataError(f"{entry.path}: a link to {os.readlink(entry.path)}, which is not there")
-    if not found:
-        raise DataError(f"{folder}: holds no class folder; an imagefolder holds {split}/<class>/*.jpg")
-    unknown = sorted(set(found) - set(classes or found))
-    if unknown:
-        raise DataError(f"{folder / unknown[0]}: not a class of the training images")
-    known = classes or tuple(found)
-    paths: list[str] = []
-    labels: list[int] = []
-    for name in found:
-        entries = _entries(folder / name, split)
-        files = sorted(entry.path for entry in entries if entry.name.lower().endswith(IMG_EXTENSIONS))
-        if not files:
-            raise DataError(f"{folder / name}: a class without a picture ({' '.join(IMG_EXTENSIONS)})")
-        paths += files
-        labels += [known.index(name)] * len(files)
-    return paths, torch.tensor(labels), known
-
-
-def _entries(folder: Path, split: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}; an imagefolder holds {split}/<class>/*.jpg") from None
 
 
 def decode_into_memory(

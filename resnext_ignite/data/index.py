@@ -1,0 +1,165 @@
+"""Which pictures a folder holds: listed once, kept compactly, and read back while none of its folders has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from resnext_ignite.data.paths import Paths
+from resnext_ignite.errors import DataError
+from resnext_ignite.storage import replace_durably
+
+log = logging.getLogger(__name__)
+_VERSION = 1
+# Fewer files are listed faster than a person would notice.
+_WORTH_KEEPING = 20_000
+# A file that comes within a tick of a folder's clock may leave its time as it was: what is that young is not believed.
+_SETTLED_S = 2.0
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """The pictures of a folder, sorted by class and name.
+
+    Args:
+        paths: N files, as class/file below the folder.
+        labels: int64 (N,).
+        classes: the names that labels stand for.
+    """
+
+    paths: Paths
+    labels: Tensor
+    classes: tuple[str, ...]
+
+
+def index_images(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageIndex:
+    """The pictures of `root/split`.
+
+    A large folder's list is kept in the user's cache folder (`XDG_CACHE_HOME`), with the times of all folders in it.
+
+    Args:
+        classes: the classes there may be (those of the training split); None: the folders are the classes.
+
+    Raises:
+        DataError: no such folder, no class, a class without a picture, or one that training does not know.
+    """
+    folder = root / split
+    found = _class_folders(folder, split)
+    unknown = sorted(set(found) - set(classes or found))
+    if unknown:
+        raise DataError(f"{folder / unknown[0]}: not a class of the training images")
+    known = classes or tuple(found)
+    kept, now = _cache_path(folder), time.time()
+    changed_s, state = _state_of(folder, found)
+    listed = _read(kept, state)
+    if listed is None:
+        listed = _list_files(folder, split, found)
+        if len(listed[0]) - 1 >= _WORTH_KEEPING and changed_s < now - _SETTLED_S:
+            _write(kept, state, listed)
+    starts, letters, counts = listed
+    places = np.array([known.index(name) for name in found], np.int64)
+    return ImageIndex(Paths(str(folder), letters, starts), torch.from_numpy(np.repeat(places, counts)), known)
+
+
+# Where each name starts int64 (N + 1,), the names' letters uint8, and how many each class has int64 (C,).
+_Listed = tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]
+
+
+def _class_folders(folder: Path, split: str) -> list[str]:
+    entries = _entries(folder, split)
+    found = sorted(entry.name for entry in entries if entry.is_dir())
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            # It would have been a class.
+            raise DataError(f"{entry.path}: a link to {os.readlink(entry.path)}, which is not there")
+    if not found:
+        raise DataError(f"{folder}: holds no class folder; an imagefolder holds {split}/<class>/*.jpg")
+    return found
+
+
+def _list_files(folder: Path, split: str, classes: list[str]) -> _Listed:
+    names: list[str] = []
+    counts = []
+    for name in classes:
+        entries = _entries(folder / name, split)
+        files = sorted(entry.name for entry in entries if entry.name.lower().endswith(IMG_EXTENSIONS))
+        if not files:
+            raise DataError(f"{folder / name}: a class without a picture ({' '.join(IMG_EXTENSIONS)})")
+        names += [f"{name}/{file}" for file in files]
+        counts.append(len(files))
+    paths = Paths.of(names)
+    return paths.starts, paths.letters, np.array(counts, np.int64)
+
+
+def _entries(folder: Path, split: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}; an imagefolder holds {split}/<class>/*.jpg") from None
+
+
+def _cache_path(folder: Path) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    return home / "resnext_ignite" / f"images-{name}.safetensors"
+
+
+def _state_of(folder: Path, classes: list[str]) -> tuple[float, str]:
+    """When a folder or one of its classes was last changed, and all that would tell another list from this one."""
+    try:
+        facts = [os.stat(folder / name) for name in classes]
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; it was there a moment ago") from None
+    folders = [(name, fact.st_ino, fact.st_mtime_ns) for name, fact in zip(classes, facts, strict=True)]
+    text = json.dumps([_VERSION, os.fsdecode(folder.resolve()), IMG_EXTENSIONS, folders])
+    return max(fact.st_mtime_ns for fact in facts) / 1e9, hashlib.sha256(os.fsencode(text)).hexdigest()
+
+
+def _read(path: Path, state: str) -> _Listed | None:
+    """What was kept, if it is whole and of this state."""
+    try:
+        arrays = load_file(path)
+        starts, letters, counts = (arrays[name] for name in ("starts", "letters", "counts"))
+        if bytes(arrays["seal"]).decode() == _seal(state, (starts, letters, counts)):
+            return starts, letters, counts
+    except (OSError, SafetensorError, KeyError, ValueError):
+        pass
+    return None
+
+
+def _write(path: Path, state: str, listed: _Listed) -> None:
+    starts, letters, counts = listed
+    seal = np.frombuffer(_seal(state, listed).encode(), np.uint8)
+    content = save({"starts": starts, "letters": letters, "counts": counts, "seal": seal})
+
+    def write(file: IO[bytes]) -> None:
+        file.write(content)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_durably(path, write)
+    except OSError as error:
+        log.debug(f"the list of pictures is not kept: {error}")
+
+
+def _seal(state: str, listed: _Listed) -> str:
+    # A letter that changed would be a missing file; a count, wrong labels that nobody notices.
+    seal = hashlib.sha256(state.encode())
+    for part in listed:
+        seal.update(part.tobytes())
+    return seal.hexdigest()
