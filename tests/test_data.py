@@ -20,7 +20,7 @@ from PIL import Image
 from resnext_ignite.config import Config, with_values
 from resnext_ignite.data import build_eval_loader, build_loaders, build_train_loader, load_data, shapes
 from resnext_ignite.data.augment import Augment
-from resnext_ignite.data.decoding import random_box, square_crop
+from resnext_ignite.data.decoding import random_box, resized, square_crop
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.index import index_images
@@ -383,7 +383,7 @@ def test_boxes_that_never_fit_fall_back_to_the_centre() -> None:
 
 def test_the_central_crop_keeps_its_share() -> None:
     image = Image.fromarray(np.arange(100, dtype=np.uint8).repeat(3).reshape(1, 100, 3).repeat(50, axis=0))
-    out = square_crop(image, 25, 0.5)
+    out = resized(np.array(image), 25, square_crop(0.5)(*image.size))
     # Of 100x50 the central 25x25: columns 37.5 to 62.5, of which the first pixel averages 37 and 38.
     assert out.shape == (25, 25, 3)
     assert abs(int(out[0, 0, 0]) - 38) <= 1

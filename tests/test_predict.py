@@ -20,7 +20,7 @@ from torch import nn
 
 from resnext_ignite import evaluate, predict
 from resnext_ignite.checkpoint import load_model
-from resnext_ignite.data.decoding import open_rgb, square_crop
+from resnext_ignite.data.decoding import open_rgb, resized, square_crop
 from resnext_ignite.data.shapes import CLASSES, load_shapes
 from resnext_ignite.errors import CheckpointError, ConfigError, DataError
 
@@ -234,7 +234,7 @@ def test_squares_lie_where_their_anchor_says() -> None:
     pixels = np.arange(40 * 60, dtype=np.int64).reshape(40, 60) % 251
     picture = Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
     for anchor, (left, top) in {(0.5, 0.5): (20, 10), (0.0, 0.0): (0, 0), (1.0, 1.0): (40, 20)}.items():
-        found = square_crop(picture, 20, 0.5, anchor)
+        found = resized(np.array(picture), 20, square_crop(0.5, anchor)(*picture.size))
         assert np.array_equal(found[..., 0], pixels[top : top + 20, left : left + 20])
 
 

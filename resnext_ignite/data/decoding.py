@@ -1,18 +1,30 @@
-"""One picture file to pixels: opened without trust, upright, in RGB, cropped and resized by PIL."""
+"""One picture file to pixels: opened without trust, upright, in RGB, cropped and resized.
+
+JPEG files are decoded by libjpeg-turbo itself, faster than PIL has it do it and to the same pixels; what is not plain
+about them, and all other kinds, is PIL's.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import simplejpeg
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.transforms.v2 import functional
 
 from resnext_ignite.errors import DataError
 
+Pixels = NDArray[np.uint8]
+Box = tuple[float, float, float, float]
 _AREA = (0.08, 1.0)
 _ASPECT = (3 / 4, 4 / 3)
 ATTEMPTS = 10
@@ -20,6 +32,18 @@ ATTEMPTS = 10
 CENTRE = (0.5, 0.5)
 FIVE_CROPS = (CENTRE, (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
 """Anchors of the centre and the corners; with their mirror images, the ten crops of AlexNet, section 4.1."""
+_ORIENTATION = 0x0112
+# What makes pixels (H, W, 3) of EXIF's orientations upright (CIPA DC-008, table 6); those that lie on their side.
+_TURNS: dict[int, Callable[[Pixels], Pixels]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: pixels[::-1].transpose(1, 0, 2),
+    7: lambda pixels: pixels[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda pixels: pixels[:, ::-1].transpose(1, 0, 2),
+}
+_SIDEWAYS = (5, 6, 7, 8)
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -86,27 +110,125 @@ def no_warnings() -> Iterator[None]:
         yield
 
 
-def square_crop(
-    picture: Image.Image, size: int, share: float = 1.0, anchor: tuple[float, float] = CENTRE
-) -> NDArray[np.uint8]:
-    """A square of `share` of the shorter side, resized with antialiasing: (size, size, 3).
+Crop = Callable[[int, int], Box]
+"""A part of a picture of some width and height: left, top, right, bottom, in pixels."""
+
+
+def read_crop(path: str, size: int, crop: Crop, *, training: bool = False) -> Pixels:
+    """A part of a picture file, resized to a square with antialiasing: uint8 (size, size, 3).
+
+    In evaluation as torchvision's Resize before its CenterCrop, where pixels beyond the part weigh in at its edge. In
+    training as its RandomResizedCrop, cut out first; and where the part stays larger than `size`, a JPEG is decoded at
+    a half, a quarter or an eighth of its size: several times faster for large photographs, and a little smoother.
+
+    Raises:
+        DataError: as `open_rgb`.
+    """
+    plain, pixels = _PlainJpeg.of(path), None
+    if plain is not None:
+        box = crop(plain.width, plain.height)
+        pixels = plain.decode(_halvings(min(box[2] - box[0], box[3] - box[1]) / size) if training else 0)
+        if pixels is not None:
+            across, down = pixels.shape[1] / plain.width, pixels.shape[0] / plain.height
+            box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    if pixels is None:
+        pixels = np.array(open_rgb(path))
+        box = crop(pixels.shape[1], pixels.shape[0])
+    # At a fraction, a crop rarely begins with a pixel; rounded, it would move by up to half of one.
+    cut = training and all(side == round(side) for side in box)
+    return cut_and_resized(pixels, size, box) if cut else resized(pixels, size, box)
+
+
+def _halvings(factor: float) -> int:
+    # Of 8 pixels a side a JPEG's blocks have: at most three times.
+    return min(3, int(math.log2(factor))) if factor >= 1 else 0
+
+
+@dataclass(frozen=True)
+class _PlainJpeg:
+    """A JPEG file that needs nothing but decoding and turning upright, and its size in pixels once it is."""
+
+    content: bytes
+    width: int
+    height: int
+    orientation: int = 1
+
+    @classmethod
+    def of(cls, path: str) -> _PlainJpeg | None:
+        """None where it is none, or cannot be read: PIL says why."""
+        try:
+            with open(path, "rb", opener=_without_waiting) as file:
+                content = file.read() if file.peek(2)[:2] == b"\xff\xd8" else b""
+            height, width, space, _ = simplejpeg.decode_jpeg_header(content)
+        except (OSError, ValueError):
+            return None
+        if space not in ("YCbCr", "Gray", "RGB") or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            return None
+        orientation = _orientation(content) if b"Exif\x00\x00" in content[:65536] else 1
+        if orientation in _SIDEWAYS:
+            width, height = height, width
+        return cls(content, width, height, orientation)
+
+    def decode(self, halvings: int) -> Pixels | None:
+        """Of its whole size, or halved so often, in RGB: (H, W, 3); None where something is wrong with it."""
+        height, width = (self.width, self.height) if self.orientation in _SIDEWAYS else (self.height, self.width)
+        least = (-(-side // 2**halvings) for side in (height, width))
+        try:
+            pixels: Pixels = simplejpeg.decode_jpeg(self.content, "RGB", False, False, *least)
+        except ValueError:
+            return None
+        turn = _TURNS.get(self.orientation)
+        return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+
+
+def _orientation(content: bytes) -> int:
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            return int(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        # Damaged metadata, of which PIL has many things to say: it will say them itself.
+        return 1
+
+
+def square_crop(share: float = 1.0, anchor: tuple[float, float] = CENTRE) -> Crop:
+    """A square of `share` of the shorter side.
 
     Args:
         anchor: where it lies, across and down: 0 at the left and upper edge, 1 at the right and lower.
     """
-    if picture.size == (size, size) and share == 1.0:
-        return np.asarray(picture)
-    side = min(picture.size) * share
-    left, top = (picture.width - side) * anchor[0], (picture.height - side) * anchor[1]
-    return resized(picture, size, (left, top, left + side, top + side))
+
+    def crop(width: int, height: int) -> Box:
+        side = min(width, height) * share
+        left, top = (width - side) * anchor[0], (height - side) * anchor[1]
+        return left, top, left + side, top + side
+
+    return crop
 
 
-def resized(picture: Image.Image, size: int, box: tuple[float, float, float, float]) -> NDArray[np.uint8]:
-    """A part of a picture (left, top, right, bottom, in pixels) as (size, size, 3), antialiased."""
-    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box))
+def random_crop(draws: Sequence[Sequence[float]]) -> Crop:
+    """`random_box`, of uniform numbers (attempts, 4)."""
+    return lambda width, height: random_box(width, height, draws)
 
 
-def random_box(width: int, height: int, draws: Sequence[Sequence[float]]) -> tuple[float, float, float, float]:
+def resized(pixels: Pixels, size: int, box: Box) -> Pixels:
+    """A part of a picture (H, W, 3) as (size, size, 3), as if the whole were resized first."""
+    if pixels.shape[:2] == (size, size) and box == (0, 0, size, size):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box))
+
+
+def cut_and_resized(pixels: Pixels, size: int, box: Box) -> Pixels:
+    """A part of a picture (H, W, 3) that begins and ends with a pixel, as (size, size, 3).
+
+    By torch, in half the time of PIL; it rounds alike but for a level.
+    """
+    left, top, right, bottom = map(int, box)
+    # (H, W, 3) -> (1, 3, H, W) and back: only the view changes.
+    planes = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
+    return functional.resize(planes, [size, size], antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def random_box(width: int, height: int, draws: Sequence[Sequence[float]]) -> Box:
     """A box of random area and aspect (left, top, right, bottom), from uniform numbers (attempts, 4).
 
     As torchvision's RandomResizedCrop and fb.resnext.torch's RandomSizedCrop: the first attempt that fits, else the

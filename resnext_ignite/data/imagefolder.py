@@ -16,11 +16,11 @@ from tqdm import tqdm
 from resnext_ignite.data.decoding import (
     ATTEMPTS,
     CENTRE,
+    Box,
     has_size,
     no_warnings,
-    open_rgb,
-    random_box,
-    resized,
+    random_crop,
+    read_crop,
     square_crop,
 )
 from resnext_ignite.data.images import UNREADABLE, Images
@@ -90,17 +90,13 @@ class ImageFiles:
         unreadable: dict[int, str] = {}
         with no_warnings():
             for place, position in enumerate(positions.tolist()):
+                crop = square_crop(self.crop_share, self.anchor) if draws is None else random_crop(draws[place])
                 try:
-                    picture = open_rgb(self.paths[position])
+                    pictures[place] = read_crop(self.paths[position], self.size, crop, training=draws is not None)
                 except DataError as error:
                     if fill is None:
                         raise
                     pictures[place], unreadable[place] = fill, str(error)
-                    continue
-                if draws is None:
-                    pictures[place] = square_crop(picture, self.size, self.crop_share, self.anchor)
-                else:
-                    pictures[place] = resized(picture, self.size, random_box(*picture.size, draws[place]))
         return torch.from_numpy(pictures), unreadable
 
     def _crop_draws(self, positions: Tensor, seed: int, epoch: int) -> list[list[list[float]]]:
@@ -109,6 +105,10 @@ class ImageFiles:
         indices = self.indices[positions]
         draws = torch.stack([uniform(seed, epoch, indices, k) for k in purposes], dim=1)
         return draws.view(-1, ATTEMPTS, 4).tolist()
+
+
+class _OtherSizeError(Exception):
+    pass
 
 
 def decode_into_memory(
@@ -138,17 +138,20 @@ def decode_into_memory(
     pictures = np.empty((len(files), files.size, files.size, 3), dtype=np.uint8)
     unreadable: dict[int, str] = {}
 
+    def crop(width: int, height: int) -> Box:
+        if not any_size and (width, height) != (files.size, files.size):
+            raise _OtherSizeError
+        return square_crop(files.crop_share, files.anchor)(width, height)
+
     def decode(position: int) -> bool:
         try:
-            picture = open_rgb(files.paths[position])
+            pictures[position] = read_crop(files.paths[position], files.size, crop)
+        except _OtherSizeError:
+            return False
         except DataError as error:
             if fill is None:
                 raise
             pictures[position], unreadable[position] = fill, str(error)
-            return True
-        if picture.size != (files.size, files.size) and not any_size:
-            return False
-        pictures[position] = square_crop(picture, files.size, files.crop_share, files.anchor)
         return True
 
     with no_warnings():
