@@ -13,15 +13,26 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 from resnext_ignite.benchmark import __main__ as benchmark
-from resnext_ignite.benchmark import checkpoints, data, evaluation, growth, kernels, peers, startup, training
+from resnext_ignite.benchmark import (
+    checkpoints,
+    data,
+    evaluation,
+    growth,
+    kernels,
+    peers,
+    photographs,
+    startup,
+    training,
+)
 from resnext_ignite.benchmark.folders import measure_folders
 from resnext_ignite.benchmark.limits import Limits
 from resnext_ignite.benchmark.picture import draw_benchmark
 from resnext_ignite.benchmark.processes import in_processes, peak_bytes
 from resnext_ignite.benchmark.training import Work
-from resnext_ignite.errors import ConfigError
+from resnext_ignite.errors import ConfigError, DataError
 from resnext_ignite.models import create_model
 from resnext_ignite.models.cost import cost_of
 from resnext_ignite.models.grouped_conv import GroupedConv2d, grouped_shapes
@@ -175,7 +186,9 @@ def test_a_measurement_goes_on_where_it_was_cut(
 ) -> None:
     calls: list[str] = []
     names = ("data", "eval", "train", "train:other")
-    monkeypatch.setattr(benchmark, "parts", lambda: {name: fake(name.partition(":")[0], calls) for name in names})
+    monkeypatch.setattr(
+        benchmark, "parts", lambda photographs: {name: fake(name.partition(":")[0], calls) for name in names}
+    )
     file, picture = tmp_path / "b.json", tmp_path / "b.png"
     assert benchmark.main(["--suite", "data", "eval", "--json", str(file)]) == 0
     assert "data: resnext_ignite: 3 images/s (2 to 4)\n" in capsys.readouterr().out
@@ -319,3 +332,17 @@ def test_a_list_of_pictures_is_measured_and_stays_shared() -> None:
     growth = result["worker_growth_bytes"]
     # Going through 25,000 tuples and strings writes into each of them.
     assert growth["torchvision's ImageFolder"] > 1_000_000 > growth["resnext_ignite, from its cache"]
+
+
+def test_photographs_are_measured_beside_the_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        Image.effect_noise((60, 50), 40).convert("RGB").save(tmp_path / f"{number}.jpg")
+    monkeypatch.setattr(photographs, "_IMAGES", 16)
+    monkeypatch.setattr(photographs, "_BATCH", 8)
+    result = photographs.measure_photographs(tmp_path, sizes=(24,), rounds=1)
+    assert result["files"] == 3
+    assert set(result["ratios"]) >= {"24 pixels, vs torchvision", "24 pixels, of the decode limit"}
+    with pytest.raises(DataError, match="holds no"):
+        photographs.measure_photographs(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="say where some are with --photographs FOLDER"):
+        benchmark.main(["--suite", "photographs"])

@@ -22,8 +22,8 @@ from resnext_ignite.errors import ConfigError, run_command
 
 # A suite of several models is a part for each, as in train and train:resnext50_32x4d.
 SUITES = ("data", "train", "overhead", "eval", "startup", "checkpoint", "ranks", "kernels", "growth")
-# Not of "all", whose time they would take.
-_ON_REQUEST = ("folders",)
+# Not of "all", whose time they would take; the latter needs photographs.
+_ON_REQUEST = ("folders", "photographs")
 _LARGE = Path("configs/cifar10_resnext29_8x64d.yaml")
 _SMALL = Path("configs/cifar10_resnext11_small.yaml")
 _IMAGENET = Path("configs/imagenet_resnext50_32x4d.yaml")
@@ -68,7 +68,7 @@ def _cpu_info() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def parts() -> dict[str, Callable[[], dict[str, Any]]]:
+def parts(photographs: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     """What each part of a suite measures; on a CPU, smaller batches than fill a GPU."""
     from resnext_ignite.benchmark.checkpoints import measure_checkpoint
     from resnext_ignite.benchmark.data import measure_data
@@ -76,6 +76,7 @@ def parts() -> dict[str, Callable[[], dict[str, Any]]]:
     from resnext_ignite.benchmark.folders import measure_folders
     from resnext_ignite.benchmark.growth import measure_growth
     from resnext_ignite.benchmark.kernels import measure_kernels
+    from resnext_ignite.benchmark.photographs import measure_photographs
     from resnext_ignite.benchmark.ranks import measure_ranks
     from resnext_ignite.benchmark.setup import measured_device
     from resnext_ignite.benchmark.startup import measure_startup
@@ -97,6 +98,7 @@ def parts() -> dict[str, Callable[[], dict[str, Any]]]:
         "kernels": lambda: measure_kernels(kernels),
         "growth": lambda: measure_growth(_SMALL),
         "folders": measure_folders,
+        "photographs": lambda: measure_photographs(photographs),
     }
     if gpu:
         imagenet = Work(_IMAGENET, "resnext50_32x4d", 64, 224, 1000, iterations)
@@ -115,7 +117,7 @@ def main(arguments: list[str]) -> int:
         nargs="+",
         choices=(*SUITES, *_ON_REQUEST, "all"),
         default=["all"],
-        help="default: all, which is without folders",
+        help="default: all, which is without the last two",
     )
     parser.add_argument(
         "--json",
@@ -123,6 +125,7 @@ def main(arguments: list[str]) -> int:
         type=Path,
         help="write the machine, every sample and all ratios; and a picture of them, FILE.png",
     )
+    parser.add_argument("--photographs", metavar="FOLDER", type=Path, help="JPEG files, for the suite of this name")
     parser.add_argument("--continue", action="store_true", dest="go_on", help="leave out what FILE.json has already")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU, if any")
     parsed = parser.parse_args(arguments)
@@ -131,12 +134,14 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("--continue: say with --json FILE.json what to go on with")
     if parsed.json is not None and parsed.json.suffix != ".json":
         raise ConfigError(f"--json {parsed.json}: a file that ends in .json; the picture stands beside it")
+    if "photographs" in wanted and parsed.photographs is None:
+        raise ConfigError("--suite photographs: say where some are with --photographs FOLDER")
     choose_device(parsed.device)
 
     results: dict[str, Any] = {"machine": machine(), "suites": {}, "ratios": {}}
     if parsed.go_on and parsed.json.exists():
         results = continued(parsed.json, results)
-    for name, measure in parts().items():
+    for name, measure in parts(parsed.photographs).items():
         suite, _, model = name.partition(":")
         if suite not in wanted or name in results["suites"]:
             continue

@@ -1,0 +1,158 @@
+"""Input from JPEG files: this project's batches against torchvision's and timm's, and against decoding alone."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import simplejpeg
+import torch
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from resnext_ignite.benchmark.peers import has_timm
+from resnext_ignite.data.augment import Augment
+from resnext_ignite.data.imagefolder import MEAN, STD, ImageFiles
+from resnext_ignite.data.index import index_images
+from resnext_ignite.data.loaders import TrainLoader
+from resnext_ignite.data.sampling import TrainOrder
+from resnext_ignite.errors import DataError
+from resnext_ignite.timing import in_turns, medians
+
+_BATCH = 64
+_IMAGES = 1280
+# Batches that a worker of a DataLoader is ahead.
+_AHEAD = 2
+OURS, TORCHVISION, TIMM, LIMIT = "resnext_ignite", "torchvision", "timm", "libjpeg-turbo alone, one core"
+
+
+def measure_photographs(folder: Path, sizes: tuple[int, ...] = (224, 176, 128, 64), rounds: int = 5) -> dict[str, Any]:
+    """Images/s of random-resized crops of the JPEG files in a folder, flipped and normalised, to float32 on the CPU.
+
+    Every loader has as many workers as there are cores. A file counts as often as it takes to make up an epoch.
+
+    Raises:
+        DataError: there are no JPEG files.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not files:
+        raise DataError(f"--photographs {folder}: holds no .jpg or .jpeg")
+    workers = len(os.sched_getaffinity(0))
+    samples: dict[str, list[float]] = {}
+    ratios: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder_name:
+        root = _linked(files, Path(folder_name))
+        for size in sizes:
+            makers = {OURS: _ours, TORCHVISION: _torchvision, **({TIMM: _timm} if has_timm() else {})}
+            contenders = {name: _rate(make(root, size, workers), workers) for name, make in makers.items()}
+            contenders[LIMIT] = lambda: _decoding_rate(files)
+            found = in_turns(contenders, rounds, f"photographs, {size}")
+            samples |= {f"{size} pixels, {contender}": values for contender, values in found.items()}
+            speeds = medians(found)
+            ratios |= {
+                f"{size} pixels, vs {other}": speeds[OURS] / speeds[other]
+                for other in (TORCHVISION, TIMM)
+                if other in speeds
+            }
+            ratios[f"{size} pixels, of the decode limit"] = speeds[OURS] / (workers * speeds[LIMIT])
+    return {"unit": "images/s", "files": len(files), "workers": workers, "samples": samples, "ratios": ratios}
+
+
+def _linked(files: list[Path], root: Path) -> Path:
+    # An imagefolder of two classes, as long as an epoch is.
+    for number in range(_IMAGES):
+        place = root / "train" / ("a", "b")[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number:04}.jpg").symlink_to(files[number % len(files)].resolve())
+    return root
+
+
+def _rate(batches: Iterator[Any], workers: int) -> Callable[[], float]:
+    """Images/s of the next epoch of endless batches."""
+
+    def run() -> float:
+        # What was decoded ahead, in the time of others.
+        for _ in range(_AHEAD * workers):
+            next(batches)
+        start = time.perf_counter()
+        for _ in range(_IMAGES // _BATCH):
+            next(batches)
+        rate = _IMAGES / (time.perf_counter() - start)
+        # The workers decode ahead again before it is another's turn.
+        time.sleep(2 * _AHEAD * workers * _BATCH / rate)
+        return rate
+
+    return run
+
+
+def _endless(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def _ours(root: Path, size: int, workers: int) -> Iterator[Any]:
+    index = index_images(root, "train")
+    files = ImageFiles(index.paths, index.labels, torch.arange(_IMAGES), size)
+    order = TrainOrder(seed=1, count=_IMAGES, batch_size=_BATCH)
+    augment = Augment(1, MEAN, STD, flip="random")
+    loader = TrainLoader(files, order, augment, torch.device("cpu"), workers=workers, random_resized_crop=True)
+    return iter(loader)
+
+
+def _torchvision(root: Path, size: int, workers: int) -> Iterator[Any]:
+    """As torchvision's reference script makes them."""
+    chain = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    return _endless(
+        DataLoader(
+            ImageFolder(root / "train", chain),
+            _BATCH,
+            shuffle=True,
+            num_workers=workers,
+            drop_last=True,
+            persistent_workers=True,
+        )
+    )
+
+
+def _timm(root: Path, size: int, workers: int) -> Iterator[Any]:
+    """As timm's script makes them: uint8 from the workers, normalised by its prefetcher; no more augmentation."""
+    from timm.data import create_dataset, create_loader
+
+    dataset = create_dataset("folder", root=str(root), split="train", is_training=True)
+    return _endless(
+        create_loader(
+            dataset,
+            (3, size, size),
+            _BATCH,
+            is_training=True,
+            color_jitter=0.0,
+            auto_augment=None,
+            interpolation="bilinear",
+            mean=MEAN,
+            std=STD,
+            num_workers=workers,
+            device=torch.device("cpu"),
+            pin_memory=False,
+            persistent_workers=True,
+        )
+    )
+
+
+def _decoding_rate(files: list[Path]) -> float:
+    """Images/s of reading and decoding whole files on one core."""
+    start = time.perf_counter()
+    for file in files:
+        simplejpeg.decode_jpeg(file.read_bytes(), "RGB")
+    return len(files) / (time.perf_counter() - start)
