@@ -11,7 +11,17 @@ from pathlib import Path
 from resnext_ignite.errors import ConfigError, run_command
 
 # Of resnext_ignite.foreign, which needs torch.
-_SOURCES = ("auto", "seed", "pytorch-classification", "pytorch-cifar100", "torchvision", "timm")
+_SOURCES = (
+    "auto",
+    "seed",
+    "pytorch-classification",
+    "pytorch-cifar100",
+    "torchvision",
+    "timm",
+    "torch7",
+    "caffe",
+    "mxnet",
+)
 _TARGETS = ("ours", "torchvision", "timm", "seed")
 
 

@@ -16,12 +16,17 @@ from torch import Tensor, nn
 
 from resnext_ignite.checkpoint import ModelMetadata, find_checkpoint, load_model, model_of, verify_archive
 from resnext_ignite.errors import CheckpointError, ForeignFileError
+from resnext_ignite.foreign import caffe, mxnet, torch7
 from resnext_ignite.foreign.adopted import checkpoint_of
+from resnext_ignite.foreign.caffe_model import read_caffe
 from resnext_ignite.foreign.fit import fitted, recognise
-from resnext_ignite.foreign.keys import PYTORCH_CIFAR100, SEED, TORCHVISION, without_prefixes
+from resnext_ignite.foreign.keys import MXNET, PYTORCH_CIFAR100, SEED, TORCHVISION, without_prefixes
 from resnext_ignite.foreign.sources import SOURCES, TARGETS, ForeignModel
+from resnext_ignite.foreign.torch7_model import read_torch7
 
 __all__ = ["SOURCES", "TARGETS", "ForeignModel", "checkpoint_of", "open_model", "read_foreign", "renamed_for"]
+# Of files that hold the network: read under this project's names.
+_GRAPHS = {"torch7": read_torch7, "caffe": read_caffe}
 
 
 def open_model(path: Path) -> tuple[nn.Module, ModelMetadata]:
@@ -46,24 +51,61 @@ def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
     Raises:
         CheckpointError: it cannot be read, is of no system known here or of several, or does not fit a ResNeXt.
     """
-    content = load_tensors(file)
-    weights, wrapped = state_of(content, file)
+    if source == "auto":
+        source = format_of(file) or source
+    if source in _GRAPHS:
+        renamed = _GRAPHS[source](file)
+    else:
+        source, renamed = renamed_weights(file, source)
+    system = SOURCES[source]
+    system.adapt(renamed)
+    # Before the network is recognised, since what tells them is no part of it.
+    mean, std = system.statistics(renamed, file) or (system.mean, system.std)
+    network = recognise(renamed, file)
+    return ForeignModel(source, network, fitted(renamed, network, file), mean, std)
+
+
+def format_of(file: Path) -> str | None:
+    """The system whose files hold a network, where it is one of those, by how it begins or is called.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if file.suffix == ".safetensors":
+        return None
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(8)
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror or error}") from None
+    if start in torch7.STARTS or file.suffix == ".t7":
+        return "torch7"
+    if start.startswith(caffe.STARTS) or file.suffix == ".caffemodel":
+        return "caffe"
+    return None
+
+
+def renamed_weights(file: Path, source: str) -> tuple[str, dict[str, Tensor]]:
+    """The system that wrote a file of named weights, and these under this project's names.
+
+    Raises:
+        CheckpointError: it cannot be read, or a weight has a name that the system does not give.
+    """
+    weights, wrapped = state_of(load_tensors(file), file)
     if source == "auto":
         source = told_by(weights, wrapped=wrapped, file=file)
     naming = SOURCES[source].naming
     renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
-        ours = naming.to_ours(name)
+        ours = None if naming is None else naming.to_ours(name)
         if ours is None:
             raise CheckpointError(f"{file}: {name}: {source} has no such weight in a ResNeXt; try another --from")
         renamed[ours] = value
-    SOURCES[source].adapt(renamed)
-    network = recognise(renamed, file)
-    return ForeignModel(source, network, fitted(renamed, network, file), SOURCES[source].mean, SOURCES[source].std)
+    return source, renamed
 
 
 def load_tensors(file: Path) -> Any:
-    """What a .safetensors file holds, or a file that torch.save wrote; nothing in it is run.
+    """What a .safetensors file holds, one of MXNet's, or one that torch.save wrote; nothing in it is run.
 
     Raises:
         CheckpointError: it cannot be read, or holds more than tensors and plain values.
@@ -73,6 +115,10 @@ def load_tensors(file: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(file)
+        with file.open("rb") as opened:
+            is_params = opened.read(len(mxnet.MAGIC)) == mxnet.MAGIC
+        if is_params:
+            return mxnet.load_params(file)
         if zipfile.is_zipfile(file):
             verify_archive(file)
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -116,6 +162,8 @@ def told_by(weights: Mapping[str, Tensor], *, wrapped: bool, file: Path) -> str:
         return "pytorch-classification" if wrapped else "seed"
     if PYTORCH_CIFAR100.marker in weights:
         return "pytorch-cifar100"
+    if MXNET.marker in weights:
+        return "mxnet"
     if TORCHVISION.marker in weights:
         return "torchvision"
     first = next(iter(weights))

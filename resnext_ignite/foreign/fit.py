@@ -74,8 +74,11 @@ def fitted(weights: dict[str, Tensor], network: Network, file: object) -> dict[s
     Raises:
         CheckpointError: a weight is missing, too many, or of another shape; the line names the first.
     """
-    with torch.device("meta"):
-        expected = create_model(network.name, network.num_classes, stem_channels=network.stem_channels).state_dict()
+    try:
+        with torch.device("meta"):
+            expected = create_model(network.name, network.num_classes, stem_channels=network.stem_channels).state_dict()
+    except ValueError as error:
+        raise CheckpointError(f"{file}: no ResNeXt: {error}") from None
     found: dict[str, Tensor] = {}
     for name, whole in expected.items():
         if name.endswith("num_batches_tracked"):

@@ -1,4 +1,4 @@
-"""The names that other PyTorch code gives the same weights, and this project's names for them, both ways."""
+"""The names that other code gives the same weights, and this project's names for them, both ways."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+Statistics = tuple[float, float, float]
+"""Of red, green and blue."""
 _PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -105,6 +107,29 @@ PYTORCH_CIFAR100 = Naming(
         (
             r"conv([2-5])\.(\d+)\.shortcut\.([01])\.(\w+)",
             lambda match: f"layer{int(match[1]) - 1}.{match[2]}.downsample.{match[3]}.{match[4]}",
+        ),
+    ),
+)
+# The symbol zoo of MXNet's example/image-classification (symbols/resnext.py), without `arg:` and `aux:`.
+_MXNET_PARTS = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_var": "running_var"}
+_MXNET_NORM = rf"({'|'.join(_MXNET_PARTS)})"
+_MXNET_BLOCK = r"stage([1-9])_unit([1-9]\d?)"
+MXNET = Naming(
+    "stage1_unit1_conv2_weight",
+    (
+        (r"conv0_weight", "conv1.weight"),
+        (r"fc1_(weight|bias)", r"fc.\1"),
+        (rf"bn0_{_MXNET_NORM}", lambda match: f"bn1.{_MXNET_PARTS[match[1]]}"),
+        (rf"bn_data_{_MXNET_NORM}", lambda match: f"bn_data.{_MXNET_PARTS[match[1]]}"),
+        (rf"{_MXNET_BLOCK}_conv([123])_weight", lambda m: f"layer{m[1]}.{int(m[2]) - 1}.conv{m[3]}.weight"),
+        (rf"{_MXNET_BLOCK}_sc_weight", lambda m: f"layer{m[1]}.{int(m[2]) - 1}.downsample.0.weight"),
+        (
+            rf"{_MXNET_BLOCK}_bn([123])_{_MXNET_NORM}",
+            lambda m: f"layer{m[1]}.{int(m[2]) - 1}.bn{m[3]}.{_MXNET_PARTS[m[4]]}",
+        ),
+        (
+            rf"{_MXNET_BLOCK}_sc_bn_{_MXNET_NORM}",
+            lambda m: f"layer{m[1]}.{int(m[2]) - 1}.downsample.1.{_MXNET_PARTS[m[3]]}",
         ),
     ),
 )

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
+from resnext_ignite.architecture import parse_model_name
 from resnext_ignite.data import cifar, imagefolder
 from resnext_ignite.foreign.fit import Network
 from resnext_ignite.foreign.keys import (
+    MXNET,
     PYTORCH_CIFAR100,
     SEED,
     TORCHVISION,
     Naming,
+    Statistics,
     Weights,
     spread_first_convolutions,
 )
-
-Statistics = tuple[float, float, float]
+from resnext_ignite.foreign.mxnet import adapt_symbol_zoo, statistics_of_data
 
 
 @dataclass(frozen=True)
@@ -26,17 +29,25 @@ class Source:
     """A system whose checkpoints are read.
 
     Args:
-        naming: of its weights.
+        naming: of its weights; None: they have no names, and the network in its files is followed.
         mean, std: by which it normalised pictures, 0 to 1.
-        is_imagenet: trained on pictures of 224 pixels.
+        is_imagenet: trained on pictures of 224 pixels; None: where the stem is 7x7.
         adapt: makes of renamed weights, in place, those of this project's network.
+        statistics: takes mean and std from renamed weights, instead of the above; its second argument is named in
+            errors.
     """
 
-    naming: Naming
+    naming: Naming | None
     mean: Statistics
     std: Statistics
-    is_imagenet: bool = False
+    is_imagenet: bool | None = False
     adapt: Callable[[Weights], None] = lambda weights: None
+    statistics: Callable[[Weights, Path], tuple[Statistics, Statistics] | None] = lambda weights, file: None
+
+
+def _cifars_behind_a_small_stem(weights: Weights, file: Path) -> tuple[Statistics, Statistics] | None:
+    # facebookresearch/ResNeXt has a 3x3 stem for CIFAR alone.
+    return (cifar.MEAN, cifar.STD) if weights["conv1.weight"].shape[-1] == 3 else None
 
 
 SOURCES = {
@@ -54,6 +65,16 @@ SOURCES = {
     "torchvision": Source(TORCHVISION, imagefolder.MEAN, imagefolder.STD, is_imagenet=True),
     # The tv_, fb_ssl_ and fb_swsl_ weights too.
     "timm": Source(TORCHVISION, imagefolder.MEAN, imagefolder.STD, is_imagenet=True),
+    "torch7": Source(None, imagefolder.MEAN, imagefolder.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
+    "caffe": Source(None, imagefolder.MEAN, imagefolder.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
+    "mxnet": Source(
+        MXNET,
+        imagefolder.MEAN,
+        imagefolder.STD,
+        is_imagenet=None,
+        adapt=adapt_symbol_zoo,
+        statistics=statistics_of_data,
+    ),
 }
 TARGETS = {"torchvision": TORCHVISION, "timm": TORCHVISION, "seed": SEED}
 
@@ -71,4 +92,5 @@ class ForeignModel:
     @property
     def is_imagenet(self) -> bool:
         """Whether it was trained on pictures of 224 pixels."""
-        return SOURCES[self.source].is_imagenet
+        told = SOURCES[self.source].is_imagenet
+        return parse_model_name(self.network.name).layout == "imagenet" if told is None else told

@@ -1,0 +1,181 @@
+"""Torch7's binary files, read without Torch: torch/torch7 File.lua, Tensor.c and Storage.c. Functions are not run.
+
+What a file holds comes out as Python's values; `torch7_model.py` finds a ResNeXt in it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from resnext_ignite.errors import CheckpointError
+from resnext_ignite.foreign.bounded import Cursor, content_of, float_tensor
+
+_NIL, _NUMBER, _STRING, _TABLE, _OBJECT, _BOOLEAN, _FUNCTION = range(7)
+# Later functions, which may contain themselves.
+_RECURSIVE_FUNCTIONS = (7, 8)
+# A table or an object, the first of its file.
+STARTS = (struct.pack("<ii", _TABLE, 1), struct.pack("<ii", _OBJECT, 1))
+_DTYPES = {
+    "": "<f4",  # CudaTensor
+    "Float": "<f4",
+    "Double": "<f8",
+    "Half": "<f2",
+    "Byte": "u1",
+    "Char": "i1",
+    "Short": "<i2",
+    "Int": "<i4",
+    "Long": "<i8",
+}
+_NUMBERS = re.compile(rf"torch\.(?:Cuda)?({'|'.join(_DTYPES)})(Tensor|Storage)")
+_DEEPEST = 200
+_MOST_DIMENSIONS = 32
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Numbers in a row, still in the file's bytes."""
+
+    dtype: np.dtype[Any]
+    data: memoryview
+
+    def __len__(self) -> int:
+        return len(self.data) // self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Array:
+    """A view of a storage; `offset` and `strides` count numbers."""
+
+    storage: Storage | None
+    offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def tensor(self, where: str) -> Tensor:
+        """A copy in float32.
+
+        Raises:
+            CheckpointError: the view leaves the storage, or repeats numbers; `where` begins the line.
+        """
+        count = math.prod(self.sizes) if self.sizes else 0
+        last = self.offset + sum((size - 1) * step for size, step in zip(self.sizes, self.strides, strict=True))
+        if self.storage is None or count == 0:
+            return float_tensor(b"", np.dtype("<f4"), (0,))
+        # Not by the bytes alone: a stride of 0 would make any size of any storage.
+        if min(*self.strides, self.offset) < 0 or max(last + 1, count) > len(self.storage):
+            raise CheckpointError(
+                f"{where}: sizes {self.sizes} with strides {self.strides} from {self.offset} "
+                f"leave a storage of {len(self.storage)}; damaged"
+            )
+        numbers = np.frombuffer(self.storage.data, self.storage.dtype)[self.offset :]
+        bytes_apart = [step * self.storage.dtype.itemsize for step in self.strides]
+        view = np.lib.stride_tricks.as_strided(numbers, self.sizes, bytes_apart, writeable=False)
+        return float_tensor(view.astype("<f4").tobytes(), np.dtype("<f4"), self.sizes)
+
+
+@dataclass(frozen=True)
+class Object:
+    """An object of another class: the class's name without its package, and its fields."""
+
+    kind: str
+    fields: dict[Any, Any] = field(default_factory=dict)
+
+
+def load_t7(file: Path) -> Any:
+    """What a file holds: None, numbers, strings, dicts (tables), Array, Storage, Object; None for a function.
+
+    Raises:
+        CheckpointError: it is damaged, or of another format.
+    """
+    return _Reader(Cursor(content_of(file), file)).value(0)
+
+
+class _Reader:
+    def __init__(self, cursor: Cursor) -> None:
+        self.cursor = cursor
+        # Tables and objects by their number in the file: what is met again is not written again.
+        self.known: dict[int, Any] = {}
+
+    def value(self, depth: int) -> Any:
+        if depth > _DEEPEST:
+            raise self.cursor.failure(f"tables and objects nested over {_DEEPEST} deep")
+        kind = self.cursor.integer("i")
+        if kind == _NIL:
+            return None
+        if kind == _NUMBER:
+            return struct.unpack("<d", self.cursor.take(8))[0]
+        if kind == _STRING:
+            return bytes(self.cursor.take(self.cursor.count("i", 1))).decode("utf-8", "replace")
+        if kind == _BOOLEAN:
+            return self.cursor.integer("i") == 1
+        if kind == _FUNCTION:
+            return self._drop_function(depth)
+        if kind not in (_TABLE, _OBJECT, *_RECURSIVE_FUNCTIONS):
+            raise self.cursor.failure(f"a value of type {kind}, which Torch7 has not; not a .t7 file, or damaged")
+        number = self.cursor.integer("i")
+        if number in self.known:
+            return self.known[number]
+        if kind == _TABLE:
+            table: dict[Any, Any] = {}
+            # Before its content, which may contain it.
+            self.known[number] = table
+            self._fill(table, depth)
+            return table
+        if kind == _OBJECT:
+            return self._object(number, depth)
+        self.known[number] = None
+        return self._drop_function(depth)
+
+    def _fill(self, table: dict[Any, Any], depth: int) -> None:
+        # A key and a value take a type each.
+        for _ in range(self.cursor.count("i", 8)):
+            key, value = self.value(depth + 1), self.value(depth + 1)
+            if isinstance(key, str | float | bool):
+                table[key] = value
+
+    def _drop_function(self, depth: int) -> None:
+        self.cursor.take(self.cursor.count("i", 1))
+        self.value(depth + 1)
+
+    def _object(self, number: int, depth: int) -> Any:
+        name = self.cursor.text("i")
+        if re.fullmatch(r"V \d{1,9}", name):
+            name = self.cursor.text("i")
+        numbers = _NUMBERS.fullmatch(name)
+        if numbers is None:
+            made = Object(name.rpartition(".")[2])
+            self.known[number] = made
+            content = self.value(depth + 1)
+            if isinstance(content, dict):
+                made.fields.update(content)
+            return made
+        dtype = np.dtype(_DTYPES[numbers[1]])
+        self.known[number] = None
+        read = self._storage(dtype) if numbers[2] == "Storage" else self._array(name, depth)
+        self.known[number] = read
+        return read
+
+    def _storage(self, dtype: np.dtype[Any]) -> Storage:
+        return Storage(dtype, self.cursor.take(self.cursor.count("q", dtype.itemsize) * dtype.itemsize))
+
+    def _array(self, name: str, depth: int) -> Array:
+        dimensions = self.cursor.integer("i")
+        if not 0 <= dimensions <= _MOST_DIMENSIONS:
+            raise self.cursor.failure(f"{name} of {dimensions} dimensions; damaged")
+        sizes, strides = self.cursor.integers("q", dimensions), self.cursor.integers("q", dimensions)
+        # Lua counts from 1.
+        offset = self.cursor.integer("q") - 1
+        if any(size < 0 for size in sizes):
+            raise self.cursor.failure(f"{name} of sizes {sizes}; damaged")
+        storage = self.value(depth + 1)
+        if storage is not None and not isinstance(storage, Storage):
+            raise self.cursor.failure(f"{name} in what is no storage; damaged")
+        return Array(storage, offset, sizes, strides)
