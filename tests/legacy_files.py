@@ -249,16 +249,20 @@ class CaffeNet:
     Args:
         merged: without BatchNorm: part of the convolutions.
         pad: of the stem's pooling.
+        rounding: the bytes that say that it rounds down; none: it rounds up.
     """
 
-    def __init__(self, network: SmallNetwork, *, merged: bool = False, pad: int = 1, size: int = 32) -> None:
+    def __init__(
+        self, network: SmallNetwork, *, merged: bool = False, pad: int = 1, rounding: bytes = b"", size: int = 32
+    ) -> None:
         self.merged, self.count = merged, 0
         self.layers: list[bytes] = []
         self.prototxt = [f'input: "data" input_shape {{ dim: 1 dim: 3 dim: {size} dim: {size} }}']
         top = self.relu(self.unit(network.stem, "data"))
         if network.large:
+            pooling = POOLING % (pad, "ceil_mode: false" if rounding else "")
             sizes = field(2, 3) + field(3, 2) + field(4, pad)
-            top = self.add("Pooling", [top], extra=field(121, field(1, 0) + sizes), text=POOLING % pad)
+            top = self.add("Pooling", [top], extra=field(121, field(1, 0) + sizes + rounding), text=pooling)
         for block in network.blocks:
             assert isinstance(block, SmallBlock)
             branch = self.relu(self.unit(block.second, self.relu(self.unit(block.first, top))))
@@ -313,7 +317,7 @@ class CaffeNet:
         return self.write("Scale", [top], top, blobs + field(142, field(4, 1)), "scale_param { bias_term: true }")
 
 
-POOLING = "pooling_param { pool: MAX kernel_size: 3 stride: 2 pad: %d }"
+POOLING = "pooling_param { pool: MAX kernel_size: 3 stride: 2 pad: %d %s }"
 
 
 def params_file(arrays: dict[str, Tensor], version: int = 2) -> bytes:

@@ -237,7 +237,8 @@ def test_lies_in_a_t7_file_are_refused(tmp_path: Path, weight: bytes, line: str)
 def test_caffe(tmp_path: Path, counts: tuple[int, ...], merged: bool, caplog: pytest.LogCaptureFixture) -> None:
     model = network(counts, eps=1e-4)
     file = tmp_path / "resnext.caffemodel"
-    file.write_bytes(CaffeNet(model, merged=merged).content())
+    # As the published ones say that their pooling rounds down: ceil_mode false.
+    file.write_bytes(CaffeNet(model, merged=merged, rounding=field(13, 0)).content())
     found, metadata = logits_of(file, pictures())
     # The Caffe network takes blue first; what it became takes red first.
     assert_same(found, model, pictures().flip(1))
@@ -245,12 +246,18 @@ def test_caffe(tmp_path: Path, counts: tuple[int, ...], merged: bool, caplog: py
     assert not caplog.records
 
 
-def test_a_pooling_without_padding_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("pad", "rounding", "line"),
+    [(0, b"", "pads by 0 and rounds up"), (1, b"", "pads by 1 and rounds up"), (1, field(13, 1), "")],
+)
+def test_another_pooling_is_warned_of(
+    tmp_path: Path, pad: int, rounding: bytes, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "resnext.caffemodel"
-    file.write_bytes(CaffeNet(network(IMAGENET), pad=0).content())
+    file.write_bytes(CaffeNet(network(IMAGENET), pad=pad, rounding=rounding).content())
     with caplog.at_level(logging.WARNING):
         assert read_foreign(file).source == "caffe"
-    assert [record.getMessage().endswith("logits will differ a little") for record in caplog.records] == [True]
+    assert [line in record.getMessage() for record in caplog.records] == [True] * bool(line)
 
 
 def test_what_is_no_resnext_of_caffe_is_named(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ _MESSAGES = {
         "stride_w": (8, "uint32"),
         "pad_h": (9, "uint32"),
         "pad_w": (10, "uint32"),
+        "rounding": (13, "int32"),
     },
     "Layer": {
         "name": (1, "bytes"),

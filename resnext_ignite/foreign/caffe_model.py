@@ -164,12 +164,16 @@ class _Graph:
         padding = pair(parameters, "pad", "pad", 0)
         if (kernel, stride) != ((3, 3), (2, 2)) or padding not in ((0, 0), (1, 1)):
             raise self.failure(layer, "a max pooling other than 3x3 with stride 2 and padding 0 or 1")
-        if padding == (0, 0):
+        # Caffe rounds sizes up. Field 13 is there where it shall not: round_mode FLOOR (1), or in the forks with pull
+        # request 3057, of which the published ResNeXts are, ceil_mode false (0).
+        if padding == (0, 0) or not parameters.HasField("rounding"):
             log.warning(
-                "%s: layer %s: its pooling windows begin a pixel later than this project's, which pad by 1: "
+                "%s: layer %s: its pooling pads by %d and rounds %s; this project's pads by 1 and rounds down: "
                 "logits will differ a little",
                 self.file,
                 text(layer.name),
+                padding[0],
+                "down" if parameters.HasField("rounding") else "up",
             )
         self.is_pooled = True
         return value
