@@ -21,6 +21,7 @@ _SOURCES = (
     "torch7",
     "caffe",
     "mxnet",
+    "gluoncv",
 )
 _TARGETS = ("ours", "torchvision", "timm", "seed")
 

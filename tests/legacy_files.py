@@ -361,3 +361,26 @@ def mxnet_arrays(network: SmallNetwork) -> dict[str, Tensor]:
                 add(block.shortcut, f"{name}_sc", f"{name}_sc_bn")
     arrays["arg:fc1_weight"], arrays["arg:fc1_bias"] = network.fc.weight, network.fc.bias
     return arrays
+
+
+def gluoncv_arrays(network: SmallNetwork) -> dict[str, Tensor]:
+    """A network's weights by the names of gluoncv/model_zoo/resnext.py, as save_parameters writes them."""
+    arrays: dict[str, Tensor] = {}
+
+    def add(unit: Unit, name: str, place: int) -> None:
+        assert unit.norm.running_mean is not None
+        assert unit.norm.running_var is not None
+        arrays[f"{name}.{place}.weight"] = unit.conv.weight
+        arrays[f"{name}.{place + 1}.gamma"], arrays[f"{name}.{place + 1}.beta"] = unit.norm.weight, unit.norm.bias
+        arrays[f"{name}.{place + 1}.running_mean"] = unit.norm.running_mean
+        arrays[f"{name}.{place + 1}.running_var"] = unit.norm.running_var
+
+    add(network.stem, "features", 0)
+    for stage, blocks in enumerate(network.stages(), 4):
+        for number, block in enumerate(blocks):
+            for part, unit in enumerate((block.first, block.second, block.third)):
+                add(unit, f"features.{stage}.{number}.body", 3 * part)
+            if block.shortcut is not None:
+                add(block.shortcut, f"features.{stage}.{number}.downsample", 0)
+    arrays["output.weight"], arrays["output.bias"] = network.fc.weight, network.fc.bias
+    return arrays

@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from legacy_files import T7, CaffeNet, Module, SmallNetwork, blob, field, mxnet_arrays, params_file, torch7_model
+from legacy_files import (
+    T7,
+    CaffeNet,
+    Module,
+    SmallNetwork,
+    blob,
+    field,
+    gluoncv_arrays,
+    mxnet_arrays,
+    params_file,
+    torch7_model,
+)
 from test_convert import living
 from torch import Tensor, nn
 
@@ -351,6 +362,15 @@ def test_mxnet_without_normalisation_and_in_half(tmp_path: Path) -> None:
     found, metadata = logits_of(file, pictures())
     assert_same(found, model, pictures())
     assert (metadata.mean, metadata.std) == (imagefolder.MEAN, imagefolder.STD)
+
+
+def test_gluoncv(tmp_path: Path) -> None:
+    model = network(IMAGENET)
+    file = tmp_path / "resnext50_32x4d.params"
+    file.write_bytes(params_file(gluoncv_arrays(model)))
+    found, metadata = logits_of(file, pictures())
+    assert_same(found, model, pictures())
+    assert (metadata.mean, metadata.std, metadata.image_size) == (imagefolder.MEAN, imagefolder.STD, 224)
 
 
 def test_what_is_no_resnext_of_mxnet_is_named(tmp_path: Path) -> None:

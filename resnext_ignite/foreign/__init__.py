@@ -20,7 +20,7 @@ from resnext_ignite.foreign import caffe, mxnet, torch7
 from resnext_ignite.foreign.adopted import checkpoint_of
 from resnext_ignite.foreign.caffe_model import read_caffe
 from resnext_ignite.foreign.fit import fitted, recognise
-from resnext_ignite.foreign.keys import MXNET, PYTORCH_CIFAR100, SEED, TORCHVISION, without_prefixes
+from resnext_ignite.foreign.keys import GLUONCV, MXNET, PYTORCH_CIFAR100, SEED, TORCHVISION, without_prefixes
 from resnext_ignite.foreign.sources import SOURCES, TARGETS, ForeignModel
 from resnext_ignite.foreign.torch7_model import read_torch7
 
@@ -164,6 +164,8 @@ def told_by(weights: Mapping[str, Tensor], *, wrapped: bool, file: Path) -> str:
         return "pytorch-cifar100"
     if MXNET.marker in weights:
         return "mxnet"
+    if GLUONCV.marker in weights:
+        return "gluoncv"
     if TORCHVISION.marker in weights:
         return "torchvision"
     first = next(iter(weights))

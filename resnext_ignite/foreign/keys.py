@@ -133,6 +133,25 @@ MXNET = Naming(
         ),
     ),
 )
+_GLUON_PARTS = {"gamma": "weight", "beta": "bias"}
+_GLUON_VALUE = r"(weight|bias|gamma|beta|running_mean|running_var)"
+# gluoncv/model_zoo/resnext.py: its blocks' Sequential has the places of pytorch-cifar100's.
+GLUONCV = Naming(
+    "features.4.0.body.3.weight",
+    (
+        (r"features\.0\.weight", "conv1.weight"),
+        (r"output\.(weight|bias)", r"fc.\1"),
+        (rf"features\.1\.{_GLUON_VALUE}", lambda m: f"bn1.{_GLUON_PARTS.get(m[1], m[1])}"),
+        (
+            rf"features\.([4-7])\.(\d\d?)\.body\.([013467])\.{_GLUON_VALUE}",
+            lambda m: f"layer{int(m[1]) - 3}.{int(m[2])}.{_SPLIT_PARTS[m[3]]}.{_GLUON_PARTS.get(m[4], m[4])}",
+        ),
+        (
+            rf"features\.([4-7])\.(\d\d?)\.downsample\.([01])\.{_GLUON_VALUE}",
+            lambda m: f"layer{int(m[1]) - 3}.{int(m[2])}.downsample.{m[3]}.{_GLUON_PARTS.get(m[4], m[4])}",
+        ),
+    ),
+)
 
 
 def spread_first_convolutions(weights: Weights) -> None:

@@ -12,6 +12,7 @@ from resnext_ignite.architecture import parse_model_name
 from resnext_ignite.data import cifar, imagefolder
 from resnext_ignite.foreign.fit import Network
 from resnext_ignite.foreign.keys import (
+    GLUONCV,
     MXNET,
     PYTORCH_CIFAR100,
     SEED,
@@ -75,6 +76,7 @@ SOURCES = {
         adapt=adapt_symbol_zoo,
         statistics=statistics_of_data,
     ),
+    "gluoncv": Source(GLUONCV, imagefolder.MEAN, imagefolder.STD, is_imagenet=True),
 }
 TARGETS = {"torchvision": TORCHVISION, "timm": TORCHVISION, "seed": SEED}
 
