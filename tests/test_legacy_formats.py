@@ -271,6 +271,13 @@ def test_another_pooling_is_warned_of(
     assert [line in record.getMessage() for record in caplog.records] == [True] * bool(line)
 
 
+def with_field(model: SmallNetwork, index: int, number: int, value: bytes) -> bytes:
+    """A .caffemodel with one more piece of a message in a layer; protobuf puts the pieces together."""
+    net = CaffeNet(model)
+    net.layers[index] += field(number, value)
+    return net.content()
+
+
 def test_what_is_no_resnext_of_caffe_is_named(tmp_path: Path) -> None:
     model = network(CIFAR)
     file = tmp_path / "m.caffemodel"
@@ -298,6 +305,18 @@ def test_what_is_no_resnext_of_caffe_is_named(tmp_path: Path) -> None:
     refused(
         changed(8, field(5, 4), field(5, 2)), "layer layer 9: 2 groups of 2 are not the 8 channels that it puts out"
     )
+    refused(with_field(model, 3, 123, field(1, 0.1)), "layer layer 4 (ReLU): a slope of 0.1 below 0")
+    refused(with_field(model, 0, 106, field(18, b"\x02")), "layer layer 1 (Convolution): a dilated convolution")
+    refused(with_field(model, 18, 110, field(2, struct.pack("<2f", 1, 2))), "layer layer 19 (Eltwise): a weighted sum")
+    refused(with_field(model, 18, 110, field(1, 2)), "layer layer 19 (Eltwise): no sum")
+    # An average pooling in a shortcut, as ResNet-D has it: after the first block's sum and its ReLU.
+    net = CaffeNet(model)
+    pooling = field(1, "average") + field(2, "Pooling") + field(3, "layer 19") + field(4, "layer 19")
+    net.layers.insert(20, pooling + field(121, field(1, 1)))
+    refused(net.content(), "layer layer 21 (Convolution): behind an average pooling")
+    net = CaffeNet(model)
+    del net.layers[-2]
+    refused(net.content(), f"layer layer {len(net.layers) + 1} (InnerProduct): a classifier elsewhere")
     net = CaffeNet(model)
     net.layers[1] = net.layers[1].replace(blob(torch.tensor([4.0])), blob(torch.tensor([4.0, 4.0])))
     refused(net.content(), "layer layer 2 (BatchNorm): a scale factor of 2 numbers")
@@ -399,6 +418,25 @@ def test_what_is_no_resnext_of_mxnet_is_named(tmp_path: Path) -> None:
 
 
 # 4. Any bytes at all
+
+
+def test_formats_are_told_by_content(tmp_path: Path) -> None:
+    for name, content in small_files().items():
+        file = tmp_path / f"{name.partition('.')[2]} without a suffix"
+        file.write_bytes(content)
+        told = read_foreign(file)
+        assert told.source == {"m.t7": "torch7", "m.caffemodel": "caffe", "m.params": "mxnet"}[name]
+        again = read_foreign(file, told.source).weights
+        assert all(torch.equal(again[key], value) for key, value in told.weights.items())
+        wrong = "caffe" if told.source != "caffe" else "torch7"
+        with pytest.raises(CheckpointError, match=r"no \.caffemodel|not a \.t7 file"):
+            read_foreign(file, wrong)
+        with pytest.raises(CheckpointError, match=r"no file of weights|seed has no such weight"):
+            read_foreign(file, "seed")
+    for name in ("missing.t7", "missing.caffemodel", "missing.params"):
+        for source in ("auto", "torch7", "caffe", "mxnet"):
+            with pytest.raises(CheckpointError, match=rf"{name}: No such file"):
+                read_foreign(tmp_path / name, source)
 
 
 def small_files() -> dict[str, bytes]:

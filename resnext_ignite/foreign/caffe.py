@@ -45,6 +45,7 @@ _MESSAGES = {
         "dilation": (18, "*uint32"),
     },
     "BatchNorm": {"eps": (3, "float")},
+    "ReLU": {"negative_slope": (1, "float")},
     "Eltwise": {"operation": (1, "int32"), "coeff": (2, "*float")},
     "Pooling": {
         "pool": (1, "int32"),
@@ -68,6 +69,7 @@ _MESSAGES = {
         "convolution_param": (106, "Convolution"),
         "eltwise_param": (110, "Eltwise"),
         "pooling_param": (121, "Pooling"),
+        "relu_param": (123, "ReLU"),
         "batch_norm_param": (139, "BatchNorm"),
     },
     "OldLayer": {},

@@ -34,13 +34,14 @@ _ENDS = ("Softmax", "SoftmaxWithLoss", "Accuracy", "Silence")
 class _Value:
     """What a blob holds: the convolutions since the picture or the block number `begins`, and whether it is rectified.
 
-    `joined` is set on a sum, until its ReLU.
+    `joined` is set on a sum, until its ReLU; `is_averaged` behind an average pooling, which only a classifier follows.
     """
 
     begins: int
     convolutions: tuple[Convolution, ...] = ()
     is_rectified: bool = False
     joined: Block | None = None
+    is_averaged: bool = False
 
 
 _PICTURE = _Value(-1)
@@ -88,6 +89,8 @@ class _Graph:
             bottoms = [self.values.get(text(name), _PICTURE) for name in layer.bottom]
             if len(bottoms) != (2 if kind == "Eltwise" else 1) or not layer.top:
                 raise self.failure(layer, f"of {len(bottoms)} blobs makes {len(layer.top)}")
+            if any(value.is_averaged for value in bottoms) and kind not in (*_PASSING, "InnerProduct"):
+                raise self.failure(layer, "behind an average pooling; in a ResNeXt only the classifier is")
             made = bottoms[0] if kind in _PASSING else follow[kind](layer, *bottoms)
             for top in layer.top:
                 self.values[text(top)] = made
@@ -144,6 +147,8 @@ class _Graph:
         return value.convolutions[-1]
 
     def _relu(self, layer: Any, value: _Value) -> _Value:
+        if layer.relu_param.negative_slope:
+            raise self.failure(layer, f"a slope of {layer.relu_param.negative_slope:g} below 0; a ResNeXt has none")
         if value.joined is not None:
             self.blocks.append(value.joined)
             return _Value(len(self.blocks), is_rectified=True)
@@ -157,7 +162,7 @@ class _Graph:
     def _pooling(self, layer: Any, value: _Value) -> _Value:
         parameters = layer.pooling_param
         if parameters.pool != _MAX:
-            return value
+            return replace(value, is_averaged=True)
         if value.begins != 0 or value.convolutions or self.blocks or self.is_pooled:
             raise self.failure(layer, "a max pooling elsewhere than after the stem")
         kernel, stride = (pair(parameters, f"{n}{s}", n, 1) for n, s in (("kernel", "_size"), ("stride", "")))
@@ -194,8 +199,9 @@ class _Graph:
         return _Value(now, joined=Block(f"layer {text(layer.name)}", branch.convolutions, projection))
 
     def _inner_product(self, layer: Any, value: _Value) -> _Value:
-        if self.classifier is not None or value.begins != len(self.blocks) or value.convolutions or value.joined:
-            raise self.failure(layer, "a classifier elsewhere than after the last block")
+        is_last = value.begins == len(self.blocks) and not value.convolutions and value.joined is None
+        if self.classifier is not None or not is_last or not value.is_averaged:
+            raise self.failure(layer, "a classifier elsewhere than after the average pooling of the last block")
         weight = self._blob(layer, 0)
         if weight.ndim < 2:
             raise self.failure(layer, f"weights of shape {tuple(weight.shape)}")
