@@ -310,6 +310,7 @@ def seed_weights() -> dict[str, Any]:
             "bn1.bias is missing: cifar_resnext20_4x16d has it",
         ),
         (lambda w: {k: v for k, v in w.items() if k != "classifier.weight"}, "fc.weight is missing: not the weights"),
+        (lambda w: {**w, "classifier.weight": torch.zeros(1, 1024)}, "fc.weight: 1 classes; a model here has 2 to"),
         (lambda w: {k: v for k, v in w.items() if "_3_bottleneck_1" not in k}, "stages of 2, 2, 1 blocks are no depth"),
         (lambda w: {**w, "conv_1_3x3.weight": torch.zeros(64, 3, 5, 5)}, "conv1.weight: a stem of 5x5"),
         (lambda w: {**w, "conv_1_3x3.weight": torch.zeros(0)}, "conv1.weight: shape (0,) is none of a ResNeXt's"),

@@ -32,7 +32,7 @@ from resnext_ignite import convert
 from resnext_ignite.checkpoint import load_model
 from resnext_ignite.data import cifar, imagefolder
 from resnext_ignite.errors import CheckpointError
-from resnext_ignite.foreign import checkpoint_of, read_foreign
+from resnext_ignite.foreign import checkpoint_of, open_model, read_foreign
 
 CIFAR, IMAGENET = (1, 1, 1), (3, 4, 6, 3)
 
@@ -77,6 +77,8 @@ def test_torch7(tmp_path: Path, counts: tuple[int, ...]) -> None:
     file = t7_file(tmp_path / "model_best.t7", torch7_model(model))
     found, metadata = logits_of(file, pictures())
     assert_same(found, model, pictures())
+    # As it is, too.
+    assert torch.equal(open_model(file)[0](pictures()), found)
     if counts == CIFAR:
         assert metadata.config.model.name == "cifar_resnext11_4x16d"
         assert (metadata.mean, metadata.std) == (cifar.MEAN, cifar.STD)

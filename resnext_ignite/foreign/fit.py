@@ -12,6 +12,9 @@ from resnext_ignite.architecture import depth_of
 from resnext_ignite.errors import CheckpointError
 from resnext_ignite.models import create_model
 
+# As the config key model.num_classes has it.
+_MOST_CLASSES = 100_000
+
 
 @dataclass(frozen=True)
 class Network:
@@ -31,6 +34,8 @@ def recognise(weights: dict[str, Tensor], file: object) -> Network:
     stem = _shape(weights, "conv1.weight", 4, file)
     grouped = _shape(weights, "layer1.0.conv2.weight", 4, file)
     classes = _shape(weights, "fc.weight", 2, file)[0]
+    if not 2 <= classes <= _MOST_CLASSES:
+        raise CheckpointError(f"{file}: fc.weight: {classes} classes; a model here has 2 to {_MOST_CLASSES}")
     if stem[2] not in (3, 7):
         raise CheckpointError(f"{file}: conv1.weight: a stem of {stem[2]}x{stem[3]}, where a ResNeXt has 3x3 or 7x7")
     cardinality, rest = divmod(grouped[0], grouped[1])
