@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,19 +27,24 @@ def pyplot() -> Any:
     import matplotlib as mpl
 
     mpl.use("Agg")
+    # Names of classes and runs are text, whatever dollar signs are in them.
+    mpl.rcParams["text.parse_math"] = False
+    # In an SVG, text stays text.
+    mpl.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot as loaded
 
     return loaded
 
 
-def draw_curves(runs: dict[str, Sequence[Record]]) -> Figure:
+def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] = (8, 8)) -> Figure:
     """Error, loss and learning rate over epochs, of one run or several laid over each other.
 
     Args:
         runs: records of `metrics.jsonl` by the name of their run.
+        size: width and height in inches.
     """
     figure, (top, middle, bottom) = pyplot().subplots(
-        3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 2, 1), layout="constrained"
+        3, 1, figsize=size, sharex=True, height_ratios=(3, 2, 1), layout="constrained"
     )
     colors = pyplot().rcParams["axes.prop_cycle"].by_key()["color"]
     several = len(runs) > 1
@@ -147,12 +153,34 @@ def draw_sheet(images: Tensor, captions: Sequence[str] = (), columns: int = 8) -
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG whole, and free the figure."""
+def name_of_evaluation(record: Record) -> str:
+    """What tells an evaluation of a run from its others."""
+    return f"{record['split']}, epoch {record['epoch']}, iteration {record['iteration']}"
+
+
+def save_figure(figure: Figure, path: Path, description: str = "") -> None:
+    """Write a PNG whole, with its description as text inside, and free the figure."""
+    metadata = {"Description": description} if description else {}
     try:
-        replace_durably(path, lambda file: figure.savefig(file, format="png", dpi=110))
+        replace_durably(path, lambda file: figure.savefig(file, format="png", dpi=110, metadata=metadata))
     finally:
         pyplot().close(figure)
+
+
+def figure_to_svg(figure: Figure) -> bytes:
+    """The figure as an SVG, whose text is text; frees the figure."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", transparent=True)
+    pyplot().close(figure)
+    return file.getvalue()
+
+
+def figure_to_png(figure: Figure) -> bytes:
+    """The figure as a PNG; frees the figure."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    pyplot().close(figure)
+    return file.getvalue()
 
 
 def figure_to_array(figure: Figure) -> NDArray[np.uint8]:

@@ -56,6 +56,10 @@ class RunFolder:
         return self.path / "curves.png"
 
     @property
+    def mistakes(self) -> Path:
+        return self.path / "mistakes.png"
+
+    @property
     def _config(self) -> Path:
         return self.path / "config.yaml"
 
@@ -66,6 +70,10 @@ class RunFolder:
     @property
     def _status(self) -> Path:
         return self.path / "status.json"
+
+    @property
+    def _evaluation(self) -> Path:
+        return self.path / "evaluation.json"
 
     def holds_a_run(self) -> bool:
         """Whether anything of a run lies here."""
@@ -96,7 +104,7 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         remove_remains(self.checkpoints)
         # No more than what is a run's own: a user may have chosen a folder with files of his.
-        for file in (self._config, self._metrics, self._status, self.curves):
+        for file in (self._config, self._metrics, self._status, self._evaluation, self.curves, self.mistakes):
             temporary_path(file).unlink(missing_ok=True)
         replace_durably(self._config, lambda file: _write(file, dump_config(config)))
 
@@ -130,6 +138,14 @@ class RunFolder:
             text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
             replace_durably(self._metrics, lambda file: _write(file, text))
 
+    def write_evaluation(self, evaluation: Record) -> None:
+        """Write `evaluation.json`: what the last line of `metrics.jsonl` counts, in detail."""
+        replace_durably(self._evaluation, lambda file: _write(file, json.dumps(evaluation, allow_nan=False) + "\n"))
+
+    def read_evaluation(self) -> Record:
+        """What `evaluation.json` says; empty where it is not there, or damaged."""
+        return _read_object(self._evaluation)
+
     def write_status(self, state: str, **facts: Any) -> None:
         """Write `status.json`: the state of the run, facts of it, and the versions it runs on."""
         versions = {name: metadata.version(name) for name in _PACKAGES}
@@ -143,11 +159,15 @@ class RunFolder:
 
     def read_status(self) -> Record:
         """What `status.json` says; empty where it is not there, or damaged."""
-        try:
-            status = json.loads(self._status.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return {}
-        return status if isinstance(status, dict) else {}
+        return _read_object(self._status)
+
+
+def _read_object(path: Path) -> Record:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write(file: IO[bytes], text: str) -> None:

@@ -40,8 +40,8 @@ from resnext_ignite.checkpoint import (
 )
 from resnext_ignite.errors import CheckpointError, RunFolderError, StorageError, as_resnext_error
 from resnext_ignite.handlers.checkpointing import SaveCheckpoints
-from resnext_ignite.handlers.loggers import TensorBoard
-from resnext_ignite.handlers.pictures import Curves
+from resnext_ignite.handlers.loggers import EvaluationFile, TensorBoard
+from resnext_ignite.handlers.pictures import Curves, MistakesPicture
 from resnext_ignite.run_folder import RunFolder
 
 DIED = 86
@@ -415,13 +415,18 @@ def test_a_full_disk_at_what_a_run_can_do_without_is_a_warning(tmp_path: Path) -
                 board.writer.add_text("long", "x" * 20_000, 0)
                 flush(board)
 
-            for owner, name in ((SaveCheckpoints, "save_best"), (Curves, "draw")):
+            for owner, name in (
+                (SaveCheckpoints, "save_best"),
+                (Curves, "draw"),
+                (EvaluationFile, "__call__"),
+                (MistakesPicture, "__call__"),
+            ):
                 setattr(owner, name, on_a_full_disk(getattr(owner, name)))
             TensorBoard.flush = flush_much  # type: ignore[method-assign, assignment]
 
-        outcome = Command(folder, *WITH_EVENTS, patch=patch).wait()
+        outcome = Command(folder, *WITH_EVENTS, "logging.images=4", patch=patch).wait()
         assert outcome.code == 0, outcome.stderr
-        for what in ("best.pt", "curves.png", "TensorBoard's events"):
+        for what in ("best.pt", "curves.png", "evaluation.json", "mistakes.png", "TensorBoard's events"):
             assert f"{what} could not be written (No space left on device); training goes on" in outcome.stderr
         assert "Traceback" not in outcome.stderr
         names = sorted(path.name for path in (folder / "checkpoints").glob("*.pt"))

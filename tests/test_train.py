@@ -54,6 +54,31 @@ def test_a_run_folder_holds_what_is_promised(finished_run: Path) -> None:
     assert set(promised.split()) <= set(state)
 
 
+def test_a_run_keeps_its_last_evaluation_in_detail(finished_run: Path, tmp_path: Path) -> None:
+    last = RunFolder(finished_run).read_metrics()[-1]
+    kept = RunFolder(finished_run).read_evaluation()
+    assert list(kept) == ["split", "epoch", "iteration", "classes", "confusion", "mistakes"]
+    assert (kept["split"], kept["epoch"], kept["iteration"]) == ("test", 3, 12)
+    assert sum(count for _, _, count in kept["confusion"]) == 37
+    assert sum(count for true, predicted, count in kept["confusion"] if true == predicted) == last["correct"]
+    assert all(count > 0 for _, _, count in kept["confusion"])
+    confused = {(true, predicted) for true, predicted, _ in kept["confusion"]}
+    assert len(kept["mistakes"]) == 8
+    for mistake in kept["mistakes"]:
+        assert mistake["label"] != mistake["predicted"]
+        assert (mistake["label"], mistake["predicted"]) in confused
+    with Image.open(finished_run / "mistakes.png") as picture:
+        assert picture.info["Description"] == "test, epoch 3, iteration 12"
+    # Chosen on held-out images, the last record is that of the test split; and no TensorBoard is needed.
+    assert train_tiny(tmp_path / "run", "data.val_size=10", "logging.images=4", "train.epochs=1") == 0
+    assert RunFolder(tmp_path / "run").read_evaluation()["split"] == "test"
+    with Image.open(tmp_path / "run/mistakes.png") as picture:
+        assert picture.info["Description"].startswith("test, epoch 1, iteration ")
+    # What a longer run of itself no longer draws is not left beside it.
+    assert train_tiny(tmp_path / "run", "data.val_size=10", "logging.images=0", "train.epochs=2", resume=True) == 0
+    assert not (tmp_path / "run/mistakes.png").exists()
+
+
 def test_the_saved_config_repeats_the_run(finished_run: Path, tmp_path: Path) -> None:
     config = load_config(finished_run / "config.yaml")
     assert config.model.num_classes == 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from ignite.engine import Events
 
 from resnext_ignite.config import Config
@@ -12,7 +13,7 @@ from resnext_ignite.distributed import Ranks, StopAgreement
 from resnext_ignite.engines import RunEvents
 from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints, Stateful
 from resnext_ignite.handlers.evaluation import BestRecord, Evaluation, FinalTest
-from resnext_ignite.handlers.loggers import MetricsFile, Progress, StatusFile, TensorBoard
+from resnext_ignite.handlers.loggers import EvaluationFile, MetricsFile, Progress, StatusFile, TensorBoard
 from resnext_ignite.handlers.session import AttachedRun, Parts
 from resnext_ignite.handlers.training import LogPoint, build_average
 from resnext_ignite.run_folder import OpenRun
@@ -75,8 +76,10 @@ def attach_handlers(
     trainer.add_event_handler(RunEvents.EVALUATED, best)
     status = None
     if ranks.rank == 0:
-        status = StatusFile(run.folder, best, {"changes_on_resume": run.changes})
-        _attach_writers(config, parts, run, status)
+        device = torch.cuda.get_device_name() if config.train.device == "cuda" else config.train.device
+        facts = {"changes_on_resume": run.changes, "device": device, "ranks": ranks.world_size}
+        status = StatusFile(run.folder, best, facts)
+        _attach_writers(config, parts, loaders, run, status)
 
     # The resume point comes last, when everything it has to remember has happened; only then the best one's file.
     trainer.add_event_handler(Events.ITERATION_COMPLETED, saver.at_iteration)
@@ -127,13 +130,14 @@ def _run_state(
     return RunState(parts.trainer, ranks, facts, saved, handlers, errors)
 
 
-def _attach_writers(config: Config, parts: Parts, run: OpenRun, status: StatusFile) -> None:
-    """Console, metrics file and status: what rank 0 says of a run as it goes."""
+def _attach_writers(config: Config, parts: Parts, loaders: Loaders, run: OpenRun, status: StatusFile) -> None:
+    """Console, metrics, the last evaluation and status: what rank 0 says of a run as it goes."""
     run.folder.start(config)
     if run.state is not None:
         status.last = run.state["errors"]["last"]
     parts.trainer.add_event_handler(Events.STARTED, status)
     parts.trainer.add_event_handler(RunEvents.EVALUATED, MetricsFile(run.folder))
+    parts.trainer.add_event_handler(RunEvents.EVALUATED, EvaluationFile(run.folder, loaders.data.classes))
     parts.trainer.add_event_handler(RunEvents.EVALUATED, status)
     Progress(config.train.batch_size).attach(parts.trainer)
 
@@ -141,13 +145,15 @@ def _attach_writers(config: Config, parts: Parts, run: OpenRun, status: StatusFi
 def _attach_pictures(
     config: Config, parts: Parts, loaders: Loaders, run: OpenRun, saver: SaveCheckpoints, evaluation: Evaluation
 ) -> None:
-    """TensorBoard and `curves.png`, on rank 0; after everything whose figures they show."""
-    from resnext_ignite.handlers.pictures import AugmentedSheet, Curves, MistakeSheets
+    """TensorBoard, `curves.png` and `mistakes.png`, on rank 0; after everything whose figures they show."""
+    from resnext_ignite.handlers.pictures import AugmentedSheet, Curves, MistakeSheets, MistakesPicture
 
     trainer, classes = parts.trainer, loaders.data.classes
     curves = Curves(run.folder, run.folder.path.name)
     trainer.add_event_handler(RunEvents.EVALUATED, curves)
     trainer.add_event_handler(Events.COMPLETED, lambda engine: curves.draw())
+    splits = {name: loader.split for name, loader in loaders.evaluation.items()}
+    trainer.add_event_handler(Events.COMPLETED, MistakesPicture(run.folder, splits, classes))
     if not config.logging.tensorboard:
         return
     new = run.state is None
@@ -163,7 +169,7 @@ def _attach_pictures(
         if new:
             sheet = AugmentedSheet(board, loaders.train.augment, classes, config.logging.images)
             trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), sheet)
-        sheets = MistakeSheets(board, {name: loader.split for name, loader in loaders.evaluation.items()}, classes)
+        sheets = MistakeSheets(board, splits, classes)
         trainer.add_event_handler(RunEvents.EVALUATED, sheets)
         trainer.add_event_handler(Events.COMPLETED, sheets.draw)
     trainer.add_event_handler(Events.COMPLETED, lambda engine: board.close())

@@ -1,4 +1,4 @@
-"""What a run tells: the console, `metrics.jsonl` and `status.json`, TensorBoard's scalars. Rank 0 alone has these."""
+"""What a run tells: console, `metrics.jsonl`, `evaluation.json`, `status.json`, TensorBoard's scalars. Of rank 0."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar, TensorboardLogger, global_step_from_engine
 from ignite.handlers.tensorboard_logger import OutputHandler, WeightsHistHandler
@@ -120,6 +121,34 @@ class MetricsFile:
 
     def __call__(self, engine: Engine) -> None:
         self.folder.append_metrics(engine.state.record)
+
+
+class EvaluationFile:
+    """Keeps the latest evaluation's confusion matrix and worst mistakes in `evaluation.json`.
+
+    Attach to RunEvents.EVALUATED after MetricsFile: where a run is cut between the two, the file is of an evaluation
+    before the last line of `metrics.jsonl`, which whoever reads both can see.
+
+    Args:
+        classes: names, in the order of the labels.
+    """
+
+    def __init__(self, folder: RunFolder, classes: tuple[str, ...]) -> None:
+        self.folder, self.classes = folder, classes
+
+    def __call__(self, engine: Engine) -> None:
+        record, result = engine.state.record, engine.state.evaluation
+        confusion = result["confusion"]
+        # Most of a thousand classes' million pairs are never confused.
+        cells = torch.cat([confusion.nonzero(), confusion[confusion != 0][:, None]], dim=1)
+        evaluation = {
+            **{key: record[key] for key in ("split", "epoch", "iteration")},
+            "classes": list(self.classes),
+            "confusion": cells.tolist(),
+            "mistakes": result["mistakes"],
+        }
+        with warned_of("evaluation.json"):
+            self.folder.write_evaluation(evaluation)
 
 
 class StatusFile:

@@ -1,9 +1,9 @@
-"""Handlers that draw: `curves.png`, and TensorBoard's sheets and confusion matrix. Rank 0 alone has these."""
+"""Handlers that draw: `curves.png`, `mistakes.png`, and TensorBoard's sheets and confusion matrix. Rank 0's alone."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from ignite.engine import Engine
@@ -12,9 +12,19 @@ from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.loaders import Split
 from resnext_ignite.handlers.loggers import TensorBoard
-from resnext_ignite.pictures import draw_confusion, draw_curves, draw_sheet, figure_to_array, save_figure
+from resnext_ignite.pictures import (
+    draw_confusion,
+    draw_curves,
+    draw_sheet,
+    figure_to_array,
+    name_of_evaluation,
+    save_figure,
+)
 from resnext_ignite.run_folder import RunFolder
 from resnext_ignite.storage import warned_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Curves:
@@ -33,6 +43,28 @@ class Curves:
         with warned_of("curves.png"):
             save_figure(draw_curves({self.name: self.folder.read_metrics()}), self.folder.curves)
         self._last = time.monotonic()
+
+
+class MistakesPicture:
+    """Draws `mistakes.png`, the worst mistakes of the run's last evaluation; attach to COMPLETED.
+
+    Args:
+        splits: the images of each split that is evaluated.
+    """
+
+    def __init__(self, folder: RunFolder, splits: dict[str, Split], classes: tuple[str, ...]) -> None:
+        self.folder, self.splits, self.classes = folder, splits, classes
+
+    def __call__(self, engine: Engine) -> None:
+        record, result = getattr(engine.state, "record", None), getattr(engine.state, "evaluation", None)
+        if record is None or result is None:
+            return
+        with warned_of("mistakes.png"):
+            if result["mistakes"]:
+                sheet = draw_mistakes(result["mistakes"], self.splits[record["split"]], self.classes)
+                save_figure(sheet, self.folder.mistakes, name_of_evaluation(record))
+            else:
+                self.folder.mistakes.unlink(missing_ok=True)
 
 
 class AugmentedSheet:
@@ -76,18 +108,15 @@ class MistakeSheets:
         confusion = figure_to_array(draw_confusion(result["confusion"], self.classes))
         self.board.writer.add_image(f"{split}/confusion", confusion, iteration, dataformats="HWC")
         if result["mistakes"]:
-            images, captions = mistakes_with_captions(result["mistakes"], self.splits[split], self.classes)
-            sheet = figure_to_array(draw_sheet(images, captions))
+            sheet = figure_to_array(draw_mistakes(result["mistakes"], self.splits[split], self.classes))
             self.board.writer.add_image(f"{split}/worst_mistakes", sheet, iteration, dataformats="HWC")
         self._last = time.monotonic()
 
 
-def mistakes_with_captions(
-    mistakes: list[dict[str, Any]], split: Split, classes: tuple[str, ...]
-) -> tuple[torch.Tensor, list[str]]:
-    """The pictures of an evaluation's mistakes, uint8 (n, H, W, 3), and 'true -> predicted' for each."""
+def draw_mistakes(mistakes: list[dict[str, Any]], split: Split, classes: tuple[str, ...]) -> Figure:
+    """The pictures of an evaluation's mistakes, each under 'true -> predicted (loss)'."""
     wanted = torch.tensor([mistake["index"] for mistake in mistakes], device=split.indices.device)
     # Splits keep their images in the order of their indices.
     pictures = split.load(torch.searchsorted(split.indices, wanted)).cpu()
     captions = [f"{classes[m['label']]}\n\u2192 {classes[m['predicted']]} ({m['loss']:.1f})" for m in mistakes]
-    return pictures, captions
+    return draw_sheet(pictures, captions)
