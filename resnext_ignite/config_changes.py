@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from resnext_ignite.config import Config, flatten, with_values
@@ -51,3 +52,10 @@ def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ, with the saved and the new value."""
     before, after = flatten(saved), flatten(config)
     return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
+
+
+def differing_values(configs: Sequence[Config]) -> dict[str, list[Any]]:
+    """Keys whose values are not the same in all configs, with the value in each."""
+    values = [flatten(config) for config in configs]
+    listed = {key: [value[key] for value in values] for key in values[0]}
+    return {key: column for key, column in listed.items() if any(value != column[0] for value in column)}

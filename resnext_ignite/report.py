@@ -1,4 +1,7 @@
-"""Runs at a glance: `python -m resnext_ignite.report RUN [RUN ...]` prints a table and draws their curves together."""
+"""Runs at a glance: `python -m resnext_ignite.report RUN [RUN ...]` prints a table and draws their curves together.
+
+With `--html FILE` also a page with what there is to see of them; `report_page.py` makes it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from typing import Any
 
 from resnext_ignite.errors import RunFolderError, run_command
 
+_OF_THE_PAGE = ("records", "config", "status", "folder")
+
 
 def summarize(path: Path) -> dict[str, Any]:
-    """A run's state, epochs, last and best errors, speed and time; and its records, for the curves.
+    """A run's state, epochs, last and best errors, speed and time; and its records, config and status.
 
     The headline is the error of the last evaluation. The best over epochs is only named beside it: chosen on the test
     split, it is no result.
@@ -43,10 +48,13 @@ def summarize(path: Path) -> dict[str, Any]:
         "last_top5_error": last["top5_error"],
         "best_error": best["top1_error"],
         "best_epoch": best["epoch"],
+        "best_split": best["split"],
         "images_per_s": speeds[len(speeds) // 2] if speeds else None,
         "wall_s": last["wall_s"],
         "records": records,
         "config": config,
+        "status": status,
+        "folder": folder,
     }
 
 
@@ -74,14 +82,10 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def differences(runs: list[dict[str, Any]]) -> list[str]:
     """A line for each config key in which the runs differ."""
-    from resnext_ignite.config import flatten
+    from resnext_ignite.config_changes import differing_values
 
-    values = [flatten(run["config"]) for run in runs]
-    return [
-        f"{key}: " + " | ".join(json.dumps(value[key]) for value in values)
-        for key in values[0]
-        if any(value[key] != values[0][key] for value in values)
-    ]
+    differing = differing_values([run["config"] for run in runs])
+    return [f"{key}: " + " | ".join(json.dumps(value) for value in values) for key, values in differing.items()]
 
 
 def main(arguments: list[str]) -> int:
@@ -91,6 +95,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--output", metavar="FILE.png", help="default: RUN/curves.png; of several runs: curves.png")
+    parser.add_argument("--html", metavar="FILE.html", help="write a page too: one file, to look at or to send")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parsed = parser.parse_args(arguments)
     runs = [summarize(Path(path)) for path in dict.fromkeys(parsed.runs)]
@@ -99,15 +104,23 @@ def main(arguments: list[str]) -> int:
 
     single = Path(runs[0]["run"]) / "curves.png"
     output = Path(parsed.output) if parsed.output else single if len(runs) == 1 else Path("curves.png")
-    save_figure(draw_curves({_short_name(run, runs): run["records"] for run in runs}), output)
+    named = {_short_name(run, runs): run for run in runs}
+    save_figure(draw_curves({name: run["records"] for name, run in named.items()}), output)
+    if parsed.html:
+        from resnext_ignite.report_page import save_page
+
+        save_page(named, Path(parsed.html))
     if parsed.json:
-        plain = [{key: value for key, value in run.items() if key not in ("records", "config")} for run in runs]
-        print(json.dumps({"runs": plain, "curves": str(output)}))
+        plain = [{key: value for key, value in run.items() if key not in _OF_THE_PAGE} for run in runs]
+        pages = {"html": parsed.html} if parsed.html else {}
+        print(json.dumps({"runs": plain, "curves": str(output), **pages}))
         return 0
     print(table(runs))
     if len(runs) > 1:
         print("\nconfigs differ in:", *differences(runs), sep="\n  ")
     print(f"\ncurves: {output}")
+    if parsed.html:
+        print(f"page: {parsed.html}")
     return 0
 
 

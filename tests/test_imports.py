@@ -11,7 +11,7 @@ ROOT = Path(resnext_ignite.__file__).parent
 # From the top: a module may import from its own level (but commands from each other never) and from those below.
 LEVELS = [
     {"train", "evaluate", "predict", "report", "verify", "convert", "benchmark"},
-    {"handlers"},
+    {"handlers", "report_page"},
     {"run_folder", "pictures", "pretrained", "foreign"},
     {"checkpoint"},
     {"tuning"},

@@ -1,0 +1,166 @@
+"""Runs as one page that needs nothing beside itself: what `report_page.html` shows, and its figures as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+from torch import Tensor
+
+from resnext_ignite.config import Config, flatten
+from resnext_ignite.config_changes import changed_values, differing_values
+from resnext_ignite.metrics import figures_by_class
+from resnext_ignite.pictures import (
+    draw_confusion,
+    draw_curves,
+    figure_to_png,
+    figure_to_svg,
+    name_of_evaluation,
+    pyplot,
+)
+from resnext_ignite.run_folder import Record, RunFolder
+from resnext_ignite.storage import replace_durably
+
+# More cells than that are a picture.
+_MOST_CELLS_A_SIDE = 20
+_MOST_CLASSES = 50
+# Of the curves, in inches, at the size of whose letters they are read.
+_DESKTOP, _PHONE = (8, 8), (4.4, 7)
+
+
+def save_page(runs: dict[str, dict[str, Any]], path: Path) -> None:
+    """Write the page of runs, as `report.summarize` gives them, by their names."""
+    page = build_page(runs)
+    replace_durably(path, lambda file: _write(file, page))
+
+
+def _write(file: Any, text: str) -> None:
+    # A file name may hold bytes that are no text.
+    file.write(text.encode("utf-8", errors="replace"))
+
+
+def build_page(runs: dict[str, dict[str, Any]]) -> str:
+    """The page as HTML. Names and values are escaped by the template engine, which trusts none of them."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["as_json"] = lambda value: json.dumps(value, ensure_ascii=False)
+    return environment.get_template("report_page.html").render(
+        runs=[_view(name, run) for name, run in runs.items()],
+        curves=_curves({name: run["records"] for name, run in runs.items()}),
+        differing=differing_values([run["config"] for run in runs.values()]),
+    )
+
+
+def _curves(records: dict[str, list[Record]]) -> dict[str, str]:
+    """The curves for a desktop and for a phone, each on a light and on a dark page."""
+    curves = {}
+    for suffix, style in (("", "default"), ("_dark", "dark_background")):
+        with pyplot().style.context(style):
+            for name, size in (("wide", _DESKTOP), ("narrow", _PHONE)):
+                curves[name + suffix] = _uri("svg+xml", figure_to_svg(draw_curves(records, size)))
+    return curves
+
+
+def _view(name: str, run: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of one run."""
+    last, status, folder = run["records"][-1], run["status"], run["folder"]
+    evaluation, missing = _evaluation_of(folder, last)
+    return {
+        **run,
+        "name": name,
+        "last": last,
+        "wrong": last["images"] - last["correct"],
+        "duration": _duration(run["wall_s"]),
+        "reason": status.get("reason"),
+        "environment": _environment(status),
+        "config": _config_rows(run["config"]),
+        "missing": missing,
+        "details": _details(evaluation) if evaluation else None,
+        "sheet": _sheet(folder, last) if evaluation and evaluation["mistakes"] else None,
+    }
+
+
+def _evaluation_of(folder: RunFolder, last: Record) -> tuple[Record | None, str]:
+    """The run's `evaluation.json` if it is of the last record; else what is wrong with it."""
+    evaluation = folder.read_evaluation()
+    if not evaluation:
+        return None, "This run folder has no evaluation.json, so that its confusion matrix and mistakes are missing."
+    if any(evaluation[key] != last[key] for key in ("split", "epoch", "iteration")):
+        return None, (
+            f"evaluation.json is of another evaluation ({name_of_evaluation(evaluation)}) than the last of "
+            f"metrics.jsonl ({name_of_evaluation(last)}), so that confusion matrix and mistakes are left out."
+        )
+    # A run cut between the two files may, where it is not deterministic, count anew and differently.
+    correct = sum(count for true, predicted, count in evaluation["confusion"] if true == predicted)
+    images = sum(count for _, _, count in evaluation["confusion"])
+    if (correct, images) != (last["correct"], last["images"]):
+        return None, (
+            f"evaluation.json counts {correct} of {images} as correct, the last line of metrics.jsonl "
+            f"{last['correct']} of {last['images']}: confusion matrix and mistakes are left out."
+        )
+    return evaluation, ""
+
+
+def _details(evaluation: Record) -> dict[str, Any]:
+    """Confusion matrix, classes (the worst first) and mistakes of an evaluation."""
+    classes = evaluation["classes"]
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    for true, predicted, count in evaluation["confusion"]:
+        confusion[true, predicted] = count
+    worst_first = sorted(figures_by_class(confusion), key=lambda figures: -(figures.error or 0))
+    small = len(classes) <= _MOST_CELLS_A_SIDE
+    return {
+        "classes": classes,
+        "matrix": _matrix(confusion) if small else None,
+        "picture": None if small else _uri("png", figure_to_png(draw_confusion(confusion, classes))),
+        "by_class": worst_first[:_MOST_CLASSES],
+        "mistakes": evaluation["mistakes"],
+    }
+
+
+def _matrix(confusion: Tensor) -> list[list[tuple[int, int]]]:
+    """Each cell's count, and its share of the true class in percent."""
+    shares = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)).round().int()
+    return [list(zip(*rows, strict=True)) for rows in zip(confusion.tolist(), shares.tolist(), strict=True)]
+
+
+def _sheet(folder: RunFolder, last: Record) -> dict[str, str]:
+    """`mistakes.png` as `uri` if it is of the last record; else a `note`."""
+    try:
+        data = folder.mistakes.read_bytes()
+        with Image.open(folder.mistakes) as image:
+            drawn = image.info.get("Description", "")
+    except OSError:
+        return {"note": "There is no mistakes.png; a run draws it at its end."}
+    if drawn != name_of_evaluation(last):
+        return {"note": f"mistakes.png is of another evaluation ({drawn or 'unnamed'}) and is left out."}
+    return {"uri": _uri("png", data)}
+
+
+def _config_rows(config: Config) -> list[tuple[str, Any, Any, bool]]:
+    """Key, value, default, and whether they differ."""
+    changed = changed_values(config, Config())
+    return [(key, value, changed.get(key, (value,))[0], key in changed) for key, value in flatten(config).items()]
+
+
+def _environment(status: Record) -> dict[str, Any]:
+    return {**{key: status[key] for key in ("device", "ranks") if key in status}, **status.get("versions", {})}
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
