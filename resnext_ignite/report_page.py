@@ -64,7 +64,9 @@ def build_page(runs: dict[str, dict[str, Any]]) -> str:
 def _curves(records: dict[str, list[Record]]) -> dict[str, str]:
     """The curves for a desktop and for a phone, each on a light and on a dark page."""
     curves = {}
-    for suffix, style in (("", "default"), ("_dark", "dark_background")):
+    # Not the style "default": that would undo the settings of `pyplot`.
+    styles: dict[str, Any] = {"": {}, "_dark": "dark_background"}
+    for suffix, style in styles.items():
         with pyplot().style.context(style):
             for name, size in (("wide", _DESKTOP), ("narrow", _PHONE)):
                 curves[name + suffix] = _uri("svg+xml", figure_to_svg(draw_curves(records, size)))

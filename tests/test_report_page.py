@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -157,11 +158,14 @@ def test_what_is_of_another_evaluation_is_left_out_and_named(copied_run: Path, t
 def test_names_are_text(copied_run: Path, tmp_path: Path) -> None:
     mistakes = [{"index": 4, "label": 0, "predicted": 1, "loss": 2.5}]
     write_evaluation(copied_run, list(ODD_CLASSES), [[0, 1, 3], [4, 4, 2]], mistakes=mistakes)
-    page, _ = page_of(tmp_path, copied_run.rename(tmp_path / "<b>run & $x_"))
+    page, path = page_of(tmp_path, copied_run.rename(tmp_path / "<b>run & $x_$"))
     assert "script" not in page.tags
     assert "b" not in page.tags
     for name in ODD_CLASSES:
         assert name in page.text
+    drawn = [base64.b64decode(found).decode() for found in re.findall(r"svg\+xml;base64,([^\"]*)", path.read_text())]
+    assert len(drawn) == 4
+    assert all("&lt;b&gt;run &amp; $x_$: test error" in svg for svg in drawn)
     assert "4 <script>alert('no') a & b 2.50" in page.text
 
 
