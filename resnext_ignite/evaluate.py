@@ -141,14 +141,13 @@ def draw(pictures: dict[str, Path], metrics: dict[str, Any], data: Data, split: 
     """Draw what is asked for, by name."""
     if not pictures:
         return
-    from resnext_ignite.handlers.pictures import mistakes_with_captions
-    from resnext_ignite.pictures import draw_calibration, draw_confusion, draw_sheet, save_figure
+    from resnext_ignite.handlers.pictures import draw_mistakes
+    from resnext_ignite.pictures import draw_calibration, draw_confusion, save_figure
 
     if "confusion" in pictures:
         save_figure(draw_confusion(metrics["confusion"], data.classes), pictures["confusion"])
     if "mistakes" in pictures:
-        images, captions = mistakes_with_captions(metrics["mistakes"], data.splits[split], data.classes)
-        save_figure(draw_sheet(images, captions), pictures["mistakes"])
+        save_figure(draw_mistakes(metrics["mistakes"], data.splits[split], data.classes), pictures["mistakes"])
     if "calibration" in pictures:
         save_figure(draw_calibration(metrics["calibration_bins"]), pictures["calibration"])
 
