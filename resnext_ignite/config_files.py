@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -253,9 +254,14 @@ def check_shares(config: Config, world_size: int) -> None:
     """
     train = config.train
     unit = world_size * train.accumulate * max(train.ghost_batch, 1)
+    mixed = config.augment.mixup or config.augment.cutmix
+    if mixed:
+        # Each image's neighbour is on its own rank.
+        unit = math.lcm(unit, 2 * world_size)
     if train.batch_size % unit:
         fits = [size for size in (train.batch_size // unit * unit, (train.batch_size // unit + 1) * unit) if size]
         ghosts = f" of ghost batches of {train.ghost_batch}" if train.ghost_batch else ""
+        ghosts += " of pairs that are mixed" if mixed else ""
         raise ConfigError(
             f"train.batch_size: {train.batch_size} cannot be shared by {world_size} ranks of {train.accumulate} "
             f"micro-batches{ghosts}; {' or '.join(map(str, fits))} can"

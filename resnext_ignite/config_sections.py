@@ -110,6 +110,10 @@ class AugmentConfig(Section):
     """Strength of brightness, contrast and saturation jitter, in random order (fb.resnext on ImageNet: 0.4)."""
     lighting: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Standard deviation of the noise along ImageNet's colour axes (AlexNet, section 4.1; fb.resnext: 0.1)."""
+    mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Mix each image with its neighbour in the batch by a share drawn from Beta(mixup, mixup); 0: none."""
+    cutmix: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Put a box of its neighbour into each image, of a share drawn likewise; with `mixup`, each gets one of them."""
 
 
 class OptimizerConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from ignite.engine import Engine, EventEnum, Events
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from resnext_ignite.config import Config
 from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.loaders import Batch
+from resnext_ignite.data.mixing import neighbours
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError
 from resnext_ignite.metrics import ClassificationCounts, TrainingSums
@@ -110,12 +112,12 @@ def create_trainer(
         if count % accumulate:
             raise ValueError(f"a batch of {count} images does not divide into {accumulate} micro-batches")
         finite = torch.ones((), dtype=torch.bool, device=device)
-        micro_batches = zip(batch.images.chunk(accumulate), batch.labels.chunk(accumulate), strict=True)
-        for turn, (images, labels) in enumerate(micro_batches, start=1):
+        for turn, (images, target) in enumerate(_micro_batches(batch, accumulate), start=1):
+            labels = target.labels
             with _synchronised(model, turn == accumulate):
                 with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
                     logits = model(images).float()
-                loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
+                loss = target.loss(logits, label_smoothing)
                 readable = (labels != UNREADABLE).sum() if skip_unreadable else torch.full_like(loss, len(labels))
                 # By the readable ones alone, it would depend on how many ranks share them.
                 scaler.scale(loss / len(labels) / accumulate).backward()
@@ -149,6 +151,34 @@ def create_trainer(
     trainer.state.sums = sums
     trainer.state.scaler = scaler
     return trainer
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a micro-batch's images are: labels int64 (n,); of mixed ones the neighbours' too, and their own shares."""
+
+    labels: Tensor
+    others: Tensor | None = None
+    shares: Tensor | None = None
+
+    def loss(self, logits: Tensor, label_smoothing: float) -> Tensor:
+        """The summed cross-entropy of logits (n, C)."""
+        if self.others is None or self.shares is None:
+            return F.cross_entropy(logits, self.labels, label_smoothing=label_smoothing, reduction="sum")
+        own, other = (
+            F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
+            for labels in (self.labels, self.others)
+        )
+        return torch.lerp(other, own, self.shares).sum()
+
+
+def _micro_batches(batch: Batch, count: int) -> Iterator[tuple[Tensor, _Target]]:
+    if batch.shares is None:
+        targets = [_Target(labels) for labels in batch.labels.chunk(count)]
+    else:
+        parts = (part.chunk(count) for part in (batch.labels, neighbours(batch.labels), batch.shares))
+        targets = [_Target(*target) for target in zip(*parts, strict=True)]
+    yield from zip(batch.images.chunk(count), targets, strict=True)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from resnext_ignite.data.imagefolder import ImageFiles, decode_into_memory
 from resnext_ignite.data.images import Images, whole_color
 from resnext_ignite.data.index import index_images
 from resnext_ignite.data.loaders import EvalLoader, Split, TrainLoader
+from resnext_ignite.data.mixing import Mixing
 from resnext_ignite.data.sampling import Purpose, TrainOrder, permutation
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, DataError
@@ -190,6 +191,12 @@ def build_augment(config: Config, data: Data) -> Augment:
     )
 
 
+def build_mixing(config: Config) -> Mixing | None:
+    """What mixes the images of a config; None: nothing does."""
+    mixup, cutmix = config.augment.mixup, config.augment.cutmix
+    return Mixing(config.seed, mixup, cutmix) if mixup or cutmix else None
+
+
 def build_train_loader(config: Config, data: Data, device: torch.device, ranks: Ranks) -> TrainLoader:
     """The training batches of this rank.
 
@@ -226,6 +233,7 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
         order,
         build_augment(config, data),
         device,
+        mixing=build_mixing(config),
         workers=data.workers,
         random_resized_crop=config.augment.random_resized_crop,
         skip_unreadable=config.data.on_error == "skip",

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import UNREADABLE, Images, whole_color
+from resnext_ignite.data.mixing import Mixing, neighbours
 from resnext_ignite.data.sampling import TrainOrder, rank_share
 from resnext_ignite.data.workers import ignore_signals, share, watched
 from resnext_ignite.errors import DataError
@@ -30,12 +31,14 @@ Split = Images | ImageFiles
 class Batch:
     """Images float32 (n, 3, H, W), labels int64 (n,), and the images' indices in their whole split int64 (n,).
 
-    The label of a training image that could not be read is UNREADABLE; the image is the mean colour.
+    The label of a training image that could not be read is UNREADABLE; the image is the mean colour. Of mixed images
+    `shares`, float32 (n,), say how much of each is its own; the rest is its neighbour (0 and 1, 2 and 3, ...).
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
+    shares: Tensor | None = None
 
 
 class TrainLoader:
@@ -46,6 +49,7 @@ class TrainLoader:
         order: which of them each iteration sees.
         augment: from uint8 pictures to the model's input.
         device: where batches are made.
+        mixing: what mixes the augmented images; None: nothing.
         workers: processes that decode files.
         random_resized_crop: files: take a keyed random-resized crop instead of the centre.
         skip_unreadable: files: mark a picture that cannot be read, and warn of it once a rank, instead of raising.
@@ -58,11 +62,12 @@ class TrainLoader:
         augment: Augment,
         device: torch.device,
         *,
+        mixing: Mixing | None = None,
         workers: int = 0,
         random_resized_crop: bool = False,
         skip_unreadable: bool = False,
     ) -> None:
-        self.split, self.order, self.augment, self.device = split, order, augment, device
+        self.split, self.order, self.augment, self.device, self.mixing = split, order, augment, device, mixing
         self.workers = workers
         self.random_resized_crop, self.skip_unreadable = random_resized_crop, skip_unreadable
         self._warned: set[int] = set()
@@ -103,7 +108,11 @@ class TrainLoader:
         if unreadable:
             labels[list(unreadable)] = UNREADABLE
         labels = labels.to(self.device, non_blocking=True)
-        return Batch(self.augment(padded, places, epoch, indices), labels, indices)
+        images, shares = self.augment(padded, places, epoch, indices), None
+        if self.mixing is not None:
+            bad = labels == UNREADABLE
+            images, shares = self.mixing(images, epoch, indices, bad | neighbours(bad))
+        return Batch(images, labels, indices, shares)
 
 
 class EvalLoader:

@@ -37,6 +37,10 @@ class Purpose(IntEnum):
     COLOR_ORDER = 12
     LIGHTING = 13  # and 14, 15, 16: pairs for two normal variates each
     RESIZED_CROP = 20  # to 59: ten attempts of four numbers
+    MIX_KIND = 60
+    MIX_SHARE = 61
+    MIX_Y = 62
+    MIX_X = 63
     SHAPES = 100  # to 199
 
 

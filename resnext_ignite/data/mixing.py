@@ -1,0 +1,108 @@
+"""Mixup and CutMix: each image of a batch with its neighbour (0 with 1, 2 with 3, ...), keyed by the image itself.
+
+Neighbours, since a rank's share of a batch is a contiguous run of it: on any number of ranks they are the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resnext_ignite.data.sampling import Purpose, uniform
+
+_QUANTILES = 4097
+
+
+@functools.cache
+def beta_quantiles(alpha: float) -> Tensor:
+    """Quantiles of the Beta(alpha, alpha) distribution at 0, 1/4096, ..., 1: float64 (4097,).
+
+    Its distribution function up to 1/2, integrated numerically over u = x ** alpha, in which it is smooth at 0 for any
+    alpha; the rest by symmetry.
+    """
+    u = torch.linspace(0, 0.5**alpha, 100_001, dtype=torch.float64)
+    x = u ** (1 / alpha)
+    # x ** (alpha - 1) * (1 - x) ** (alpha - 1) dx is this, but for a factor.
+    density = (1 - x) ** (alpha - 1)
+    below = torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumulative_trapezoid(density, u)])
+    below = below / below[-1] / 2
+    wanted = torch.linspace(0, 0.5, _QUANTILES // 2 + 1, dtype=torch.float64)
+    above = torch.searchsorted(below, wanted).clamp(1, len(below) - 1)
+    share = (wanted - below[above - 1]) / (below[above] - below[above - 1])
+    lower = (u[above - 1] + share.clamp(0, 1) * (u[above] - u[above - 1])) ** (1 / alpha)
+    return torch.cat([lower, 1 - lower[:-1].flip(0)])
+
+
+def beta(alpha: float, uniforms: Tensor) -> Tensor:
+    """Beta(alpha, alpha) numbers from uniform ones, between the quantiles by a straight line: float32 (n,)."""
+    table = beta_quantiles(alpha).to(uniforms.device)
+    places = uniforms.double() * (_QUANTILES - 1)
+    left = places.floor().long().clamp(max=_QUANTILES - 2)
+    return torch.lerp(table[left], table[left + 1], places - left).float()
+
+
+def neighbours(values: Tensor) -> Tensor:
+    """Each one's neighbour in its place: (n, ...), n even -> (n, ...)."""
+    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Mixes the images of a batch; where both ways are on, each image takes one of them by chance.
+
+    Args:
+        seed: key of all draws.
+        mixup: alpha of mixup (Zhang et al., arXiv:1710.09412, section 2); 0: off.
+        cutmix: alpha of CutMix (Yun et al., arXiv:1905.04899, section 3.1); 0: off.
+    """
+
+    seed: int
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __call__(self, images: Tensor, epoch: int, indices: Tensor, alone: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixed images, and each one's share of its own: float32 (n, 3, H, W) and (n,), 0 to 1.
+
+        Args:
+            images: float32 (n, 3, H, W), normalised; n even.
+            epoch: from 1.
+            indices: int64 (n,), the images' indices in their whole split.
+            alone: bool (n,), images that are not mixed.
+        """
+
+        def draw(purpose: int) -> Tensor:
+            return uniform(self.seed, epoch, indices, purpose)
+
+        height, width = images.shape[-2:]
+        share = torch.ones(len(images), device=images.device)
+        mask = torch.zeros(len(images), 1, height, width, device=images.device)
+        by_cut = torch.zeros_like(alone)
+        if self.cutmix:
+            by_cut = draw(Purpose.MIX_KIND) < 0.5 if self.mixup else ~alone
+            box = _boxes(beta(self.cutmix, draw(Purpose.MIX_SHARE)), draw(Purpose.MIX_Y), draw(Purpose.MIX_X), images)
+            mask = torch.where((by_cut & ~alone)[:, None, None, None], box, mask)
+            # What was cut off at the edges is not taken.
+            share = 1 - mask.mean((1, 2, 3))
+        if self.mixup:
+            blended = ~by_cut & ~alone
+            own = beta(self.mixup, draw(Purpose.MIX_SHARE))
+            mask = torch.where(blended[:, None, None, None], (1 - own)[:, None, None, None], mask)
+            share = torch.where(blended, own, share)
+        return torch.lerp(images, neighbours(images), mask), share
+
+
+def _boxes(own: Tensor, down: Tensor, across: Tensor, images: Tensor) -> Tensor:
+    """1 in a box of the share 1 - own of each image's area, its centre anywhere, clipped; else 0: (n, 1, H, W)."""
+    height, width = images.shape[-2:]
+    side = (1 - own).sqrt()
+    inside = []
+    for size, centre in ((height, down), (width, across)):
+        middle, extent = (centre * size).floor(), (side * size).floor()
+        start = (middle - (extent / 2).floor()).clamp(min=0)
+        end = (middle - (extent / 2).floor() + extent).clamp(max=size)
+        place = torch.arange(size, device=images.device)
+        inside.append((place >= start[:, None]) & (place < end[:, None]))
+    return (inside[0][:, None, :, None] & inside[1][:, None, None, :]).float()
