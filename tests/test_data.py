@@ -383,7 +383,7 @@ def test_boxes_that_never_fit_fall_back_to_the_centre() -> None:
 
 def test_the_central_crop_keeps_its_share() -> None:
     image = Image.fromarray(np.arange(100, dtype=np.uint8).repeat(3).reshape(1, 100, 3).repeat(50, axis=0))
-    out = resized(np.array(image), 25, square_crop(0.5)(*image.size))
+    out = resized(np.array(image), 25, square_crop(25, 0.5)(*image.size))
     # Of 100x50 the central 25x25: columns 37.5 to 62.5, of which the first pixel averages 37 and 38.
     assert out.shape == (25, 25, 3)
     assert abs(int(out[0, 0, 0]) - 38) <= 1

@@ -234,7 +234,7 @@ def test_squares_lie_where_their_anchor_says() -> None:
     pixels = np.arange(40 * 60, dtype=np.int64).reshape(40, 60) % 251
     picture = Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
     for anchor, (left, top) in {(0.5, 0.5): (20, 10), (0.0, 0.0): (0, 0), (1.0, 1.0): (40, 20)}.items():
-        found = resized(np.array(picture), 20, square_crop(0.5, anchor)(*picture.size))
+        found = resized(np.array(picture), 20, square_crop(20, 0.5, anchor)(*picture.size))
         assert np.array_equal(found[..., 0], pixels[top : top + 20, left : left + 20])
 
 

@@ -190,17 +190,23 @@ def _orientation(content: bytes) -> int:
         return 1
 
 
-def square_crop(share: float = 1.0, anchor: tuple[float, float] = CENTRE) -> Crop:
-    """A square of `share` of the shorter side.
+def square_crop(size: int, share: float = 1.0, anchor: tuple[float, float] = CENTRE) -> Crop:
+    """What torchvision's Resize to `size` / `share` and a crop of `size` pixels leave of a picture.
+
+    Its rounding to whole pixels included: half a pixel more or less would change every pixel of the crop.
 
     Args:
+        share: side of the square over the shorter side.
         anchor: where it lies, across and down: 0 at the left and upper edge, 1 at the right and lower.
     """
+    short = round(size / share)
 
     def crop(width: int, height: int) -> Box:
-        side = min(width, height) * share
-        left, top = (width - side) * anchor[0], (height - side) * anchor[1]
-        return left, top, left + side, top + side
+        across, down = (short * side // min(width, height) for side in (width, height))
+        left, top = round((across - size) * anchor[0]), round((down - size) * anchor[1])
+        # Rounding must not lead out of the picture.
+        right, bottom = min((left + size) * width / across, width), min((top + size) * height / down, height)
+        return left * width / across, top * height / down, right, bottom
 
     return crop
 

@@ -90,7 +90,9 @@ class ImageFiles:
         unreadable: dict[int, str] = {}
         with no_warnings():
             for place, position in enumerate(positions.tolist()):
-                crop = square_crop(self.crop_share, self.anchor) if draws is None else random_crop(draws[place])
+                crop = (
+                    square_crop(self.size, self.crop_share, self.anchor) if draws is None else random_crop(draws[place])
+                )
                 try:
                     pictures[place] = read_crop(self.paths[position], self.size, crop, training=draws is not None)
                 except DataError as error:
@@ -141,7 +143,7 @@ def decode_into_memory(
     def crop(width: int, height: int) -> Box:
         if not any_size and (width, height) != (files.size, files.size):
             raise _OtherSizeError
-        return square_crop(files.crop_share, files.anchor)(width, height)
+        return square_crop(files.size, files.crop_share, files.anchor)(width, height)
 
     def decode(position: int) -> bool:
         try:
