@@ -181,4 +181,4 @@ def test_evaluation_sees_what_torchvisions_weights_were_evaluated_on(
     ours = read_crop(path, 224, square_crop(224, 224 / transforms.resize_size[0]))
     difference = np.abs(theirs.round().permute(1, 2, 0).numpy() - ours)
     assert difference.max() <= 2
-    assert difference.mean() < 0.05
+    assert difference.mean() < 0.3

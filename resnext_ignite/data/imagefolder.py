@@ -88,11 +88,10 @@ class ImageFiles:
         pictures = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
         draws = None if crop_key is None else self._crop_draws(positions, *crop_key)
         unreadable: dict[int, str] = {}
+        square = square_crop(self.size, self.crop_share, self.anchor)
         with no_warnings():
             for place, position in enumerate(positions.tolist()):
-                crop = (
-                    square_crop(self.size, self.crop_share, self.anchor) if draws is None else random_crop(draws[place])
-                )
+                crop = square if draws is None else random_crop(draws[place])
                 try:
                     pictures[place] = read_crop(self.paths[position], self.size, crop, training=draws is not None)
                 except DataError as error:
