@@ -97,7 +97,7 @@ def verify_checkpoint(path: Path) -> None:
             return
         verify_archive(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
 
 
 def verify_archive(path: Path) -> None:
@@ -198,7 +198,7 @@ def newest_resume_point(folder: Path) -> ResumePoint | None:
             unusable[path] = error
             continue
         except CheckpointError as error:
-            if not isinstance(error.__cause__, OSError):
+            if not isinstance(error.__context__, OSError):
                 raise
             unusable[path] = error
             continue
