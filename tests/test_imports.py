@@ -10,7 +10,7 @@ import resnext_ignite
 ROOT = Path(resnext_ignite.__file__).parent
 # From the top: a module may import from its own level (but commands from each other never) and from those below.
 LEVELS = [
-    {"train", "evaluate", "predict", "report", "verify", "convert", "benchmark"},
+    {"train", "evaluate", "predict", "report", "verify", "convert", "summary", "benchmark"},
     {"handlers", "report_page"},
     {"run_folder", "pictures", "pretrained", "foreign"},
     {"checkpoint"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +31,11 @@ class Cost:
     parameters: int
 
     @property
+    def multiply_adds(self) -> int:
+        """Of the forward pass: what papers call FLOPs."""
+        return self.forward_flop // 2
+
+    @property
     def training_flop(self) -> int:
         """Operations of forward and backward."""
         return 3 * self.forward_flop
@@ -48,18 +55,37 @@ class Cost:
 
 def cost_of(model: nn.Module, image_size: int) -> Cost:
     """A network's cost at pictures of `image_size` pixels a side; takes it to the `meta` device, without weights."""
-    activations = convolved = 0
+    return costs_of(model, image_size, ("",))[""]
 
-    def count(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        nonlocal activations, convolved
-        activations += output.numel()
-        convolved += output.numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
 
+def costs_of(model: nn.Module, image_size: int, names: Sequence[str]) -> dict[str, Cost]:
+    """As `cost_of`, of modules by their names; "" is the whole network."""
+    activations, convolved = Counter[str](), Counter[str]()
     model = model.to("meta").eval()
-    for module in model.modules():
-        if not list(module.children()):
-            module.register_forward_hook(count)
+
+    def counter_of(leaf: str) -> Callable[[nn.Module, object, torch.Tensor], None]:
+        around = [name for name in names if not name or f"{leaf}.".startswith(f"{name}.")]
+
+        def count(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+            for name in around:
+                activations[name] += output.numel()
+                convolved[name] += output.numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
+
+        return count
+
+    hooks = [
+        module.register_forward_hook(counter_of(name))
+        for name, module in model.named_modules()
+        if not list(module.children())
+    ]
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, image_size, image_size, device="meta"))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(counter.get_total_flops(), activations, convolved, parameters)
+    for hook in hooks:
+        hook.remove()
+    flop = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    costs = {}
+    for name in names:
+        path = f"{type(model).__name__}.{name}".rstrip(".")
+        parameters = sum(parameter.numel() for parameter in model.get_submodule(name).parameters())
+        costs[name] = Cost(flop.get(path, 0), activations[name], convolved[name], parameters)
+    return costs

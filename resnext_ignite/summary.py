@@ -1,0 +1,201 @@
+"""What a model is and costs: `python -m resnext_ignite.summary MODEL [MODEL ...]` prints its layers and totals.
+
+A MODEL is a name, or a checkpoint. Nothing is computed but shapes, so that any model is told of in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resnext_ignite.architecture import Architecture, parse_model_name
+from resnext_ignite.errors import ConfigError, run_command
+
+if TYPE_CHECKING:
+    from resnext_ignite.models.layers import Layers
+
+_HEAD = ("layer", "output", "kernels", "parameters", "multiply-adds", "kept, fp32", "sees")
+_MARKDOWN_HEAD = (
+    "`model.name`",
+    "depth",
+    "cardinality",
+    "base width",
+    "parameters",
+    "multiply-adds",
+    "sees",
+    "picture",
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A model, what it is measured at, and its layers."""
+
+    name: str
+    stem_channels: int
+    num_classes: int
+    image_size: int
+    layers: Layers
+
+    @property
+    def architecture(self) -> Architecture:
+        """What its name says."""
+        return parse_model_name(self.name)
+
+
+def summarize(
+    model: str, image_size: int | None = None, classes: int | None = None, stem_channels: int | None = None
+) -> Summary:
+    """A model by its name, or a checkpoint's.
+
+    Args:
+        image_size, classes, stem_channels: None: the checkpoint's; of a name 224 pixels and 1000 classes in the
+            ImageNet layout, 32 and 10 in the others, and 64 channels.
+
+    Raises:
+        ConfigError: neither a name nor a file, or a number out of range.
+        CheckpointError: a file that cannot be used.
+    """
+    from resnext_ignite.config import Config
+    from resnext_ignite.config_files import override_config
+
+    try:
+        imagenet = parse_model_name(model).layout == "imagenet"
+        known = {"model.name": model, "model.num_classes": 1000 if imagenet else 10, "model.stem_channels": 64}
+        known["data.image_size"] = 224 if imagenet else 32
+    except ValueError as error:
+        if not Path(model).exists():
+            raise ConfigError(f"{error}; and no file has that name") from None
+        if classes is not None or stem_channels is not None:
+            raise ConfigError(f"{model}: a checkpoint has its own classes and stem; leave those options out") from None
+        known = _of_checkpoint(Path(model))
+    asked = {"model.num_classes": classes, "model.stem_channels": stem_channels, "data.image_size": image_size}
+    known |= {key: value for key, value in asked.items() if value is not None}
+    config = override_config(Config(), [f"{key}={value}" for key, value in known.items()])
+    name, stem = config.model.name, config.model.stem_channels
+    # Both are known by now.
+    num_classes, size = config.model.num_classes or 0, config.data.image_size or 0
+
+    from resnext_ignite.models import create_model
+    from resnext_ignite.models.layers import layers_of
+
+    return Summary(name, stem, num_classes, size, layers_of(create_model(name, num_classes, stem_channels=stem), size))
+
+
+def _of_checkpoint(path: Path) -> dict[str, Any]:
+    from resnext_ignite.foreign import open_model
+
+    _, metadata = open_model(path)
+    network = metadata.config.model
+    return {
+        "model.name": network.name,
+        "model.num_classes": len(metadata.classes),
+        "model.stem_channels": network.stem_channels,
+        "data.image_size": metadata.image_size,
+    }
+
+
+def table(summary: Summary) -> str:
+    """A model's rows as aligned columns, and its totals in lines below."""
+    layers = summary.layers
+    rows = [_HEAD]
+    for row in layers.rows:
+        output = " x ".join(map(str, row.output))
+        cost = (f"{row.cost.parameters:,}", _count(row.cost.multiply_adds), _bytes(row.kept))
+        rows.append((row.name, output, row.kernels or "-", *cost, f"{row.receptive_field}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    stem = f", {summary.stem_channels} channels after the stem" if summary.stem_channels != 64 else ""
+    lines += [
+        f"{summary.name}{stem}: a picture of {summary.image_size}x{summary.image_size}, {summary.num_classes} classes",
+        f"parameters {layers.cost.parameters:,}",
+        f"multiply-adds {_count(layers.cost.multiply_adds)}",
+        "activations of a picture that training keeps: " + _by_precision(layers.kept),
+        "activations of a picture in inference, at most at once: " + _by_precision(layers.inference_peak),
+        f"receptive field {layers.receptive_field} pixels",
+    ]
+    return "\n".join(lines)
+
+
+def configuration_table(summaries: list[Summary]) -> str:
+    """Markdown: a row for each model, as in the README."""
+    rows = [_MARKDOWN_HEAD, ("---",) * len(_MARKDOWN_HEAD)]
+    for summary in summaries:
+        architecture, layers = summary.architecture, summary.layers
+        shape = (architecture.depth, architecture.cardinality, architecture.base_width)
+        costs = (f"{layers.cost.parameters / 1e6:.1f} M", f"{layers.cost.multiply_adds / 1e9:.2f} G")
+        cells = (f"`{summary.name}`", *map(str, shape), *costs, str(layers.receptive_field), str(summary.image_size))
+        rows.append(cells)
+    return "\n".join(f"| {' | '.join(row)} |" if row[0] != "---" else "|---" * len(row) + "|" for row in rows)
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """The same as plain values: bytes, pixels, and multiply-adds of one picture."""
+    layers = summary.layers
+    return {
+        "name": summary.name,
+        "stem_channels": summary.stem_channels,
+        "num_classes": summary.num_classes,
+        "image_size": summary.image_size,
+        "parameters": layers.cost.parameters,
+        "multiply_adds": layers.cost.multiply_adds,
+        "kept_bytes": layers.kept,
+        "inference_peak_bytes": layers.inference_peak,
+        "receptive_field": layers.receptive_field,
+        "layers": [
+            {
+                "name": row.name,
+                "output": row.output,
+                "kernels": row.kernels,
+                "parameters": row.cost.parameters,
+                "multiply_adds": row.cost.multiply_adds,
+                "kept_bytes": row.kept,
+                "receptive_field": row.receptive_field,
+            }
+            for row in layers.rows
+        ],
+    }
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e6:.2f} MB"
+
+
+def _by_precision(bytes_: dict[str, int]) -> str:
+    return ", ".join(f"{_bytes(number)} in {precision}" for precision, number in bytes_.items())
+
+
+def main(arguments: list[str]) -> int:
+    """The command; raises ResnextError for what a user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m resnext_ignite.summary",
+        description="A model's layers, parameters, multiply-adds, memory of activations and receptive field.",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a model's name, a checkpoint file or a run folder")
+    parser.add_argument("--image-size", type=int, metavar="N", help="default: the checkpoint's; 224, CIFAR layouts 32")
+    parser.add_argument("--classes", type=int, metavar="N", help="default: 1000, CIFAR layouts 10")
+    parser.add_argument("--stem-channels", type=int, metavar="N", help="default: 64")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="a row for each model, without layers")
+    form.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parsed = parser.parse_args(arguments)
+    asked = (parsed.image_size, parsed.classes, parsed.stem_channels)
+    summaries = [summarize(model, *asked) for model in parsed.models]
+    if parsed.json:
+        print(json.dumps({"models": [as_json(summary) for summary in summaries]}))
+    elif parsed.markdown:
+        print(configuration_table(summaries))
+    else:
+        print("\n\n".join(table(summary) for summary in summaries))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
