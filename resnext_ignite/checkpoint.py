@@ -252,8 +252,9 @@ def find_checkpoint(path: Path) -> Path:
 class ModelMetadata:
     """What goes with the weights: enough to feed the model and to name its answers.
 
-    `errors` holds the run's records of its last and best evaluation; `config` is the resolved config; `source` is the
-    system that another's weights are from, None for a run's own.
+    `errors` holds the run's records of its last and best evaluation, the best on the split `selection`; `config` is the
+    resolved config. `source` is the other system that the weights are from, of which the config says no more than the
+    network and the normalisation; None: a run of this project's.
     """
 
     classes: tuple[str, ...]
@@ -262,8 +263,9 @@ class ModelMetadata:
     image_size: int
     iteration: int
     errors: dict[str, Any]
+    selection: str
+    source: str | None
     config: Config
-    source: str | None = None
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
@@ -293,7 +295,8 @@ def model_of(state: dict[str, Any], file: Path) -> tuple[nn.Module, ModelMetadat
         image_size=state["image_size"],
         iteration=state["trainer"]["iteration"],
         errors=state["errors"],
-        config=config,
+        selection=state["selection"],
         source=state.get("source"),
+        config=config,
     )
     return model.eval(), metadata

@@ -1,5 +1,5 @@
 # Sourced by the scripts: a virtual environment with the package and its tested versions, made once and reused.
-# Usage: . scripts/setup_env.sh [EXTRAS]     EXTRAS as pip takes them, e.g. "[test]"
+# Usage: . scripts/setup_env.sh [EXTRAS]     EXTRAS as pip takes them, e.g. "[test,export]"
 # RESNEXT_VENV names another place for the environment, PYTHON another interpreter to make it with.
 
 extras="${1:-}"

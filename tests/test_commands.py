@@ -24,7 +24,7 @@ from resnext_ignite.errors import (
 )
 from resnext_ignite.run_folder import RunFolder
 
-COMMANDS = ("train", "evaluate", "predict", "report", "verify", "convert", "summary", "benchmark")
+COMMANDS = ("train", "evaluate", "predict", "report", "verify", "convert", "export", "summary", "benchmark")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

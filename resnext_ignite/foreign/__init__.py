@@ -22,6 +22,7 @@ from resnext_ignite.foreign.caffe_model import read_caffe
 from resnext_ignite.foreign.fit import fitted, recognise
 from resnext_ignite.foreign.keys import GLUONCV, MXNET, PYTORCH_CIFAR100, SEED, TORCHVISION, without_prefixes
 from resnext_ignite.foreign.sources import SOURCES, TARGETS, ForeignModel
+from resnext_ignite.foreign.stated import OWN, stated_in, stated_network
 from resnext_ignite.foreign.torch7_model import read_torch7
 
 __all__ = ["SOURCES", "TARGETS", "ForeignModel", "checkpoint_of", "open_model", "read_foreign", "renamed_for"]
@@ -43,7 +44,7 @@ def open_model(path: Path) -> tuple[nn.Module, ModelMetadata]:
 
 
 def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
-    """The model in a file that another system wrote.
+    """The model in a file that another system wrote, or that this project exported as safetensors.
 
     Args:
         source: one of SOURCES; "auto": told by the file.
@@ -51,6 +52,12 @@ def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
     Raises:
         CheckpointError: it cannot be read, is of no system known here or of several, or does not fit a ResNeXt.
     """
+    if source == "auto" and file.suffix == ".safetensors":
+        weights, _ = state_of(load_tensors(file), file)
+        stated = stated_in(file)
+        if stated is not None:
+            network = stated_network(stated, file)
+            return ForeignModel(OWN, network, fitted(weights, network, file), stated["mean"], stated["std"], stated)
     if source == "auto":
         source = format_of(file) or source
     if source in _GRAPHS:

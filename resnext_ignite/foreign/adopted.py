@@ -13,6 +13,8 @@ from resnext_ignite.foreign.sources import ForeignModel
 
 def checkpoint_of(model: ForeignModel) -> dict[str, Any]:
     """A checkpoint of this project: weights, config, classes and normalisation; nothing to resume from."""
+    if model.stated is not None:
+        return {**model.stated, "model": model.weights, "ema": None}
     classes, data = classes_of(model)
     config = config_of(
         {

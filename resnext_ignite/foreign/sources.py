@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -83,16 +84,22 @@ TARGETS = {"torchvision": TORCHVISION, "timm": TORCHVISION, "seed": SEED}
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """What was read: the weights under this project's names, their network, and how pictures were normalised."""
+    """What was read: the weights under this project's names, their network, and how pictures were normalised.
+
+    `stated` is the rest of a checkpoint, where a file of this project's own says it (`stated.py`).
+    """
 
     source: str
     network: Network
     weights: dict[str, Tensor]
     mean: Statistics
     std: Statistics
+    stated: dict[str, Any] | None = None
 
     @property
     def is_imagenet(self) -> bool:
-        """Whether it was trained on pictures of 224 pixels."""
+        """Whether it was trained on pictures of 224 pixels; False where the file itself states a size."""
+        if self.stated is not None:
+            return False
         told = SOURCES[self.source].is_imagenet
         return parse_model_name(self.network.name).layout == "imagenet" if told is None else told

@@ -1,0 +1,92 @@
+"""A model that leaves: `python -m resnext_ignite.export --checkpoint FILE|RUN --format onnx --output FILE`.
+
+ONNX, torch.export or safetensors, of any checkpoint that opens, this project's or not; checked before it is put in
+place, with a model card beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from resnext_ignite.errors import ConfigError, run_command
+
+# How a file of each format ends, by which it is opened.
+_SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
+
+
+def export(checkpoint: Path, format: str, output: Path, *, uint8: bool, fold: bool) -> str:
+    """Read a checkpoint, write and check the file; what was done, in a line.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used, or what was written is not the model.
+    """
+    from resnext_ignite.exporting import OPSET, Options, export_model
+    from resnext_ignite.foreign import open_model
+
+    model, metadata = open_model(checkpoint)
+    card = card_beside(output)
+    difference = export_model(output, card, model, metadata, format, Options(uint8=uint8, fold=fold))
+    told = [f"opset {OPSET}"] if format == "onnx" else []
+    if difference is None:
+        told.append("read back equal")
+    else:
+        told.append(f"largest difference {difference:.1e} of the larger of 1 and the largest logit")
+    if metadata.source is not None:
+        told.append(f"size, normalisation and classes not stated by the checkpoint but {metadata.source}'s")
+    return f"{output}: {', '.join(told)}; model card: {card}"
+
+
+def card_beside(output: Path) -> Path:
+    """Where the model card of an exported file lies."""
+    return output.with_name("README.md")
+
+
+def check_before(format: str, output: Path, *, changed: bool) -> None:
+    """Refuse at once what would fail at the end.
+
+    Args:
+        changed: options are given that only a network has, not its weights.
+
+    Raises:
+        ConfigError: something is in the way, or missing.
+    """
+    card = card_beside(output)
+    if output.suffix != _SUFFIXES[format]:
+        raise ConfigError(f"--output {output}: a file of {format} ends in {_SUFFIXES[format]}")
+    if output.exists():
+        raise ConfigError(f"--output {output}: is there already; choose another name")
+    if card.exists():
+        raise ConfigError(
+            f"--output {output}: {card} is there already, where the model card goes; choose another folder"
+        )
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}; make it first")
+    if format == "safetensors" and changed:
+        raise ConfigError("--uint8, --no-fold: a file of weights has no network; leave them out with safetensors")
+    if format == "onnx":
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            if importlib.util.find_spec(name) is None:
+                raise ConfigError(f"--format onnx: {name} is missing; pip install 'resnext-ignite[export]'")
+
+
+def main(arguments: list[str]) -> int:
+    """The command; raises ResnextError for what a user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m resnext_ignite.export", description="Write a model as ONNX, torch.export or safetensors."
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="FILE|RUN", help="ours, or another system's")
+    parser.add_argument("--format", required=True, choices=tuple(_SUFFIXES))
+    parser.add_argument("--output", required=True, metavar="FILE", help="README.md is written beside it")
+    parser.add_argument("--uint8", action="store_true", help="take pictures as they are, 0 to 255: normalise inside")
+    parser.add_argument("--no-fold", action="store_true", help="leave BatchNorm apart from the convolutions")
+    parsed = parser.parse_args(arguments)
+    output = Path(parsed.output)
+    check_before(parsed.format, output, changed=parsed.uint8 or parsed.no_fold)
+    print(export(Path(parsed.checkpoint), parsed.format, output, uint8=parsed.uint8, fold=not parsed.no_fold))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

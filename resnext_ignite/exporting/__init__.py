@@ -1,0 +1,58 @@
+"""Models that leave: ONNX, torch.export, safetensors, each with a card that says what it is."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO
+
+from torch import nn
+
+from resnext_ignite import __version__
+from resnext_ignite.checkpoint import ModelMetadata
+from resnext_ignite.exporting.formats import (
+    OPSET,
+    Options,
+    onnx_logits,
+    write_onnx,
+    write_program,
+    write_weights,
+)
+from resnext_ignite.exporting.model_card import Leaving, model_card
+from resnext_ignite.storage import replace_durably
+
+__all__ = ["OPSET", "Options", "export_model", "onnx_logits", "write_onnx"]
+_WRITTEN_WITH = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime"), "torch-export": ("torch",)}
+
+
+def export_model(
+    output: Path, card: Path, model: nn.Module, metadata: ModelMetadata, format: str, options: Options
+) -> float | None:
+    """Write a model in a format, `onnx`, `torch-export` or `safetensors`, and its card.
+
+    Returns how far its logits are from the model's (`formats.py`); None for the weights alone.
+
+    Raises:
+        CheckpointError: what was written is not the model; nothing is left of it.
+        OSError: likewise.
+    """
+    difference = None
+    if format == "onnx":
+        difference = write_onnx(output, model, metadata, options)
+    elif format == "torch-export":
+        difference = write_program(output, model, metadata, options)
+    else:
+        write_weights(output, model, metadata)
+    packages = _WRITTEN_WITH.get(format, ("torch", "safetensors"))
+    versions = {"resnext_ignite": __version__, **{name: version(name) for name in packages}}
+    try:
+        text = model_card(metadata, Leaving(output.name, format, options, difference, versions))
+        replace_durably(card, lambda file: _write(file, text))
+    except BaseException:
+        output.unlink()
+        raise
+    return difference
+
+
+def _write(file: IO[bytes], text: str) -> None:
+    file.write(text.encode())

@@ -1,0 +1,190 @@
+"""One file in each format, checked against the model in eager mode before it is put in place."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor, nn
+
+from resnext_ignite.checkpoint import ModelMetadata
+from resnext_ignite.errors import CheckpointError
+from resnext_ignite.exporting.networks import prepared, program_of, reference, traced_images
+from resnext_ignite.foreign.stated import strings_of
+from resnext_ignite.storage import replace_durably
+
+# The one that torch's exporter writes itself; others it converts. Runtimes read it since 2023.
+OPSET = 18
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What of a model is exported.
+
+    Args:
+        uint8: the normalisation with it, so that it takes pictures as they are.
+        fold: each BatchNorm as part of the convolution before it.
+    """
+
+    uint8: bool = False
+    fold: bool = True
+
+
+def write_onnx(path: Path, model: nn.Module, metadata: ModelMetadata, options: Options) -> float:
+    """Write an ONNX file with the weights inside; the largest difference of its logits, by onnxruntime.
+
+    Raises:
+        CheckpointError: they differ by more than TOLERANCE from the model's; nothing is written.
+    """
+    import onnx
+
+    network = prepared(model, metadata.mean, metadata.std, uint8=options.uint8, fold=options.fold)
+    with _quiet():
+        program = torch.onnx.export(
+            network,
+            (traced_images(uint8=options.uint8),),
+            dynamo=True,
+            dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}},
+            input_names=["images"],
+            output_names=["logits"],
+            opset_version=OPSET,
+            external_data=False,
+            # Which would fold BatchNorm as well.
+            optimize=options.fold,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    for node in proto.graph.node:
+        # Where in whose folders it was traced.
+        del node.metadata_props[:]
+    onnx.helper.set_model_props(proto, facts(metadata, options))
+    difference = 0.0
+
+    def check(temporary: Path) -> None:
+        nonlocal difference
+        onnx.checker.check_model(temporary, full_check=True)
+        difference = _checked(path, onnx_logits(temporary), model, metadata, options)
+
+    replace_durably(path, lambda file: _write(file, proto.SerializeToString()), before_rename=check)
+    return difference
+
+
+def onnx_logits(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
+    """An ONNX file's logits, on the CPU, on so many threads; 0: as onnxruntime likes."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def write_program(path: Path, model: nn.Module, metadata: ModelMetadata, options: Options) -> float:
+    """Write what torch.export.load reads, its facts in `metadata.json`; the largest difference of its logits.
+
+    Raises:
+        CheckpointError: as `write_onnx`.
+    """
+    network = prepared(model, metadata.mean, metadata.std, uint8=options.uint8, fold=options.fold)
+    with _quiet():
+        program = program_of(network, uint8=options.uint8)
+    extra = {"metadata.json": json.dumps(facts(metadata, options))}
+    difference = 0.0
+
+    def write(file: IO[bytes]) -> None:
+        with _quiet():
+            torch.export.save(program, file, extra_files=extra)
+
+    def check(temporary: Path) -> None:
+        nonlocal difference
+        with _quiet(), temporary.open("rb") as file:
+            loaded = torch.export.load(file).module()
+        difference = _checked(path, loaded, model, metadata, options)
+
+    replace_durably(path, write, before_rename=check)
+    return difference
+
+
+def write_weights(path: Path, model: nn.Module, metadata: ModelMetadata) -> None:
+    """Write the weights under this project's names, and what a checkpoint says of them, as safetensors.
+
+    Raises:
+        CheckpointError: what was read back is not what was written; nothing is written.
+    """
+    from safetensors.torch import load, save
+
+    weights = model.state_dict()
+
+    def check(temporary: Path) -> None:
+        found = load(temporary.read_bytes())
+        if found.keys() != weights.keys() or not all(torch.equal(found[name], weights[name]) for name in weights):
+            raise CheckpointError(f"{path}: read back with other weights than were written; the storage is failing")
+
+    replace_durably(path, lambda file: _write(file, save(weights, strings_of(metadata))), before_rename=check)
+
+
+def facts(metadata: ModelMetadata, options: Options) -> dict[str, str]:
+    """What one must know to feed an exported model and to name its answers, as strings."""
+    return {
+        "model_name": metadata.config.model.name,
+        "classes": json.dumps(metadata.classes, ensure_ascii=False),
+        "mean": json.dumps(metadata.mean),
+        "std": json.dumps(metadata.std),
+        "image_size": str(metadata.image_size),
+        "input": "uint8, 0 to 255" if options.uint8 else "float32, (value / 255 - mean) / std",
+    }
+
+
+def largest_difference(
+    logits: Callable[[Tensor], Tensor], model: nn.Module, metadata: ModelMetadata, options: Options
+) -> float:
+    """Of some way's logits from the model's in eager mode, over 1 or the largest logit, whichever is larger.
+
+    On one picture of the model's size, and on three that are smaller, wider than high, and of odd sides.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = metadata.image_size
+    worst = 0.0
+    for shape in ((1, 3, size, size), (3, 3, size // 2 | 1, 3 * size // 4 | 1)):
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        if not options.uint8:
+            images = torch.randn(shape, generator=generator)
+        expected = reference(model, images, metadata.mean, metadata.std)
+        with torch.inference_mode():
+            difference = (logits(images) - expected).abs().max() / expected.abs().max().clamp(min=1)
+        # A NaN is no small one.
+        worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
+    return worst
+
+
+def _checked(
+    path: Path, logits: Callable[[Tensor], Tensor], model: nn.Module, metadata: ModelMetadata, options: Options
+) -> float:
+    difference = largest_difference(logits, model, metadata, options)
+    if difference > TOLERANCE:
+        raise CheckpointError(
+            f"{path}: its logits are {difference:.1e} from the model's, of the larger of 1 and the largest logit; "
+            f"at most {TOLERANCE:.0e} is let pass, and nothing is written: try --no-fold"
+        )
+    return difference
+
+
+def _write(file: IO[bytes], content: bytes) -> None:
+    file.write(content)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporters say of themselves."""
+    with warnings.catch_warnings():
+        for kind in (FutureWarning, DeprecationWarning, UserWarning):
+            warnings.simplefilter("ignore", kind)
+        yield

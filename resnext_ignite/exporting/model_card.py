@@ -1,0 +1,193 @@
+"""The README.md beside an exported model: what its checkpoint says of it, and no more.
+
+As model cards on Hugging Face have it: YAML between two lines of dashes, then Markdown.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from resnext_ignite.checkpoint import ModelMetadata
+from resnext_ignite.config import Config, nest
+from resnext_ignite.exporting.formats import TOLERANCE, Options
+from resnext_ignite.foreign.stated import public_values
+from resnext_ignite.models import create_model
+from resnext_ignite.models.cost import cost_of
+
+_DATA = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "shapes": "`shapes`, pictures that resnext_ignite draws from a seed",
+    "imagefolder": "a folder of pictures; say here which",
+}
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """The file that a card stands beside.
+
+    Args:
+        name: of the file.
+        format: as the command has it.
+        difference: the largest of its logits from the model's (`formats.py`); None: it is the weights themselves.
+        versions: of what wrote it.
+    """
+
+    name: str
+    format: str
+    options: Options
+    difference: float | None
+    versions: dict[str, str]
+
+
+def model_card(metadata: ModelMetadata, leaving: Leaving) -> str:
+    """The whole card, as Markdown."""
+    name = metadata.config.model.name
+    head: dict[str, Any] = {
+        "pipeline_tag": "image-classification",
+        "tags": ["resnext", "pytorch" if leaving.format == "torch-export" else leaving.format],
+    }
+    if metadata.source is None and metadata.config.data.name.startswith("cifar"):
+        head["datasets"] = [metadata.config.data.name]
+    parts = [
+        f"---\n# license: is missing; yours to choose, by what the pictures allow\n{_yaml(head)}---",
+        f"# {name}",
+        _what(metadata),
+        "## Errors",
+        _errors(metadata),
+        "## Use",
+        _use(metadata, leaving),
+        "## Input",
+        _input(metadata, leaving.options),
+        "## Classes",
+        f"```json\n{json.dumps(metadata.classes, ensure_ascii=False)}\n```",
+        "## Recipe",
+        _recipe(metadata),
+        "## File",
+        _file(leaving),
+        "## Licence",
+        "Not stated: whoever publishes these weights says under which licence, here and at `license` above.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(metadata: ModelMetadata) -> str:
+    network = metadata.config.model
+    classes, size = len(metadata.classes), metadata.image_size
+    cost = cost_of(create_model(network.name, classes, stem_channels=network.stem_channels), size)
+    if metadata.source is None:
+        origin = f"Trained with resnext_ignite on {_DATA[metadata.config.data.name]}."
+    else:
+        origin = (
+            f"Taken by the names of its weights for a model of {metadata.source}. Their file says nothing but the "
+            "network: the size of the pictures and the normalisation below are that system's own, and the names of the "
+            "classes those of the data set that has as many (else numbers). Check them; what the weights were trained "
+            "on is not known."
+        )
+    narrow = "" if network.stem_channels == 64 else f", {network.stem_channels} channels after the stem"
+    return (
+        f"A ResNeXt (arXiv:1611.05431){narrow}: {classes} classes, {cost.parameters:,} parameters, "
+        f"{cost.multiply_adds:,} multiply-adds a picture of {size}x{size}.\n\n{origin}"
+    )
+
+
+def _errors(metadata: ModelMetadata) -> str:
+    if metadata.source is not None:
+        return "Not known."
+    last, best = metadata.errors["last"], metadata.errors["best"]
+    of_these = next((r for r in (last, best) if r and r["iteration"] == metadata.iteration), None)
+    if of_these is None:
+        return f"These weights, of iteration {metadata.iteration}, were not evaluated."
+    split = {"val": "held-out training images (`val`)"}.get(of_these["split"], f"the {of_these['split']} split")
+    wrong = of_these["images"] - of_these["correct"]
+    lines = [
+        f"Top-1 error on {split}: {of_these['top1_error']:.2f} % ({wrong:,} wrong of {of_these['images']:,} images), "
+        f"top-5 error {of_these['top5_error']:.2f} %.",
+        _which_epoch(metadata, of_these["epoch"], chosen=bool(best) and best["iteration"] == metadata.iteration),
+    ]
+    if metadata.config.train.ema_decay:
+        lines.append("The weights are a moving average over the iterations, and so they were evaluated.")
+    return "\n\n".join(lines)
+
+
+def _which_epoch(metadata: ModelMetadata, epoch: int, *, chosen: bool) -> str:
+    epochs = metadata.config.train.epochs
+    if epoch == epochs:
+        return f"These are the weights of the last of {epochs} epochs; they were not chosen by their error."
+    if not chosen:
+        return f"These are the weights of epoch {epoch} of {epochs} planned; they were not chosen by their error."
+    best = f"These are the weights of epoch {epoch} of {epochs} planned, the lowest error up to there"
+    if metadata.selection == "val":
+        return f"{best}: chosen on held-out training images, so the error above is lower than one on new pictures."
+    return f"{best}: chosen on the {metadata.selection} split itself, so the error above is no result."
+
+
+def _use(metadata: ModelMetadata, leaving: Leaving) -> str:
+    size, name = metadata.image_size, json.dumps(leaving.name)
+    picture = f'picture = Image.open("picture.png").convert("RGB").resize(({size}, {size}), Image.Resampling.BILINEAR)'
+    images = "np.asarray(picture).transpose(2, 0, 1)[None]"
+    if not leaving.options.uint8:
+        mean, std = (f"np.reshape({list(values)}, (3, 1, 1))" for values in (metadata.mean, metadata.std))
+        images = f"np.float32(({images} / 255 - {mean}) / {std})"
+    if leaving.format == "onnx":
+        imports = "import numpy as np, onnxruntime"
+        logits = f'onnxruntime.InferenceSession({name}).run(None, {{"images": images}})[0]'
+    elif leaving.format == "torch-export":
+        imports = "import numpy as np, torch"
+        logits = f"torch.export.load({name}).module()(torch.tensor(images))"
+    else:
+        imports = "import numpy as np, torch\nfrom pathlib import Path\nfrom resnext_ignite.foreign import open_model"
+        logits = f"open_model(Path({name}))[0](torch.tensor(images))"
+    lines = [imports, "from PIL import Image", picture, f"images = {images}", f"logits = {logits}"]
+    return (
+        "```python\n" + "\n".join([*lines, "print(int(logits[0].argmax()))  # the class, of the list below"]) + "\n```"
+    )
+
+
+def _input(metadata: ModelMetadata, options: Options) -> str:
+    mean, std = ", ".join(map(str, metadata.mean)), ", ".join(map(str, metadata.std))
+    if options.uint8:
+        kind = f"`images`: uint8, 0 to 255. Inside, red, green and blue become (value / 255 - mean) / std, mean {mean}"
+    else:
+        kind = f"`images`: float32, red, green and blue as (value / 255 - mean) / std, mean {mean}"
+    crop = metadata.config.data.eval_crop
+    central = f" of the central square, {crop} of the shorter side" if crop < 1 else " of the central square"
+    return (
+        f"{kind}, std {std}; of shape (N, 3, H, W), any N, H and W. Evaluated at {metadata.image_size}x"
+        f"{metadata.image_size}{central}, resized with antialiasing where a picture has another size.\n\n"
+        f"`logits`: float32 (N, {len(metadata.classes)}); a softmax makes probabilities of them."
+    )
+
+
+def _recipe(metadata: ModelMetadata) -> str:
+    if metadata.source is not None:
+        return "Not known."
+    before = public_values(Config())
+    changed = {key: value for key, value in public_values(metadata.config).items() if value != before[key]}
+    return (
+        f"What differs from the defaults of resnext_ignite, which `--help-config` lists:\n\n"
+        f"```yaml\n{_yaml(nest(changed))}```"
+    )
+
+
+def _file(leaving: Leaving) -> str:
+    lines = []
+    if leaving.difference is None:
+        lines.append("Weights and BatchNorm statistics as they are, under torchvision's names; metadata in the file.")
+    else:
+        folded = "folded into the convolutions" if leaving.options.fold else "as it is"
+        lines.append(
+            f"BatchNorm {folded}. Checked before it was put here, at two sizes of batches and of pictures: the largest "
+            f"difference of a logit from the model in eager mode was {leaving.difference:.1e} of the larger of 1 and "
+            f"the largest logit (at most {TOLERANCE:.0e} passes)."
+        )
+    lines.append("Written by " + ", ".join(f"{name} {version}" for name, version in leaving.versions.items()) + ".")
+    return "\n\n".join(lines)
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
