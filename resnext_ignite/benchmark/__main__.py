@@ -7,6 +7,7 @@ printed, and ratios.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -22,8 +23,8 @@ from resnext_ignite.errors import ConfigError, run_command
 
 # A suite of several models is a part for each, as in train and train:resnext50_32x4d.
 SUITES = ("data", "train", "overhead", "eval", "startup", "checkpoint", "ranks", "kernels", "growth")
-# Not of "all", whose time they would take; the latter needs photographs.
-_ON_REQUEST = ("folders", "photographs")
+# Not of "all", whose time they would take; photographs needs some, export onnxruntime.
+_ON_REQUEST = ("folders", "photographs", "export")
 _LARGE = Path("configs/cifar10_resnext29_8x64d.yaml")
 _SMALL = Path("configs/cifar10_resnext11_small.yaml")
 _IMAGENET = Path("configs/imagenet_resnext50_32x4d.yaml")
@@ -35,6 +36,7 @@ def machine() -> dict[str, Any]:
     import torch
     import torchvision
 
+    from resnext_ignite.benchmark.exporting import has_onnxruntime
     from resnext_ignite.benchmark.peers import has_timm
 
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "ignite": ignite.__version__}
@@ -42,6 +44,8 @@ def machine() -> dict[str, Any]:
         import timm
 
         versions["timm"] = timm.__version__
+    if has_onnxruntime():
+        versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
     names = [line.split(":", 1)[1].strip() for line in _cpu_info() if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),
@@ -73,6 +77,7 @@ def parts(photographs: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     from resnext_ignite.benchmark.checkpoints import measure_checkpoint
     from resnext_ignite.benchmark.data import measure_data
     from resnext_ignite.benchmark.evaluation import measure_evaluation
+    from resnext_ignite.benchmark.exporting import has_onnxruntime, measure_export
     from resnext_ignite.benchmark.folders import measure_folders
     from resnext_ignite.benchmark.growth import measure_growth
     from resnext_ignite.benchmark.kernels import measure_kernels
@@ -100,6 +105,8 @@ def parts(photographs: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "folders": measure_folders,
         "photographs": lambda: measure_photographs(photographs),
     }
+    if has_onnxruntime():
+        found["export"] = lambda: measure_export("cifar_resnext29_8x64d")
     if gpu:
         imagenet = Work(_IMAGENET, "resnext50_32x4d", 64, 224, 1000, iterations)
         found["train:resnext50_32x4d"] = lambda: measure_training(imagenet, rounds)
@@ -117,7 +124,7 @@ def main(arguments: list[str]) -> int:
         nargs="+",
         choices=(*SUITES, *_ON_REQUEST, "all"),
         default=["all"],
-        help="default: all, which is without the last two",
+        help="default: all, which is without the last three",
     )
     parser.add_argument(
         "--json",
