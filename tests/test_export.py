@@ -178,6 +178,7 @@ def test_safetensors_come_back_whole(averaged_run: Path, tmp_path: Path, capsys:
         ({"resnext_ignite": "2"}, "its metadata are of version '2', not '1'"),
         ({"classes": '["one", "two"]'}, "names 2 classes, and its network has 10"),
         ({"classes": "nonsense"}, "its metadata: classes: Invalid JSON"),
+        ({"image_size": "100000"}, "its metadata: image_size: Input should be less than or equal to 512"),
         ({"mean": "[1]"}, "its metadata: mean: Field required"),
         ({"config": '{"model": {"nam": 1}}'}, "its config is not one of this version"),
     ],
@@ -205,6 +206,7 @@ def test_the_cards_own_lines_work(
     run_export(averaged_run, format, tmp_path / f"model{export._SUFFIXES[format]}")
     card = (tmp_path / "README.md").read_text()
     (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(lines.splitlines()) == 5
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     (tmp_path / "use.py").write_text(lines)

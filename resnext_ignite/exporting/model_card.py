@@ -122,27 +122,30 @@ def _which_epoch(metadata: ModelMetadata, epoch: int, *, chosen: bool) -> str:
         return f"These are the weights of epoch {epoch} of {epochs} planned; they were not chosen by their error."
     best = f"These are the weights of epoch {epoch} of {epochs} planned, the lowest error up to there"
     if metadata.selection == "val":
-        return f"{best}: chosen on held-out training images, so the error above is lower than one on new pictures."
+        return (
+            f"{best}: chosen on held-out training images, which makes the error above look a little better than it is."
+        )
     return f"{best}: chosen on the {metadata.selection} split itself, so the error above is no result."
 
 
 def _use(metadata: ModelMetadata, leaving: Leaving) -> str:
     size, name = metadata.image_size, json.dumps(leaving.name)
-    picture = f'picture = Image.open("picture.png").convert("RGB").resize(({size}, {size}), Image.Resampling.BILINEAR)'
+    resized = f"resize(({size}, {size}), PIL.Image.Resampling.BILINEAR)"
+    picture = f'picture = PIL.Image.open("picture.png").convert("RGB").{resized}'
     images = "np.asarray(picture).transpose(2, 0, 1)[None]"
     if not leaving.options.uint8:
         mean, std = (f"np.reshape({list(values)}, (3, 1, 1))" for values in (metadata.mean, metadata.std))
         images = f"np.float32(({images} / 255 - {mean}) / {std})"
     if leaving.format == "onnx":
-        imports = "import numpy as np, onnxruntime"
+        imports = "import numpy as np, onnxruntime, PIL.Image"
         logits = f'onnxruntime.InferenceSession({name}).run(None, {{"images": images}})[0]'
     elif leaving.format == "torch-export":
-        imports = "import numpy as np, torch"
+        imports = "import numpy as np, PIL.Image, torch"
         logits = f"torch.export.load({name}).module()(torch.tensor(images))"
     else:
-        imports = "import numpy as np, torch\nfrom pathlib import Path\nfrom resnext_ignite.foreign import open_model"
-        logits = f"open_model(Path({name}))[0](torch.tensor(images))"
-    lines = [imports, "from PIL import Image", picture, f"images = {images}", f"logits = {logits}"]
+        imports = "import numpy as np, pathlib, PIL.Image, torch, resnext_ignite.foreign"
+        logits = f"resnext_ignite.foreign.open_model(pathlib.Path({name}))[0](torch.tensor(images))"
+    lines = [imports, picture, f"images = {images}", f"logits = {logits}"]
     return (
         "```python\n" + "\n".join([*lines, "print(int(logits[0].argmax()))  # the class, of the list below"]) + "\n```"
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, Json, ValidationError
 from safetensors import safe_open
@@ -25,7 +25,7 @@ class _Stated(BaseModel):
     classes: Json[list[str]]
     mean: Json[tuple[float, float, float]]
     std: Json[tuple[float, float, float]]
-    image_size: Json[int] = Field(gt=0)
+    image_size: Json[Annotated[int, Field(ge=8, le=512)]]
     iteration: Json[int]
     errors: Json[dict[str, Any]]
     selection: Json[str]
