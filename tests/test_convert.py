@@ -23,7 +23,7 @@ from resnext_ignite import convert, evaluate, predict
 from resnext_ignite.benchmark.peers import has_timm
 from resnext_ignite.checkpoint import load_checkpoint, load_model
 from resnext_ignite.config import with_values
-from resnext_ignite.data import build_eval_loader
+from resnext_ignite.data import build_eval_loader, cifar
 from resnext_ignite.data.cifar import CLASSES
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import CheckpointError, ConfigError
@@ -230,6 +230,10 @@ def test_there_and_back(tmp_path: Path, target: str) -> None:
     if target == "seed":
         model.load_state_dict(written)
         assert all(torch.equal(written[key], value) for key, value in model.state_dict().items())
+    # Behind a 3x3 stem pictures are of 32 pixels, whoever names the weights.
+    metadata = open_model(theirs)[1]
+    assert (metadata.image_size, metadata.mean, metadata.std) == (32, cifar.MEAN, cifar.STD)
+    assert metadata.classes == (CLASSES["cifar10"] if target == "seed" else tuple("0123456789"))
     again = read_foreign(theirs).weights
     assert all(torch.equal(again[key], value) for key, value in load_model(ours)[0].state_dict().items())
 

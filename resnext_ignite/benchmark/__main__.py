@@ -72,7 +72,7 @@ def _cpu_info() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def parts(photographs: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+def parts(photographs: Path = Path()) -> dict[str, Callable[[], dict[str, Any]]]:
     """What each part of a suite measures; on a CPU, smaller batches than fill a GPU."""
     from resnext_ignite.benchmark.checkpoints import measure_checkpoint
     from resnext_ignite.benchmark.data import measure_data
@@ -144,11 +144,14 @@ def main(arguments: list[str]) -> int:
     if "photographs" in wanted and parsed.photographs is None:
         raise ConfigError("--suite photographs: say where some are with --photographs FOLDER")
     choose_device(parsed.device)
+    measured = parts(parsed.photographs or Path())
+    if "export" in wanted and "export" not in measured:
+        raise ConfigError("--suite export: onnxruntime is missing; pip install 'resnext-ignite[export]'")
 
     results: dict[str, Any] = {"machine": machine(), "suites": {}, "ratios": {}}
     if parsed.go_on and parsed.json.exists():
         results = continued(parsed.json, results)
-    for name, measure in parts(parsed.photographs).items():
+    for name, measure in measured.items():
         suite, _, model = name.partition(":")
         if suite not in wanted or name in results["suites"]:
             continue

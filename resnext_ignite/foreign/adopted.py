@@ -55,7 +55,9 @@ def classes_of(model: ForeignModel) -> tuple[tuple[str, ...], str]:
     count = model.network.num_classes
     if model.is_imagenet and count == 1000:
         return tuple(ResNeXt50_32X4D_Weights.IMAGENET1K_V1.meta["categories"]), "imagefolder"
-    for data, names in CLASSES.items():
-        if not model.is_imagenet and count == len(names):
-            return names, data
+    if not model.is_imagenet and model.source not in ("torchvision", "timm"):
+        # These systems train on CIFAR alone.
+        for data, names in CLASSES.items():
+            if count == len(names):
+                return names, data
     return tuple(str(number) for number in range(count)), "imagefolder"

@@ -48,7 +48,7 @@ class Source:
 
 
 def _cifars_behind_a_small_stem(weights: Weights, file: Path) -> tuple[Statistics, Statistics] | None:
-    # facebookresearch/ResNeXt has a 3x3 stem for CIFAR alone.
+    # facebookresearch/ResNeXt has a 3x3 stem for CIFAR alone, as others do.
     return (cifar.MEAN, cifar.STD) if weights["conv1.weight"].shape[-1] == 3 else None
 
 
@@ -64,9 +64,14 @@ SOURCES = {
         (0.2673342859, 0.2564384629, 0.2761504713),
         adapt=spread_first_convolutions,
     ),
-    "torchvision": Source(TORCHVISION, imagefolder.MEAN, imagefolder.STD, is_imagenet=True),
+    # Their own have a 7x7 stem; under their names, CIFAR's come as `convert --to` writes them.
+    "torchvision": Source(
+        TORCHVISION, imagefolder.MEAN, imagefolder.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem
+    ),
     # The tv_, fb_ssl_ and fb_swsl_ weights too.
-    "timm": Source(TORCHVISION, imagefolder.MEAN, imagefolder.STD, is_imagenet=True),
+    "timm": Source(
+        TORCHVISION, imagefolder.MEAN, imagefolder.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem
+    ),
     "torch7": Source(None, imagefolder.MEAN, imagefolder.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
     "caffe": Source(None, imagefolder.MEAN, imagefolder.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
     "mxnet": Source(
