@@ -283,20 +283,20 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
 def model_of(state: dict[str, Any], file: Path) -> tuple[nn.Module, ModelMetadata]:
     """`load_model` of a checkpoint's content; `file` is named in errors."""
     config = config_of_checkpoint(file, state)
-    model = build_model(config)
     try:
+        model = build_model(config)
         model.load_state_dict(state.get("ema") or state["model"])
-    except (KeyError, RuntimeError) as error:
+        metadata = ModelMetadata(
+            classes=tuple(state["classes"]),
+            mean=tuple(state["mean"]),
+            std=tuple(state["std"]),
+            image_size=state["image_size"],
+            iteration=state["trainer"]["iteration"],
+            errors=state["errors"],
+            selection=state["selection"],
+            source=state.get("source"),
+            config=config,
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file}: does not fit its model: {' '.join(str(error).split())[:200]}") from None
-    metadata = ModelMetadata(
-        classes=tuple(state["classes"]),
-        mean=tuple(state["mean"]),
-        std=tuple(state["std"]),
-        image_size=state["image_size"],
-        iteration=state["trainer"]["iteration"],
-        errors=state["errors"],
-        selection=state["selection"],
-        source=state.get("source"),
-        config=config,
-    )
     return model.eval(), metadata

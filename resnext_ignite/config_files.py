@@ -256,8 +256,8 @@ def check_shares(config: Config, world_size: int) -> None:
     unit = world_size * train.accumulate * max(train.ghost_batch, 1)
     mixed = config.augment.mixup or config.augment.cutmix
     if mixed:
-        # Each image's neighbour is on its own rank.
-        unit = math.lcm(unit, 2 * world_size)
+        # Each image's neighbour is on its own rank and in its own micro-batch.
+        unit = math.lcm(unit, 2 * world_size * train.accumulate)
     if train.batch_size % unit:
         fits = [size for size in (train.batch_size // unit * unit, (train.batch_size // unit + 1) * unit) if size]
         ghosts = f" of ghost batches of {train.ghost_batch}" if train.ghost_batch else ""

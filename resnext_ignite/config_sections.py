@@ -115,6 +115,13 @@ class AugmentConfig(Section):
     cutmix: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Put a box of its neighbour into each image, of a share drawn likewise; with `mixup`, each gets one of them."""
 
+    @field_validator("mixup", "cutmix")
+    @classmethod
+    def _not_all_or_nothing(cls, alpha: float) -> float:
+        if 0 < alpha < 1e-3:
+            raise ValueError(f"{alpha}: 0 for none, or at least 0.001")
+        return alpha
+
 
 class OptimizerConfig(Section):
     """The update."""

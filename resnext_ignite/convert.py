@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from resnext_ignite.errors import ConfigError, run_command
+from resnext_ignite.storage import check_place
 
 # Of resnext_ignite.foreign, which needs torch.
 _SOURCES = (
@@ -60,6 +61,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", required=True, metavar="FILE", help="what is written")
     parsed = parser.parse_args(arguments)
     output = Path(parsed.output)
+    check_place("--output", output)
     if output.exists():
         raise ConfigError(f"--output {output}: is there already; choose another name")
     if parsed.target != "ours" and parsed.source != "auto":

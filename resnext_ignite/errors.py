@@ -6,6 +6,7 @@ How an error arises is said where it is raised; this module knows nothing of con
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -122,6 +123,9 @@ def report_error(error: BaseException) -> int:
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run a command's `main` on the process's arguments and leave with the exit code of what happened."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files may be bytes that are no text: they leave as they came.
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         code = main(sys.argv[1:])
     except BrokenPipeError:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnext_ignite.errors import CheckpointError, ConfigError, run_command
+from resnext_ignite.storage import check_place
 
 if TYPE_CHECKING:
     import torch
@@ -172,9 +173,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--calibration", metavar="FILE.png", help="draw accuracy over confidence")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config values, as data.root=FOLDER")
     parsed = parser.parse_intermixed_args(arguments)
-    pictures = {
-        name: Path(getattr(parsed, name)) for name in ("confusion", "mistakes", "calibration") if vars(parsed)[name]
-    }
+    pictures = {name: Path(vars(parsed)[name]) for name in _PICTURES if vars(parsed)[name]}
+    for name, path in pictures.items():
+        check_place(f"--{name}", path)
     metrics, data = evaluate(
         Path(parsed.checkpoint),
         parsed.split,
@@ -182,11 +183,11 @@ def main(arguments: list[str]) -> int:
         views=parsed.views,
         keep_mistakes=_MISTAKES if parsed.mistakes else 0,
     )
-    draw(pictures, metrics, data, parsed.split)
     figures = {key: metrics[key] for key in _JSON_KEYS}
     if parsed.json:
         views = {} if parsed.views == "one" else {"views": parsed.views}
         print(json.dumps({"checkpoint": parsed.checkpoint, "split": parsed.split, **views, **figures}))
+        draw(pictures, metrics, data, parsed.split)
         return 0
     wrong = metrics["images"] - metrics["correct"]
     print(per_class_table(metrics["confusion"], data.classes))
@@ -195,6 +196,7 @@ def main(arguments: list[str]) -> int:
     print(f"top-5 error {metrics['top5_error']:.2f} %")
     print(f"loss {metrics['loss']:.4f}")
     print(f"expected calibration error {metrics['calibration_error']:.2f} %")
+    draw(pictures, metrics, data, parsed.split)
     for name, path in pictures.items():
         print(f"{_PICTURES[name]}: {path}")
     return 0

@@ -11,6 +11,7 @@ import importlib.util
 from pathlib import Path
 
 from resnext_ignite.errors import ConfigError, run_command
+from resnext_ignite.storage import check_place
 
 # How a file of each format ends, by which it is opened.
 _SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
@@ -55,14 +56,13 @@ def check_before(format: str, output: Path, *, changed: bool) -> None:
     card = card_beside(output)
     if output.suffix != _SUFFIXES[format]:
         raise ConfigError(f"--output {output}: a file of {format} ends in {_SUFFIXES[format]}")
+    check_place("--output", output)
     if output.exists():
         raise ConfigError(f"--output {output}: is there already; choose another name")
     if card.exists():
         raise ConfigError(
             f"--output {output}: {card} is there already, where the model card goes; choose another folder"
         )
-    if not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: there is no folder {output.parent}; make it first")
     if format == "safetensors" and changed:
         raise ConfigError("--uint8, --no-fold: a file of weights has no network; leave them out with safetensors")
     if format == "onnx":

@@ -36,6 +36,12 @@ def pyplot() -> Any:
     return loaded
 
 
+def shown(text: str) -> str:
+    """A name as fonts can draw it and XML may hold it: bytes that are no text and control characters as marks."""
+    text = text.encode("utf-8", "replace").decode()
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
+
+
 def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] = (8, 8)) -> Figure:
     """Error, loss and learning rate over epochs, of one run or several laid over each other.
 
@@ -48,7 +54,8 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] 
     )
     colors = pyplot().rcParams["axes.prop_cycle"].by_key()["color"]
     several = len(runs) > 1
-    for number, (name, records) in enumerate(runs.items()):
+    for number, (run, records) in enumerate(runs.items()):
+        name = shown(run)
         color = colors[number % len(colors)]
         for split in dict.fromkeys(record["split"] for record in records):
             points = [record for record in records if record["split"] == split]
@@ -89,6 +96,7 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
     """Share of each true class (rows) that got each answer (columns), from counts int64 (C, C)."""
+    classes = [shown(name) for name in classes]
     counts = confusion.double()
     shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
     count = len(classes)
@@ -149,7 +157,7 @@ def draw_sheet(images: Tensor, captions: Sequence[str] = (), columns: int = 8) -
         if number < len(images):
             place.imshow(images[number].numpy(), interpolation="nearest")
             if number < len(captions):
-                place.set_title(captions[number], fontsize=7)
+                place.set_title(shown(captions[number]), fontsize=7)
     return figure
 
 

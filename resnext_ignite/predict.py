@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnext_ignite.errors import ConfigError, DataError, run_command
+from resnext_ignite.storage import check_place
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +58,7 @@ def find_pictures(names: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         if os.path.isdir(name):
-            below = (os.path.join(folder, file) for folder, _, files in os.walk(name) for file in files)
-            files = sorted(file for file in below if file.lower().endswith(IMG_EXTENSIONS))
+            files = sorted(file for file in _below(name) if file.lower().endswith(IMG_EXTENSIONS))
             if not files:
                 raise DataError(f"{name}: no picture in this folder or below it ({' '.join(IMG_EXTENSIONS)})")
             found += files
@@ -70,6 +70,19 @@ def find_pictures(names: Sequence[str]) -> list[str]:
         else:
             found.append(name)
     return found
+
+
+def _below(folder: str) -> Iterator[str]:
+    # Links are followed, as in training; a folder that contains itself is entered once.
+    seen: set[str] = set()
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: {error.strerror}")
+
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        seen.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
+        yield from (os.path.join(place, file) for file in files)
 
 
 class Predictor:
@@ -185,13 +198,13 @@ def save_sheet(predictor: Predictor, predictions: Sequence[Prediction], path: Pa
     save_figure(draw_sheet(predictor.pictures([p.file for p in shown]), captions), path)
 
 
-def _readable(predictions: Iterable[Prediction], broken: list[Prediction]) -> Iterator[Prediction]:
-    # The others are told at once, and kept.
+def _readable(predictions: Iterable[Prediction], broken: list[Prediction], given: str) -> Iterator[Prediction]:
+    # The others are told at once, and kept. `given` is where standard input lies.
     for prediction in predictions:
         if prediction.error is None:
             yield prediction
         else:
-            print(f"error: {prediction.error}", file=sys.stderr)
+            print(f"error: {prediction.error.replace(given, 'standard input')}", file=sys.stderr)
             broken.append(prediction)
 
 
@@ -218,15 +231,19 @@ def main(arguments: list[str]) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} {vars(parsed)[name]}: at least 1")
     if parsed.json and parsed.csv:
         raise ConfigError("--json and --csv: choose one")
+    if parsed.save_sheet:
+        check_place("--save-sheet", Path(parsed.save_sheet))
     broken: list[Prediction] = []
     with tempfile.NamedTemporaryFile(prefix="standard-input-") as given:
         if _STANDARD_INPUT in parsed.pictures:
+            if sys.stdin is None:
+                raise DataError("-: standard input is closed")
             # A reader of pictures moves to and fro in them, which a pipe does not allow.
             given.write(sys.stdin.buffer.read())
             given.flush()
         files = find_pictures([given.name if name == _STANDARD_INPUT else name for name in parsed.pictures])
         predictor = Predictor(Path(parsed.checkpoint), batch_size=parsed.batch_size)
-        predictions = _readable(predictor(files, parsed.top_k), broken)
+        predictions = _readable(predictor(files, parsed.top_k), broken, given.name)
         if parsed.save_sheet:
             predictions = iter(kept := list(predictions))
             if kept:

@@ -33,7 +33,7 @@ def load_pretrained(model: nn.Module, name: str, source: str, ranks: Ranks | Non
         state = state or _torchvision_weights(name, source)
     else:
         checkpoint = _checkpoint(source)
-        state = dict(checkpoint["ema"] or checkpoint["model"])
+        state = dict(checkpoint.get("ema") or checkpoint["model"])
     own = model.state_dict()
     for key in ("fc.weight", "fc.bias"):
         if key in state and state[key].shape != own[key].shape:
@@ -58,16 +58,20 @@ def with_normalisation(config: Config) -> Config:
     moments: dict[str, Any] = {"mean": imagefolder.MEAN, "std": imagefolder.STD}
     if not source.startswith(_TORCHVISION):
         moments = _checkpoint(source)
-    return with_values(config, {"data.mean": list(moments["mean"]), "data.std": list(moments["std"])})
+    try:
+        return with_values(config, {"data.mean": list(moments["mean"]), "data.std": list(moments["std"])})
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"model.pretrained: {source}: no mean and std; set data.mean and data.std") from None
 
 
 def _checkpoint(source: str) -> dict[str, Any]:
-    if not Path(source).exists():
+    path = Path(source).expanduser()
+    if not path.exists():
         raise CheckpointError(
             f"model.pretrained: '{source}' is no file or run folder, and torchvision's weights are named as "
             f"{_TORCHVISION}IMAGENET1K_V2"
         )
-    file = find_checkpoint(Path(source))
+    file = find_checkpoint(path)
     try:
         return load_checkpoint(file)
     except ForeignFileError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resnext_ignite.errors import RunFolderError, run_command
+from resnext_ignite.storage import check_place
 
 _OF_THE_PAGE = ("records", "config", "status", "folder")
 
@@ -98,6 +99,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--html", metavar="FILE.html", help="write a page too: one file, to look at or to send")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parsed = parser.parse_args(arguments)
+    for option in ("output", "html"):
+        if vars(parsed)[option]:
+            check_place(f"--{option}", Path(vars(parsed)[option]))
     runs = [summarize(Path(path)) for path in dict.fromkeys(parsed.runs)]
 
     from resnext_ignite.pictures import draw_curves, save_figure

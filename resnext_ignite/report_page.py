@@ -96,7 +96,10 @@ def _evaluation_of(folder: RunFolder, last: Record) -> tuple[Record | None, str]
     """The run's `evaluation.json` if it is of the last record; else what is wrong with it."""
     evaluation = folder.read_evaluation()
     if not evaluation:
-        return None, "This run folder has no evaluation.json, so that its confusion matrix and mistakes are missing."
+        return (
+            None,
+            "There is no evaluation.json that can be read: confusion matrix and mistakes are missing.",
+        )
     if any(evaluation[key] != last[key] for key in ("split", "epoch", "iteration")):
         return None, (
             f"evaluation.json is of another evaluation ({name_of_evaluation(evaluation)}) than the last of "
@@ -142,8 +145,11 @@ def _sheet(folder: RunFolder, last: Record) -> dict[str, str]:
         data = folder.mistakes.read_bytes()
         with Image.open(folder.mistakes) as image:
             drawn = image.info.get("Description", "")
-    except OSError:
+    except FileNotFoundError:
         return {"note": "There is no mistakes.png; a run draws it at its end."}
+    except Exception:
+        # PIL's readers answer damaged files with a dozen types.
+        return {"note": "mistakes.png cannot be read and is left out."}
     if drawn != name_of_evaluation(last):
         return {"note": f"mistakes.png is of another evaluation ({drawn or 'unnamed'}) and is left out."}
     return {"uri": _uri("png", data)}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel
 
 from resnext_ignite import __version__
 from resnext_ignite.checkpoint import (
@@ -28,6 +29,7 @@ from resnext_ignite.config_changes import SAFE_ON_RESUME, adopt_resolved, change
 from resnext_ignite.config_files import dump_config, load_config
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import PreemptedError, RunFolderError, StorageError, as_resnext_error
+from resnext_ignite.run_records import EvaluationInDetail, MetricsLine, Status
 from resnext_ignite.storage import append_durably, replace_durably, temporary_path
 
 ENDED = ("completed", "stopped_early")
@@ -121,10 +123,12 @@ class RunFolder:
         if not self._metrics.exists():
             return []
         records = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+        for line in self._metrics.read_bytes().splitlines():
             try:
-                records.append(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+                MetricsLine.model_validate(record)
+                records.append(record)
+            except (ValueError, RecursionError):
                 # The last line of a run that was killed while it wrote; the evaluation will be made again.
                 break
         return records
@@ -144,7 +148,7 @@ class RunFolder:
 
     def read_evaluation(self) -> Record:
         """What `evaluation.json` says; empty where it is not there, or damaged."""
-        return _read_object(self._evaluation)
+        return _read_object(self._evaluation, EvaluationInDetail)
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Write `status.json`: the state of the run, facts of it, and the versions it runs on."""
@@ -159,15 +163,16 @@ class RunFolder:
 
     def read_status(self) -> Record:
         """What `status.json` says; empty where it is not there, or damaged."""
-        return _read_object(self._status)
+        return _read_object(self._status, Status)
 
 
-def _read_object(path: Path) -> Record:
+def _read_object(path: Path, kind: type[BaseModel]) -> Record:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        found: Record = json.loads(path.read_text(encoding="utf-8"))
+        kind.model_validate(found)
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found
 
 
 def _write(file: IO[bytes], text: str) -> None:

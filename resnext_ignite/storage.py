@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from resnext_ignite.errors import ConfigError
+
 log = logging.getLogger(__name__)
 
 
@@ -91,6 +93,22 @@ def sha256_of(path: Path, *, from_disk: bool = False) -> str:
             # Else the system answers from its memory what the disk was told to keep; it is a request, not an order.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_place(option: str, path: Path) -> None:
+    """Whether a command can write a file where it is told to, before it does all its work.
+
+    Raises:
+        ConfigError: there is no such folder, or something that is no file.
+    """
+    try:
+        if not path.parent.is_dir():
+            raise ConfigError(f"{option} {path}: there is no folder {path.parent}; make it first")
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{option} {path}: is there already, and is no file; choose another name")
+    except OSError as error:
+        # A name that is too long, for one.
+        raise ConfigError(f"{option} {path}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, command, train_tiny
 from PIL import Image
 
-from resnext_ignite import evaluate, report
+from resnext_ignite import convert, evaluate, predict, report
 from resnext_ignite.config_changes import SAFE_ON_RESUME
 from resnext_ignite.errors import (
     CheckpointError,
@@ -201,3 +203,40 @@ def test_the_readme_tells_what_a_resumed_run_may_change() -> None:
     text = (ROOT / "README.md").read_text()
     for key in SAFE_ON_RESUME:
         assert f"`{key}`" in text or f"`{key.partition('.')[0]}.*`" in text, key
+
+
+@pytest.mark.parametrize("place", ["nowhere/x.png", "folder", "pipe", "long" * 100 + ".png"])
+def test_a_place_where_nothing_can_be_written_is_told_at_once(finished_run: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    path, run = str(tmp_path / place), str(finished_run)
+    for main, arguments in [
+        (evaluate.main, ["--checkpoint", run, "--confusion", path]),
+        (predict.main, ["--checkpoint", run, "--save-sheet", path, "x.png"]),
+        (report.main, [run, "--output", path]),
+        (report.main, [run, "--html", path]),
+        (convert.main, ["--checkpoint", run, "--to", "timm", "--output", path]),
+    ]:
+        with pytest.raises(ConfigError, match="--"):
+            main(arguments)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+
+
+def test_names_that_are_no_text_are_drawn_and_printed(tmp_path: Path, picture_folder: Path) -> None:
+    """A class and a picture whose names are bytes that are no UTF-8, under a locale that minds."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(picture_folder, data)
+    for split in ("train", "test"):
+        (data / split / "dark").rename(data / split / os.fsdecode(b"caf\xe9 \x01"))
+    keys = ["data.name=imagefolder", f"data.root={data}", "data.image_size=16", "data.train_size=null"]
+    keys += ["data.test_size=null", "train.batch_size=4", "train.epochs=1", "logging.tensorboard=true"]
+    assert train_tiny(run, *keys) == 0
+    picture = tmp_path / os.fsdecode(b"bad\xff.png")
+    shutil.copy(data / "test/light/00.png", picture)
+    sheet = str(tmp_path / "sheet.png")
+    arguments = ["-m", "resnext_ignite.predict", "--checkpoint", str(run), str(picture), "--save-sheet", sheet]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"bad\xff.png" in done.stdout
+    assert b"caf\xe9" in done.stdout

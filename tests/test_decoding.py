@@ -89,6 +89,23 @@ def test_turned_pictures_are_pils(tmp_path: Path, orientation: int) -> None:
     assert 0 < np.abs(scaled - unscaled).mean() < 6
 
 
+def test_an_orientation_is_found_wherever_it_stands(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    late, xmp = tmp_path / "late.jpg", tmp_path / "xmp.jpg"
+    photograph(40, 30).save(late, exif=exif)
+    content = late.read_bytes()
+    comment = b"\xff\xfe" + (60_002).to_bytes(2, "big") + bytes(60_000)
+    late.write_bytes(content[:2] + 3 * comment + content[2:])
+    photograph(40, 30).save(xmp, xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>')
+    for path in (str(late), str(xmp)):
+        whole = open_rgb(path)
+        assert whole.size == (30, 40)
+        assert np.array_equal(
+            read_crop(path, 16, square_crop(16)), resized(np.array(whole), 16, square_crop(16)(30, 40))
+        )
+
+
 def test_what_is_not_plain_is_pils(tmp_path: Path) -> None:
     cmyk, png = (str(tmp_path / name) for name in ("cmyk.jpg", "x.png"))
     photograph(40, 30).convert("CMYK").save(cmyk)

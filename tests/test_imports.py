@@ -12,7 +12,7 @@ ROOT = Path(resnext_ignite.__file__).parent
 LEVELS = [
     {"train", "evaluate", "predict", "report", "verify", "convert", "export", "summary", "benchmark"},
     {"exporting", "handlers", "report_page"},
-    {"run_folder", "pictures", "pretrained", "foreign"},
+    {"run_folder", "run_records", "pictures", "pretrained", "foreign"},
     {"checkpoint"},
     {"tuning"},
     {"engines"},

@@ -48,19 +48,23 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three classes of 4, 3 and 2 empty files, large enough to be kept, and unchanged for a minute."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(index, "_WORTH_KEEPING", 5)
+    monkeypatch.setattr(index, "time", Clock())
     for number, name in enumerate("abc"):
         folder = tmp_path / "data/train" / name
         folder.mkdir(parents=True)
         for file in range(4 - number):
             (folder / f"{file}.jpg").touch()
         (folder / "notes.txt").touch()
-        settle(folder)
     return tmp_path / "data"
 
 
-def settle(folder: Path) -> None:
-    old = time.time() - 60
-    os.utime(folder, (old, old))
+class Clock:
+    """The index's: some seconds ahead of the folders'."""
+
+    ahead = 60.0
+
+    def time(self) -> float:
+        return time.time() + self.ahead
 
 
 def listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ImageIndex, bool]:
@@ -107,18 +111,38 @@ def test_a_list_is_read_back_until_something_changes(root: Path, monkeypatch: py
     }
     for change, make in changes.items():
         make()
-        found, read = listed(root, monkeypatch)
-        assert read, change
-        expected = sorted(str(path) for path in train.glob("*/*.jpg"))
-        assert list(found.paths) == expected, change
         # Young, the list is not kept.
-        assert listed(root, monkeypatch)[1] == (change != "a class of another name"), change
-        for folder in train.iterdir():
-            settle(folder)
-        listed(root, monkeypatch)
+        monkeypatch.setattr(Clock, "ahead", 0.0)
+        expected = sorted(str(path) for path in train.glob("*/*.jpg"))
+        for _ in range(2):
+            found, read = listed(root, monkeypatch)
+            assert read, change
+            assert list(found.paths) == expected, change
+        monkeypatch.setattr(Clock, "ahead", 60.0)
+        assert listed(root, monkeypatch)[1], change
         found, read = listed(root, monkeypatch)
         assert not read, change
         assert list(found.paths) == expected, change
+
+
+def test_a_time_that_was_set_back_deceives_nobody(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed(root, monkeypatch)
+    folder = root / "train/a"
+    before = folder.stat().st_mtime_ns
+    (folder / "0.jpg").rename(folder / "zzz.jpg")
+    os.utime(folder, ns=(before, before))
+    found, read = listed(root, monkeypatch)
+    assert read
+    assert found.paths[3] == str(folder / "zzz.jpg")
+
+
+def test_without_a_home_nothing_is_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    monkeypatch.setattr(index.Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError("read-only")))
+    assert listed(root, monkeypatch)[1]
+    assert len(listed(root, monkeypatch)[0].labels) == 9
 
 
 def test_a_moved_folder_and_a_class_of_the_same_name_are_listed_anew(

@@ -152,3 +152,29 @@ def test_ranks_that_part_neighbours_are_refused() -> None:
     check_shares(config, 2)
     with pytest.raises(ConfigError, match=r"train.batch_size: 12 cannot be shared by 4 ranks of .* pairs.*; 8 or 16"):
         check_shares(config, 4)
+
+
+@pytest.mark.parametrize(("accumulate", "ranks", "fits"), [(1, 2, 4), (2, 1, 4), (2, 2, 8), (3, 1, 6), (3, 2, 12)])
+def test_neighbours_share_a_micro_batch(accumulate: int, ranks: int, fits: int) -> None:
+    """The least batch that is not refused, and its pairs: those of a single rank without accumulation."""
+    keys = [*TINY, "augment.cutmix=1.0", f"train.accumulate={accumulate}"]
+    for size in range(accumulate * ranks, fits, accumulate * ranks):
+        config = load_config(ROOT / "configs/quickstart.yaml", [*keys, f"train.batch_size={size}"])
+        with pytest.raises(ConfigError, match="pairs that are mixed"):
+            check_shares(config, ranks)
+    check_shares(load_config(ROOT / "configs/quickstart.yaml", [*keys, f"train.batch_size={fits}"]), ranks)
+
+    def pairs(accumulate: int, ranks: int) -> set[frozenset[int]]:
+        found = set()
+        for rank in range(ranks):
+            order = TrainOrder(seed=1, count=48, batch_size=fits, rank=rank, world_size=ranks, accumulate=accumulate)
+            _, positions = next(order.batches(0))
+            found |= {frozenset(pair) for pair in zip(positions.tolist(), neighbours(positions).tolist(), strict=True)}
+        return found
+
+    assert pairs(accumulate, ranks) == pairs(1, 1)
+
+
+def test_an_alpha_that_mixes_all_or_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"0 for none, or at least 0\.001"):
+        load_config(ROOT / "configs/quickstart.yaml", ["augment.mixup=1e-6"])

@@ -125,7 +125,7 @@ def test_a_run_folder_from_before_gets_its_page(copied_run: Path, tmp_path: Path
     for name in ("evaluation.json", "mistakes.png", "status.json"):
         (copied_run / name).unlink()
     page, _ = page_of(tmp_path, copied_run)
-    assert "This run folder has no evaluation.json" in page.text
+    assert "There is no evaluation.json that can be read" in page.text
     assert "no status.json that could be read" in page.text
     assert "Confusion" not in page.text
 
@@ -224,3 +224,40 @@ def test_a_run_of_oddly_named_folders(tmp_path: Path) -> None:
     page, _ = page_of(tmp_path, folder)
     assert "script" not in page.tags
     assert page.tags.count("img") == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("evaluation.json", b'{"a": 1}'),
+        ("evaluation.json", b"[" * 5000),
+        ("evaluation.json", b"\xff\xfe"),
+        ("confusion", "word"),
+        ("confusion", [[-1, -1, 18]]),
+        ("confusion", [[0, 10, 1]]),
+        ("confusion", [[0, 1, 0.5]]),
+        ("classes", []),
+        ("mistakes", [{}]),
+        ("mistakes", [{"index": 0, "label": 99, "predicted": 0, "loss": 1.0}]),
+        ("status.json", b'{"state": null, "versions": []}'),
+        ("status.json", b'{"state": "completed", "versions": {}, "best": "low"}'),
+        ("mistakes.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"),
+        ("metrics.jsonl", b"\n\xff\xfe"),
+        ("metrics.jsonl", b'\n{"epoch": 4}'),
+        ("metrics.jsonl", b"\n5"),
+    ],
+)
+def test_damaged_files_are_left_out(finished_run: Path, tmp_path: Path, file: str, content: object) -> None:
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    shutil.copytree(finished_run, run)
+    if isinstance(content, bytes):
+        # Of metrics a line more, as of a run that was killed while it wrote.
+        before = (run / file).read_bytes() if file == "metrics.jsonl" else b""
+        (run / file).write_bytes(before + content)
+    else:
+        evaluation = json.loads((run / "evaluation.json").read_text())
+        (run / "evaluation.json").write_text(json.dumps({**evaluation, file: content}))
+    assert report.main([str(run), "--html", str(page), "--output", str(tmp_path / "c.png")]) == 0
+    left_out = "There is no evaluation.json that can be read" in page.read_text()
+    assert left_out == (file in ("evaluation.json", "confusion", "classes", "mistakes"))
+    assert RunFolder(run).read_metrics() == RunFolder(finished_run).read_metrics()

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from resnext_ignite import engines
 from resnext_ignite.benchmark.peers import has_timm
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.imagefolder import MEAN, STD, ImageFiles
@@ -42,6 +43,8 @@ def measure_photographs(folder: Path, sizes: tuple[int, ...] = (224, 176, 128, 6
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not files:
         raise DataError(f"--photographs {folder}: holds no .jpg or .jpeg")
+    # As a run does; the memory that is kept serves the others' batches as well.
+    engines.set_up_machine(torch.device("cpu"), deterministic=True)
     workers = len(os.sched_getaffinity(0))
     samples: dict[str, list[float]] = {}
     ratios: dict[str, float] = {}

@@ -247,7 +247,8 @@ def build_eval_loader(config: Config, data: Data, split: str, device: torch.devi
         DataError: the data has no such split, or pictures of it are marked as unreadable.
     """
     if split not in data.splits:
-        raise DataError(f"the data has no {split} split; it has {', '.join(data.splits) or 'none'}")
+        others = f"; it has {', '.join(data.splits)}" if data.splits else ""
+        raise DataError(f"the data has no {split} split{others}")
     images = data.splits[split]
     return EvalLoader(
         images.to(device) if isinstance(images, Images) else images,

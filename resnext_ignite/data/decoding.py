@@ -164,7 +164,8 @@ class _PlainJpeg:
             return None
         if space not in ("YCbCr", "Gray", "RGB") or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             return None
-        orientation = _orientation(content) if b"Exif\x00\x00" in content[:65536] else 1
+        # Where it stands, in Exif or XMP, behind whatever else: PIL finds it.
+        orientation = _orientation(content) if b"Exif\x00\x00" in content or b"tiff:Orientation" in content else 1
         if orientation in _SIDEWAYS:
             width, height = height, width
         return cls(content, width, height, orientation)

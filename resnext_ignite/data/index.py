@@ -114,7 +114,8 @@ def _entries(folder: Path, split: str) -> list[os.DirEntry[str]]:
 
 
 def _cache_path(folder: Path) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    # Without a home it stays "~", where nothing can be kept.
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return home / "resnext_ignite" / f"images-{name}.safetensors"
 
@@ -125,9 +126,12 @@ def _state_of(folder: Path, classes: list[str]) -> tuple[float, str]:
         facts = [os.stat(folder / name) for name in classes]
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}; it was there a moment ago") from None
-    folders = [(name, fact.st_ino, fact.st_mtime_ns) for name, fact in zip(classes, facts, strict=True)]
+    # The time of change besides that of modification, which copying programs set back.
+    folders = [
+        (name, fact.st_ino, fact.st_mtime_ns, fact.st_ctime_ns) for name, fact in zip(classes, facts, strict=True)
+    ]
     text = json.dumps([_VERSION, os.fsdecode(folder.resolve()), IMG_EXTENSIONS, folders])
-    return max(fact.st_mtime_ns for fact in facts) / 1e9, hashlib.sha256(os.fsencode(text)).hexdigest()
+    return max(fact.st_ctime_ns for fact in facts) / 1e9, hashlib.sha256(os.fsencode(text)).hexdigest()
 
 
 def _read(path: Path, state: str) -> _Listed | None:

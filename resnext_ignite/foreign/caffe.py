@@ -131,7 +131,7 @@ def blob_of(blob: Any, where: str) -> Tensor:
 
 def text(value: bytes) -> str:
     """A name, whatever bytes it is of."""
-    return value.decode("utf-8", "replace")
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in value.decode("utf-8", "replace"))
 
 
 def pair(parameters: Any, both: str, each: str, default: int) -> tuple[int, int]:

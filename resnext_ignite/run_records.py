@@ -1,0 +1,70 @@
+"""What must stand in a run folder's small files for them to be believed; there may be more."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field, model_validator
+
+
+class Best(BaseModel):
+    """The best record, as far as a report names it."""
+
+    top1_error: float
+    epoch: int
+    split: str
+
+
+class Status(BaseModel):
+    """`status.json`."""
+
+    state: str
+    versions: dict[str, str]
+    best: Best | None = None
+
+
+class MetricsLine(BaseModel):
+    """A line of `metrics.jsonl`."""
+
+    epoch: int
+    iteration: int
+    split: str
+    images: Annotated[int, Field(gt=0)]
+    correct: int
+    top1_error: float
+    top5_error: float
+    loss: float
+    lr: float
+    images_per_s: float | None
+    wall_s: float
+
+
+class Mistake(BaseModel):
+    """An image that was taken for another class."""
+
+    index: int
+    label: int
+    predicted: int
+    loss: float
+
+
+_Count = Annotated[int, Field(ge=0, strict=True)]
+
+
+class EvaluationInDetail(BaseModel):
+    """`evaluation.json`: labels are indices of `classes`."""
+
+    split: str
+    epoch: int
+    iteration: int
+    classes: Annotated[list[str], Field(min_length=1)]
+    confusion: list[tuple[_Count, _Count, _Count]]
+    mistakes: list[Mistake]
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> EvaluationInDetail:
+        labels = [label for cell in self.confusion for label in cell[:2]]
+        labels += [label for mistake in self.mistakes for label in (mistake.label, mistake.predicted)]
+        if any(not 0 <= label < len(self.classes) for label in labels):
+            raise ValueError("a label of no class")
+        return self
