@@ -23,6 +23,8 @@ from resnext_ignite.checkpoint import load_model
 from resnext_ignite.data.decoding import open_rgb, resized, square_crop
 from resnext_ignite.data.shapes import CLASSES, load_shapes
 from resnext_ignite.errors import CheckpointError, ConfigError, DataError
+from resnext_ignite.handlers.pictures import draw_mistakes
+from resnext_ignite.pictures import save_figure
 
 COUNT = 37
 
@@ -343,3 +345,9 @@ def test_linked_folders_are_entered_once(shapes_folder: Path, tmp_path: Path) ->
     (tmp_path / "linked").symlink_to(shapes_folder)
     (tmp_path / "itself").symlink_to(tmp_path)
     assert predict.find_pictures([str(tmp_path)]) == [str(tmp_path / f"linked/{n:03}.png") for n in range(COUNT)]
+
+
+def test_a_sheet_of_no_mistakes_is_empty(tmp_path: Path) -> None:
+    save_figure(draw_mistakes([], load_shapes("test", COUNT), CLASSES), tmp_path / "mistakes.png")
+    with Image.open(tmp_path / "mistakes.png") as image:
+        assert image.convert("L").getextrema() == (255, 255)

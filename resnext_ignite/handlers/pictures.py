@@ -115,7 +115,7 @@ class MistakeSheets:
 
 def draw_mistakes(mistakes: list[dict[str, Any]], split: Split, classes: tuple[str, ...]) -> Figure:
     """The pictures of an evaluation's mistakes, each under 'true -> predicted (loss)'."""
-    wanted = torch.tensor([mistake["index"] for mistake in mistakes], device=split.indices.device)
+    wanted = torch.tensor([mistake["index"] for mistake in mistakes], dtype=torch.int64, device=split.indices.device)
     # Splits keep their images in the order of their indices.
     pictures = split.load(torch.searchsorted(split.indices, wanted)).cpu()
     captions = [f"{classes[m['label']]}\n\u2192 {classes[m['predicted']]} ({m['loss']:.1f})" for m in mistakes]
