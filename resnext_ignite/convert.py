@@ -61,9 +61,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", required=True, metavar="FILE", help="what is written")
     parsed = parser.parse_args(arguments)
     output = Path(parsed.output)
-    check_place("--output", output)
-    if output.exists():
-        raise ConfigError(f"--output {output}: is there already; choose another name")
+    check_place("--output", output, new=True)
     if parsed.target != "ours" and parsed.source != "auto":
         raise ConfigError(f"--from {parsed.source}: with --to {parsed.target} a checkpoint of this project is read")
     print(convert(Path(parsed.checkpoint), output, parsed.source, parsed.target))

@@ -56,9 +56,7 @@ def check_before(format: str, output: Path, *, changed: bool) -> None:
     card = card_beside(output)
     if output.suffix != _SUFFIXES[format]:
         raise ConfigError(f"--output {output}: a file of {format} ends in {_SUFFIXES[format]}")
-    check_place("--output", output)
-    if output.exists():
-        raise ConfigError(f"--output {output}: is there already; choose another name")
+    check_place("--output", output, new=True)
     if card.exists():
         raise ConfigError(
             f"--output {output}: {card} is there already, where the model card goes; choose another folder"

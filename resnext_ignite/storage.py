@@ -95,15 +95,20 @@ def sha256_of(path: Path, *, from_disk: bool = False) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_place(option: str, path: Path) -> None:
+def check_place(option: str, path: Path, *, new: bool = False) -> None:
     """Whether a command can write a file where it is told to, before it does all its work.
 
+    Args:
+        new: no file may be there, whose content would be lost.
+
     Raises:
-        ConfigError: there is no such folder, or something that is no file.
+        ConfigError: there is no such folder, or something that is in the way.
     """
     try:
         if not path.parent.is_dir():
             raise ConfigError(f"{option} {path}: there is no folder {path.parent}; make it first")
+        if new and path.is_file():
+            raise ConfigError(f"{option} {path}: is there already; choose another name")
         if path.exists() and not path.is_file():
             raise ConfigError(f"{option} {path}: is there already, and is no file; choose another name")
     except OSError as error:
