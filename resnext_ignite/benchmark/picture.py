@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Suites whose contenders are few enough to be told apart; the others are tables.
-_BARS = {"data": "input", "train": "training", "eval": "evaluation"}
+_BARS = {
+    "data": "input, pictures of CIFAR",
+    "train": "training",
+    "eval": "evaluation",
+    "photographs": "input, crops of photographs",
+    "folders": "opening a folder of pictures",
+    "export": "exported",
+}
 _OURS, _THEIRS = "tab:blue", "0.65"
 
 
@@ -40,14 +47,15 @@ def _draw_bars(axes: Axes, suite: dict[str, Any], title: str) -> None:
         [middle - min(values) for middle, values in zip(middles, samples.values(), strict=True)],
         [max(values) - middle for middle, values in zip(middles, samples.values(), strict=True)],
     ]
-    colors = [_OURS if name.startswith("resnext_ignite") else _THEIRS for name in samples]
+    colors = [_OURS if "resnext_ignite" in name else _THEIRS for name in samples]
     axes.barh(list(samples), middles, xerr=spread, color=colors, ecolor="0.2", capsize=2)
     for position, (middle, values) in enumerate(zip(middles, samples.values(), strict=True)):
         text = f"{middle:,.0f}" if middle >= 1000 else f"{middle:.3g}"
         axes.text(max(values), position, f"  {text}", va="center", fontsize=8)
     axes.set_xlim(right=1.1 * max(max(values) for values in samples.values()))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_title(f"{title}, {suite.get('model', 'pictures of CIFAR')} ({suite['unit']})", fontsize=9, loc="left")
+    axes.xaxis.set_major_formatter("{x:,g}")
+    subject = f"{title}, {suite['model']}" if "model" in suite else title
+    axes.set_title(f"{subject} ({suite['unit']})", fontsize=9, loc="left")
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 
