@@ -28,6 +28,7 @@ from conftest import (
 )
 from ignite.engine import Engine, Events
 from tensorboard.summary.writer.record_writer import RecordWriter
+from tqdm import tqdm
 
 from resnext_ignite import checkpoint, distributed, engines
 from resnext_ignite.checkpoint import (
@@ -40,7 +41,7 @@ from resnext_ignite.checkpoint import (
 )
 from resnext_ignite.errors import CheckpointError, RunFolderError, StorageError, as_resnext_error
 from resnext_ignite.handlers.checkpointing import SaveCheckpoints
-from resnext_ignite.handlers.loggers import EvaluationFile, TensorBoard
+from resnext_ignite.handlers.loggers import EvaluationFile, TensorBoard, set_up_console
 from resnext_ignite.handlers.pictures import Curves, MistakesPicture
 from resnext_ignite.run_folder import RunFolder
 
@@ -188,6 +189,19 @@ def test_a_run_killed_at_random_moments_ends_the_same(tmp_path: Path, whole: Pat
     assert train_tiny(folder, *WITH_EVENTS, resume=True) == 0
     assert digest(folder) == digest(whole)
     assert scalars(folder) == scalars(whole)
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_others_their_console(
+    in_fork: Callable[[Callable[[], Any]], int],
+) -> None:
+    def die() -> None:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    set_up_console()
+    assert in_fork(die) == signal.SIGKILL
+    assert tqdm.get_lock().acquire(timeout=5)
+    tqdm.get_lock().release()
 
 
 def test_the_system_calls_of_a_save_come_in_order(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ class _AboveTheBar(logging.Handler):
 def set_up_console(*, quiet: bool = False) -> None:
     """Send this package's log to standard error: lines, or only warnings where `quiet` (other ranks)."""
     logger = logging.getLogger("resnext_ignite")
+    # tqdm's own lock is one for all processes that were forked: one that is killed while it writes keeps it for ever.
+    tqdm.set_lock(threading.RLock())
     handler = _AboveTheBar()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers = [handler]
