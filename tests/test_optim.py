@@ -11,7 +11,8 @@ from torch import nn
 
 from resnext_ignite.config import Config, with_values
 from resnext_ignite.models import create_model
-from resnext_ignite.optim import build_lr_scheduler, build_optimizer, cosine, linear, lr_factor, multistep, warmup
+from resnext_ignite.optim import build_lr_scheduler, build_optimizer, lr_factor
+from resnext_ignite.optim.schedules import cosine, linear, multistep, warmup
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from resnext_ignite.data.loaders import Batch, TrainLoader
 from resnext_ignite.distributed import Ranks, StopAgreement
 from resnext_ignite.handlers.training import LogPoint
 from resnext_ignite.models import build_model
-from resnext_ignite.optim import IterationLRScheduler, build_lr_scheduler, build_optimizer
+from resnext_ignite.optim import build_lr_scheduler, build_optimizer
+from resnext_ignite.optim.schedules import IterationLRScheduler
 from resnext_ignite.replicas import wrap_for_ranks
 from resnext_ignite.timing import timed
 from resnext_ignite.tuning import Arithmetic, grouped_conv_for

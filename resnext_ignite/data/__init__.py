@@ -3,175 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from resnext_ignite.architecture import parse_model_name
 from resnext_ignite.config import Config
 from resnext_ignite.config_files import check_shares
-from resnext_ignite.data import cifar, imagefolder, shapes
 from resnext_ignite.data.augment import Augment
-from resnext_ignite.data.imagefolder import ImageFiles, decode_into_memory
-from resnext_ignite.data.images import Images, whole_color
-from resnext_ignite.data.index import index_images
-from resnext_ignite.data.loaders import EvalLoader, Split, TrainLoader
+from resnext_ignite.data.images import Images
+from resnext_ignite.data.loaders import EvalLoader, TrainLoader
 from resnext_ignite.data.mixing import Mixing
-from resnext_ignite.data.sampling import Purpose, TrainOrder, permutation
+from resnext_ignite.data.sampling import TrainOrder
+from resnext_ignite.data.splits import Data, load_data
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, DataError
 
-# ImageNet layouts were published at 224 pixels, those with a 3x3 stem at 32.
-_IMAGE_SIZES = {"imagenet": 224, "cifar": 32, "cifar4": 32}
-_SUBSET_SEED = 0
-
-
-@dataclass(frozen=True)
-class Data:
-    """The splits of a data set that were asked for, with what a model of it must know.
-
-    `selection` is the split on which the best weights are chosen: the held-out images where there are any, else the
-    test split. `contents` says of each split how many images it has, and which, as far as that could change.
-    """
-
-    splits: dict[str, Split]
-    classes: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    image_size: int
-    workers: int
-    contents: dict[str, str]
-
-    @property
-    def selection(self) -> str:
-        return "val" if "val" in self.splits else "test"
-
-
-def load_data(config: Config, ranks: Ranks, splits: tuple[str, ...] | None = None) -> Data:
-    """Load the splits of a config: train, val (where images are held out), test.
-
-    Where `data.on_error` is skip, unreadable pictures of a training split in memory are marked (`Images.labels`).
-
-    Args:
-        splits: load only these; None: all there are.
-
-    Raises:
-        DataError: something is missing, damaged or unreadable; the line names it.
-        ConfigError: a size that is asked for is not to be had.
-    """
-    root = Path(config.data.root).expanduser()
-    size = config.data.image_size or (
-        _IMAGE_SIZES[parse_model_name(config.model.name).layout] if config.data.name == "imagefolder" else shapes.SIZE
-    )
-    workers = config.data.workers
-    if workers is None:
-        workers = min(8, ranks.cores())
-    if config.data.name == "imagefolder":
-        loaded, contents, classes, moments = _load_folder(config, root, size, splits, ranks)
-    else:
-        loaded, contents, classes, moments = _load_tensors(config, root, splits, ranks)
-        loaded = {name: split.resized(size) for name, split in loaded.items() if isinstance(split, Images)}
-    mean, std = (config.data.mean, config.data.std) if config.data.mean and config.data.std else moments
-    return Data(loaded, classes, mean, std, size, workers, contents)
-
-
-Moments = tuple[tuple[float, float, float], tuple[float, float, float]]
-Loaded = tuple[dict[str, Split], dict[str, str], tuple[str, ...], Moments]
-
-
-def _load_tensors(config: Config, root: Path, splits: tuple[str, ...] | None, ranks: Ranks) -> Loaded:
-    name = config.data.name
-    found: dict[str, Split] = {}
-    classes: tuple[str, ...] = shapes.CLASSES
-    moments: Moments = (shapes.MEAN, shapes.STD)
-    wanted = set(splits or ("train", "val", "test"))
-    sizes = {"train": config.data.train_size, "test": config.data.test_size}
-    sources = {"train": bool(wanted & {"train", "val"}), "test": "test" in wanted}
-    if name == "shapes":
-        for source in (source for source, needed in sources.items() if needed):
-            found[source] = shapes.load_shapes(source, sizes[source])
-    else:
-        ranks.first_on_node(lambda: cifar.prepare_cifar(name, root, download=config.data.download))
-        moments = (cifar.MEAN, cifar.STD)
-        for source in (source for source, needed in sources.items() if needed):
-            images, classes = cifar.load_cifar(name, root, source)
-            found[source] = images.subset(_subset(len(images), sizes[source], f"data.{source}_size"))
-    loaded = _hold_out(config, found, wanted)
-    return loaded, {name: f"{len(split)} images" for name, split in loaded.items()}, classes, moments
-
-
-def _load_folder(config: Config, root: Path, size: int, splits: tuple[str, ...] | None, ranks: Ranks) -> Loaded:
-    there = {name for name in ("train", "val", "test") if (root / name).is_dir()}
-    if not there:
-        raise DataError(f"{root}: not an imagefolder: neither train/, val/ nor test/ is there; set data.root")
-    both = {"val", "test"} <= there
-    if both and config.data.val_size:
-        raise ConfigError(f"data.val_size: {root} has a val/ folder to choose on already; set it to 0")
-    # With only one of val/ and test/ it is the test split.
-    folders = {"train": "train", "val": "val" if both else "", "test": "test" if "test" in there else "val"}
-    folders = {split: folder for split, folder in folders.items() if folder in there}
-    limits = {"train": config.data.train_size, "test": config.data.test_size}
-    wanted = set(splits or ("train", "val", "test"))
-    needed = wanted | ({"train"} if config.data.val_size and "val" in wanted else set())
-    classes: tuple[str, ...] | None = None
-    files: dict[str, Split] = {}
-    for split, folder in folders.items():
-        # The training folder is listed whatever is asked for: its classes are the classes.
-        if split in needed or split == "train":
-            index = index_images(root, folder, classes)
-            classes = index.classes
-            if split in needed:
-                count = torch.arange(len(index.labels))
-                images = ImageFiles(index.paths, index.labels, count, size, config.data.eval_crop)
-                files[split] = images.subset(_subset(len(images), limits.get(split), f"data.{split}_size"))
-    if classes is None:
-        raise DataError(f"{root}: has no {' or '.join(sorted(wanted))} split; it holds {', '.join(sorted(there))}")
-    loaded = _hold_out(config, files, wanted)
-    contents = {name: split.contents() for name, split in loaded.items() if isinstance(split, ImageFiles)}
-    for name, split_files in loaded.items():
-        loaded[name] = _decoded(split_files, config, name, ranks)
-    return loaded, contents, classes, (imagefolder.MEAN, imagefolder.STD)
-
-
-def _decoded(files: Split, config: Config, split: str, ranks: Ranks) -> Split:
-    crops = split == "train" and config.augment.random_resized_crop
-    if not isinstance(files, ImageFiles) or config.data.in_memory is False or (crops and not config.data.in_memory):
-        return files
-    if crops:
-        raise ConfigError("data.in_memory: a random-resized crop reads the files; set one of the two to false")
-    whole = config.data.in_memory is True
-    skips = split == "train" and config.data.on_error == "skip"
-    fill = whole_color(config.data.mean or imagefolder.MEAN) if skips else None
-    images = decode_into_memory(
-        files,
-        any_size=whole,
-        report=ranks.rank == 0,
-        fill=fill,
-        processes=ranks.local_world_size,
-        threads=ranks.cores(),
-    )
-    if images is None and whole:
-        raise ConfigError(f"data.in_memory: the {split} split does not fit into memory; set it to null or false")
-    return images or files
-
-
-def _subset(count: int, limit: int | None, key: str) -> torch.Tensor:
-    if limit is None:
-        return torch.arange(count)
-    if limit > count:
-        raise ConfigError(f"{key}: {limit}, but there are only {count} images")
-    return permutation(_SUBSET_SEED, 0, count, Purpose.SUBSET)[:limit].sort().values
-
-
-def _hold_out(config: Config, found: dict[str, Split], wanted: set[str]) -> dict[str, Split]:
-    size, train = config.data.val_size, found.get("train")
-    if size and train is not None:
-        if size >= len(train):
-            raise ConfigError(f"data.val_size: {size} of {len(train)} training images leaves none to train on")
-        order = permutation(config.seed, 0, len(train), Purpose.HELD_OUT)
-        found["train"] = train.subset(order[size:].sort().values)
-        found["val"] = train.subset(order[:size].sort().values)
-    return {name: found[name] for name in ("train", "val", "test") if name in found and name in wanted}
+__all__ = [
+    "Data",
+    "Loaders",
+    "build_augment",
+    "build_eval_loader",
+    "build_loaders",
+    "build_mixing",
+    "build_train_loader",
+    "load_data",
+]
 
 
 def build_augment(config: Config, data: Data) -> Augment:

@@ -17,7 +17,7 @@ from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints
 from resnext_ignite.handlers.evaluation import BestRecord, Evaluation
 from resnext_ignite.handlers.loggers import StatusFile
 from resnext_ignite.handlers.training import WeightAverage
-from resnext_ignite.optim import IterationLRScheduler
+from resnext_ignite.optim.schedules import IterationLRScheduler
 from resnext_ignite.run_folder import ENDED, OpenRun, Record
 from resnext_ignite.signals import orphaned
 

@@ -1,0 +1,68 @@
+"""The update and its learning rate, from a config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnext_ignite.config import Config
+from resnext_ignite.optim.schedules import IterationLRScheduler, cosine, linear, multistep, warmup
+
+
+def lr_factor(config: Config, iterations_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate over `optimizer.lr` as a function of the iteration, counted from 0."""
+    schedule = config.schedule
+    warm = round(schedule.warmup_epochs * iterations_per_epoch)
+    total = config.train.epochs * iterations_per_epoch
+    milestones = [milestone * iterations_per_epoch for milestone in schedule.milestones]
+    shapes: dict[str, Callable[[int], float]] = {
+        "multistep": lambda iteration: multistep(iteration, milestones, schedule.gamma),
+        "cosine": lambda iteration: cosine(iteration, warm, total, schedule.final_factor),
+        "triangular": lambda iteration: linear(iteration, warm, total, schedule.final_factor),
+        "constant": lambda iteration: 1.0,
+    }
+    shape = shapes[schedule.name]
+    return lambda iteration: warmup(iteration, warm) * shape(iteration)
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, decay_norm_and_bias: bool, backbone_lr_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameters that are trained, by what they have in common: decay, and `lr_factor` where it is not 1.
+
+    Norms and biases are the ones with a single dimension, the backbone all but `fc`.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = weight_decay if decay_norm_and_bias or parameter.ndim > 1 else 0.0
+            factor = 1.0 if name.startswith("fc.") else backbone_lr_factor
+            groups.setdefault((decay, factor), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, **({} if factor == 1 else {"lr_factor": factor})}
+        for (decay, factor), parameters in groups.items()
+    ]
+
+
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a config over a model's parameters."""
+    optimizer = config.optimizer
+    groups = parameter_groups(
+        model,
+        optimizer.weight_decay,
+        decay_norm_and_bias=optimizer.decay_norm_and_bias,
+        backbone_lr_factor=optimizer.backbone_lr_factor,
+    )
+    return torch.optim.SGD(
+        groups, lr=optimizer.lr, momentum=optimizer.momentum, nesterov=optimizer.nesterov, fused=True
+    )
+
+
+def build_lr_scheduler(
+    config: Config, optimizer: torch.optim.Optimizer, iterations_per_epoch: int
+) -> IterationLRScheduler:
+    """The learning-rate handler of a config; attach it to ITERATION_STARTED."""
+    return IterationLRScheduler(optimizer, config.optimizer.lr, lr_factor(config, iterations_per_epoch))
