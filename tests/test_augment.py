@@ -148,3 +148,14 @@ def test_the_memory_format_is_the_one_asked_for(channels_last: bool) -> None:
     for out in (augmented(chain, pictures(), 1, torch.arange(6)), chain.plain(pictures())):
         assert out.shape == (6, 3, 8, 8)
         assert out.is_contiguous(memory_format=wanted)
+
+
+def test_a_few_pictures_at_a_time_are_normalised_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = torch.randint(0, 256, (7, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    mirrored = torch.tensor([True, False, False, True, True, False, True])
+    whole = augment.normalize(pictures, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), mirrored)
+    by_hand = (pictures[0, 2, 7, 1] / 255 - 0.4) / 0.3
+    assert torch.isclose(whole[0, 2, 0, 1], by_hand), "mirrored, the last column is the first"
+    # Two pictures of 192 bytes: 2, 2, 2 and the last alone.
+    monkeypatch.setattr(augment, "_IN_CACHE", 400)
+    assert torch.equal(augment.normalize(pictures, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), mirrored), whole)

@@ -21,11 +21,11 @@ from resnext_ignite.config import Config, with_values
 from resnext_ignite.data import build_eval_loader, build_loaders, build_train_loader, load_data, shapes
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.decoding import random_box, resized, square_crop
-from resnext_ignite.data.imagefolder import ImageFiles
+from resnext_ignite.data.imagefolder import ImageFiles, crop_draws
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.index import index_images
 from resnext_ignite.data.loaders import EvalLoader, TrainLoader
-from resnext_ignite.data.sampling import TrainOrder, uniform
+from resnext_ignite.data.sampling import Purpose, TrainOrder, uniform
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, DataError
 
@@ -429,3 +429,14 @@ def test_what_ranks_and_sizes_forbid_is_exit_2(
     data = load_data(config, Ranks())
     with pytest.raises(ConfigError, match=line):
         build_train_loader(config, data, CPU, Ranks(0, ranks))
+
+
+def test_the_numbers_of_a_random_crop_are_keyed_and_can_be_asked_for_again() -> None:
+    indices = torch.tensor([5, 9])
+    draws = crop_draws(3, 2, indices)[1]
+    wanted = [
+        [float(uniform(3, 2, indices[1:], Purpose.RESIZED_CROP + 4 * attempt + k)) for k in range(4)]
+        for attempt in range(10)
+    ]
+    assert list(draws) == wanted
+    assert list(draws) == wanted, "a picture that PIL has to decode asks once more"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from resnext_ignite.data.decoding import (
 from resnext_ignite.data.images import UNREADABLE, Images
 from resnext_ignite.data.paths import Paths
 from resnext_ignite.data.sampling import Purpose, uniform
+from resnext_ignite.data.workers import shared_room
 from resnext_ignite.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -83,10 +85,11 @@ class ImageFiles:
                 returned with the reason; None: such a picture is an error.
 
         Raises:
-            DataError: a picture cannot be read and there is no `fill`; the line names it.
+            DataError: a picture cannot be read and there is no `fill`, and the line names it; or there is no room.
         """
-        pictures = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
-        draws = None if crop_key is None else self._crop_draws(positions, *crop_key)
+        room = shared_room(len(positions), self.size, self.size, 3)
+        pictures = room.numpy()
+        draws = None if crop_key is None else crop_draws(*crop_key, self.indices[positions])
         unreadable: dict[int, str] = {}
         square = square_crop(self.size, self.crop_share, self.anchor)
         with no_warnings():
@@ -98,14 +101,33 @@ class ImageFiles:
                     if fill is None:
                         raise
                     pictures[place], unreadable[place] = fill, str(error)
-        return torch.from_numpy(pictures), unreadable
+        return room, unreadable
 
-    def _crop_draws(self, positions: Tensor, seed: int, epoch: int) -> list[list[list[float]]]:
-        """Uniform numbers: n times attempts times 4."""
-        purposes = range(Purpose.RESIZED_CROP, Purpose.RESIZED_CROP + 4 * ATTEMPTS)
-        indices = self.indices[positions]
-        draws = torch.stack([uniform(seed, epoch, indices, k) for k in purposes], dim=1)
-        return draws.view(-1, ATTEMPTS, 4).tolist()
+
+@dataclass(frozen=True)
+class _CropDraws:
+    """Uniform numbers of a picture's keyed random crop, four an attempt; the first is at hand, and mostly enough."""
+
+    seed: int
+    epoch: int
+    index: Tensor
+    first: list[float]
+
+    def __iter__(self) -> Iterator[list[float]]:
+        yield self.first
+        for number in range(1, ATTEMPTS):
+            yield _attempt(self.seed, self.epoch, self.index, number)[0]
+
+
+def _attempt(seed: int, epoch: int, indices: Tensor, number: int) -> list[list[float]]:
+    purposes = range(Purpose.RESIZED_CROP + 4 * number, Purpose.RESIZED_CROP + 4 * number + 4)
+    return torch.stack([uniform(seed, epoch, indices, purpose) for purpose in purposes], dim=1).tolist()
+
+
+def crop_draws(seed: int, epoch: int, indices: Tensor) -> list[_CropDraws]:
+    """Of each picture's keyed random crop, int64 (n,), what `random_crop` takes."""
+    firsts = _attempt(seed, epoch, indices, 0)
+    return [_CropDraws(seed, epoch, *each) for each in zip(indices.split(1), firsts, strict=True)]
 
 
 class _OtherSizeError(Exception):

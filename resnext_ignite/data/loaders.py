@@ -19,7 +19,7 @@ from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import UNREADABLE, Images, whole_color
 from resnext_ignite.data.mixing import Mixing, neighbours
 from resnext_ignite.data.sampling import TrainOrder, rank_share
-from resnext_ignite.data.workers import ignore_signals, share, watched
+from resnext_ignite.data.workers import ignore_signals, watched
 from resnext_ignite.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class TrainLoader:
         if isinstance(self.split, Images):
             padded = self.augment.pad(self.split.pictures)
             for epoch, positions in batches:
-                yield self._batch(padded, positions, epoch, positions)
+                yield self._batch(padded, epoch, positions, chosen=positions)
             return
         seed = self.augment.seed if self.random_resized_crop else None
         fill = whole_color(self.augment.mean) if self.skip_unreadable else None
@@ -91,8 +91,7 @@ class TrainLoader:
         for pictures, epoch, positions, unreadable in _decoded(decoder, batches, self.workers, self.device):
             self._warn({int(positions[place]): reason for place, reason in unreadable.items()})
             padded = self.augment.pad(pictures.to(self.device, non_blocking=True))
-            places = torch.arange(len(positions), device=self.device)
-            yield self._batch(padded, places, epoch, positions, list(unreadable))
+            yield self._batch(padded, epoch, positions, unreadable=list(unreadable))
 
     def _warn(self, reasons: dict[int, str]) -> None:
         for position in sorted(set(reasons) - self._warned):
@@ -100,15 +99,21 @@ class TrainLoader:
         self._warned.update(reasons)
 
     def _batch(
-        self, padded: Tensor, places: Tensor, epoch: int, positions: Tensor, unreadable: Sequence[int] = ()
+        self,
+        padded: Tensor,
+        epoch: int,
+        positions: Tensor,
+        *,
+        chosen: Tensor | None = None,
+        unreadable: Sequence[int] = (),
     ) -> Batch:
-        # `places` are the batch's pictures in `padded`, `positions` those in the split.
+        # `positions` are the batch's pictures in the split, `chosen` those in `padded`.
         indices = self.split.indices[positions].to(self.device, non_blocking=True)
         labels = self.split.labels[positions]
         if unreadable:
             labels[list(unreadable)] = UNREADABLE
         labels = labels.to(self.device, non_blocking=True)
-        images, shares = self.augment(padded, places, epoch, indices), None
+        images, shares = self.augment(padded, chosen, epoch, indices), None
         if self.mixing is not None:
             bad = labels == UNREADABLE
             images, shares = self.mixing(images, epoch, indices, bad | neighbours(bad))
@@ -246,7 +251,7 @@ class _Decoder(Dataset[Any]):
         crop_key = None if self.crop_seed is None else (self.crop_seed, epoch)
         try:
             pictures, unreadable = self.files.read(torch.tensor(positions, dtype=torch.int64), crop_key, self.fill)
-            return share(pictures), epoch, positions, unreadable
+            return pictures, epoch, positions, unreadable
         except DataError as error:
             # Returned, since an error raised in a worker arrives wrapped in its traceback.
             return error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import math
 import multiprocessing
 import signal
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -35,19 +37,21 @@ def ignore_signals(worker: int) -> None:
         die_with_parent(parent.pid, signal.SIGKILL)
 
 
-def share(batch: Tensor) -> Tensor:
-    """Move a batch into the memory that the main process reads, where this is a worker.
+def shared_room(*shape: int) -> Tensor:
+    """Room for a batch, uint8 of a shape; in a worker, in the memory that the main process reads.
 
     Raises:
-        DataError: there is no room.
+        DataError: there is none left.
     """
     if get_worker_info() is None:
-        return batch
+        return torch.empty(shape, dtype=torch.uint8)
     try:
-        # Left to the queue's own thread, a failure is printed, the batch lost, and waited for without end.
-        return batch.share_memory_()
+        # Decoded into, it is not copied there afterwards; and left to the queue's own thread, a failure is printed,
+        # the batch lost, and waited for without end.
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))
     except (RuntimeError, OSError) as error:
         raise DataError(f"{_SHM_FULL} ({' '.join(str(error).split())})") from None
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def watched(loader: DataLoader[Any]) -> Iterator[Any]:
