@@ -117,7 +117,7 @@ def test_a_hopeless_run_stops_cleanly(tmp_path: Path, monkeypatch: pytest.Monkey
     # It is finished: nothing goes on.
     assert train_tiny(folder, *HOPELESS, resume=True) == 0
     assert RunFolder(folder).read_status()["iteration"] == 8
-    with pytest.raises(RunFolderError, match="evaluation.abandon"):
+    with pytest.raises(RunFolderError, match=r"evaluation\.abandon"):
         train_tiny(folder, *HOPELESS[:2], "evaluation.abandon={2: 70}", resume=True)
 
 

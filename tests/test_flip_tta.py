@@ -91,15 +91,19 @@ def test_a_run_says_them_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not any(name.endswith("_flip") for name in scalars(plain))
 
 
-def test_evaluate_and_report_say_them_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain, flipped = tmp_path / "plain", tmp_path / "flipped"
-    assert train_tiny(plain) == 0
-    # A finished run may be asked for them when it goes on: they change no iteration.
-    assert train_tiny(flipped) == 0
-    assert train_tiny(flipped, "train.epochs=4", "evaluation.flip_tta=true", resume=True) == 0
-    last = RunFolder(flipped).read_metrics()[-1]
-    arguments = ["--checkpoint", str(flipped), "--json"]
-    capsys.readouterr()
+@pytest.fixture(scope="module")
+def flipped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run that was asked for them when it went on: they change no iteration."""
+    folder = tmp_path_factory.mktemp("runs") / "flipped"
+    assert train_tiny(folder, "train.epochs=1") == 0
+    assert train_tiny(folder, "train.epochs=2", "evaluation.flip_tta=true", resume=True) == 0
+    assert [set(FLIP) <= set(record) for record in RunFolder(folder).read_metrics()] == [False, False, True]
+    return folder
+
+
+def test_evaluate_says_them_apart(flipped_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last = RunFolder(flipped_run).read_metrics()[-1]
+    arguments = ["--checkpoint", str(flipped_run), "--json"]
     assert evaluate.main(arguments) == 0
     counted = json.loads(capsys.readouterr().out)
     assert {key: counted[key] for key in FLIP} == {key: last[key] for key in FLIP}
@@ -114,15 +118,20 @@ def test_evaluate_and_report_say_them_apart(tmp_path: Path, capsys: pytest.Captu
     assert evaluate.main(arguments[:2]) == 0
     assert f"(evaluation.flip_tta): top-1 error {last['top1_error_flip']:.2f} %" in capsys.readouterr().out
 
+
+def test_report_says_them_apart(
+    flipped_run: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = RunFolder(flipped_run).read_metrics()[-1]
     page = ["--html", str(tmp_path / "page.html"), "--output", str(tmp_path / "curves.png")]
-    assert report.main([str(plain), str(flipped), *page]) == 0
+    assert report.main([str(finished_run), str(flipped_run), *page]) == 0
     head, *rows = capsys.readouterr().out.splitlines()[:3]
     assert head.rstrip().endswith("with mirror images %")
     assert [row.split()[-1] for row in rows] == ["-", f"{last['top1_error_flip']:.2f}"]
     shown = (tmp_path / "page.html").read_text()
     assert shown.count("With mirror images: ") == 1
     assert f"With mirror images: {last['top1_error_flip']:.2f} %" in shown
-    assert report.main([str(plain), *page[2:]]) == 0
+    assert report.main([str(finished_run), *page[2:]]) == 0
     assert "mirror" not in capsys.readouterr().out
 
 
