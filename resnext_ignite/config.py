@@ -19,6 +19,7 @@ from resnext_ignite.config_sections import (
     ScheduleConfig,
     Section,
     TrainConfig,
+    size_step,
 )
 
 
@@ -37,6 +38,13 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     distributed: DistributedConfig = DistributedConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels: `data.image_size`, or what stands for null."""
+        # ImageNet layouts were published at 224 pixels, those with a 3x3 stem at 32.
+        photographs = self.data.name == "imagefolder" and parse_model_name(self.model.name).layout == "imagenet"
+        return self.data.image_size or (224 if photographs else 32)
 
     @model_validator(mode="after")
     def _check_batches(self) -> Config:
@@ -64,7 +72,21 @@ class Config(Section):
             raise ValueError("optimizer.nesterov: needs a momentum; set optimizer.nesterov=false")
         if (self.data.mean is None) != (self.data.std is None):
             raise ValueError("data.mean: give data.mean and data.std together, or neither")
+        self._check_sizes()
         return self
+
+    def _check_sizes(self) -> None:
+        first, full = self.augment.progressive_from, self.image_size
+        if first is None:
+            return
+        if first >= full or first % size_step(full):
+            raise ValueError(
+                f"augment.progressive_from: {first} pixels; a multiple of {size_step(full)} below the image size {full}"
+            )
+        if self.train.compile == "cuda_graphs":
+            raise ValueError(
+                "augment.progressive_from: CUDA graphs are of one size; set train.compile=true, or this to null"
+            )
 
     def _check_ways(self) -> None:
         architecture, ways = parse_model_name(self.model.name), self.train.grouped_conv

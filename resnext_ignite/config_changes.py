@@ -18,6 +18,7 @@ SAFE_ON_RESUME = (
     "data.max_skipped",
     "evaluation.every",
     "evaluation.early",
+    "evaluation.flip_tta",
     "checkpoint.every_epochs",
     "checkpoint.every_iterations",
     "checkpoint.keep",

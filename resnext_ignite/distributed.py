@@ -113,10 +113,11 @@ class StopReason(IntEnum):
 
     NONE = 0
     PATIENCE = 1
-    TARGET = 2
-    TIME_LIMIT = 3
-    SIGNAL = 4
-    ORPHANED = 5
+    ABANDONED = 2
+    TARGET = 3
+    TIME_LIMIT = 4
+    SIGNAL = 5
+    ORPHANED = 6
     """What started a rank, and would forward signals and start it again, is gone."""
 
 
@@ -124,8 +125,8 @@ class StopAgreement:
     """The one owner of every stop: each rank may wish for one, and all of them stop at the same iteration.
 
     Wishes (a signal, the time limit) are exchanged at log points, together with the training metrics. A verdict of
-    an evaluation (patience, target) is the same on all ranks and holds at once. A number that is not finite comes
-    with the metrics; the handler that reads them raises.
+    an evaluation (patience, target, abandon) is the same on all ranks and holds at once. A number that is not finite
+    comes with the metrics; the handler that reads them raises.
 
     Args:
         max_hours: wish for a stop after so many hours from now; None: never.

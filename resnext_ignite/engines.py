@@ -18,7 +18,7 @@ from resnext_ignite.data.loaders import Batch
 from resnext_ignite.data.mixing import neighbours
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError
-from resnext_ignite.metrics import ClassificationCounts, TrainingSums
+from resnext_ignite.metrics import ClassificationCounts, FlipCounts, TrainingSums
 from resnext_ignite.models.inference import Inference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -200,6 +200,7 @@ def create_evaluator(
     inference: str = "plain",
     ranks: Ranks | None = None,
     keep_mistakes: int = 0,
+    flip_tta: bool = False,
 ) -> Engine:
     """An engine that counts a model's errors over `Batch`es; see ClassificationCounts for `state.metrics`.
 
@@ -209,6 +210,7 @@ def create_evaluator(
         precision: "fp32", "bf16" or "fp16".
         inference: "plain", "folded" or "compiled", as Inference computes logits.
         keep_mistakes: worst mistakes that are listed.
+        flip_tta: count the errors with mirror images too, as FlipCounts does, by one more forward pass.
     """
     network = Inference(model, DTYPES[precision], inference)
 
@@ -219,6 +221,8 @@ def create_evaluator(
     evaluator = Engine(evaluate_batch)
     evaluator.add_event_handler(Events.STARTED, lambda engine: network.refresh())
     ClassificationCounts(num_classes, ranks or Ranks(), device, keep_mistakes).attach(evaluator, "evaluation")
+    if flip_tta:
+        FlipCounts(num_classes, ranks or Ranks(), device, network).attach(evaluator, "flip_tta")
     return evaluator
 
 
@@ -265,4 +269,5 @@ def build_evaluator(config: Config, model: nn.Module, device: torch.device, rank
         inference=config.evaluation.inference,
         ranks=ranks,
         keep_mistakes=config.logging.images,
+        flip_tta=config.evaluation.flip_tta,
     )

@@ -28,12 +28,15 @@ log = logging.getLogger(__name__)
 _ALLOWED = (
     "data.",
     "evaluation.batch_size",
+    "evaluation.flip_tta",
     "evaluation.inference",
     "train.device",
     "train.precision",
     "train.channels_last",
 )
 _JSON_KEYS = ("images", "correct", "correct_top5", "top1_error", "top5_error", "loss", "calibration_error")
+# With evaluation.flip_tta.
+_FLIP_KEYS = ("correct_flip", "top1_error_flip", "top5_error_flip", "loss_flip")
 _MISTAKES = 32
 _VIEWS = {"one": "", "flip": " with mirror images", "ten-crop": " with ten crops"}
 _PICTURES = {"confusion": "confusion matrix", "mistakes": "worst mistakes", "calibration": "calibration"}
@@ -43,6 +46,8 @@ def evaluate(
     checkpoint: Path, split: str, overrides: list[str], *, views: str = "one", keep_mistakes: int = 0
 ) -> tuple[dict[str, Any], Data]:
     """The figures of ClassificationCounts and Calibration for a checkpoint file or run folder, and the data.
+
+    With those of FlipCounts where the config has `evaluation.flip_tta` and there is one view.
 
     Args:
         views: "one" as the run evaluates; "flip" or "ten-crop": the mean of the logits of mirror images, of ten crops.
@@ -74,6 +79,9 @@ def evaluate(
         config = with_values(config, {"train.device": "cpu"})
     # Whatever the run did while training: an evaluation leaves no picture out.
     config = with_values(override_config(config, overrides), {"data.on_error": "fail", "logging.images": keep_mistakes})
+    if views != "one" and config.evaluation.flip_tta:
+        log.info(f"evaluation.flip_tta: left out, since --views {views} is a mean already")
+        config = with_values(config, {"evaluation.flip_tta": False})
     if views == "ten-crop":
         # In memory a picture is its centre only.
         config = with_values(config, {"data.in_memory": False})
@@ -183,7 +191,7 @@ def main(arguments: list[str]) -> int:
         views=parsed.views,
         keep_mistakes=_MISTAKES if parsed.mistakes else 0,
     )
-    figures = {key: metrics[key] for key in _JSON_KEYS}
+    figures = {key: metrics[key] for key in (*_JSON_KEYS, *_FLIP_KEYS) if key in metrics}
     if parsed.json:
         views = {} if parsed.views == "one" else {"views": parsed.views}
         print(json.dumps({"checkpoint": parsed.checkpoint, "split": parsed.split, **views, **figures}))
@@ -195,6 +203,8 @@ def main(arguments: list[str]) -> int:
     print(f"top-1 error {metrics['top1_error']:.2f} %")
     print(f"top-5 error {metrics['top5_error']:.2f} %")
     print(f"loss {metrics['loss']:.4f}")
+    if "top1_error_flip" in metrics:
+        print(f"with mirror images (evaluation.flip_tta): top-1 error {metrics['top1_error_flip']:.2f} %")
     print(f"expected calibration error {metrics['calibration_error']:.2f} %")
     draw(pictures, metrics, data, parsed.split)
     for name, path in pictures.items():

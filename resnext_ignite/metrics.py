@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +144,38 @@ class ClassificationCounts(Metric):
                 if loss >= 0
             ],
         }
+
+
+class FlipCounts(ClassificationCounts):
+    """The same counts by the mean of the probabilities of each image and of its mirror image.
+
+    `compute` gives a dict: correct_flip (an integer), top1_error_flip, top5_error_flip (percent), loss_flip (mean).
+
+    Args:
+        num_classes: C.
+        logits_of: images float32 (n, 3, H, W) -> logits float32 (n, C), of the mirror images.
+    """
+
+    NAMES = ("correct_flip", "top1_error_flip", "top5_error_flip", "loss_flip")
+
+    def __init__(
+        self, num_classes: int, ranks: Ranks, device: torch.device, logits_of: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(num_classes, ranks, device)
+        self.logits_of = logits_of
+
+    def update(self, output: tuple[Tensor, Batch]) -> None:
+        """Count logits float32 (n, C), and those of the mirror images, against their batch."""
+        logits, batch = output
+        mirrored = self.logits_of(batch.images.flip(-1))
+        # The logarithms of probabilities are logits of these.
+        mean = torch.logaddexp(logits.log_softmax(1), mirrored.log_softmax(1)) - math.log(2)
+        super().update((mean, batch))
+
+    def compute(self) -> dict[str, Any]:
+        """The figures over all ranks; waits for the device."""
+        figures = super().compute()
+        return {name: figures[name.removesuffix("_flip")] for name in self.NAMES}
 
 
 class Calibration(Metric):

@@ -24,7 +24,8 @@ def wrap_for_ranks(
     """The model as the training iteration calls it: itself on one rank, else in DistributedDataParallel.
 
     Args:
-        compiled: by torch.compile; "cuda_graphs": and played back as CUDA graphs.
+        compiled: by torch.compile, for each size of images that comes, when it comes; "cuda_graphs": and played back as
+            CUDA graphs, which have one size.
         accumulate: micro-batches an iteration.
         compress_gradients: let the gradients travel, and be summed, as bf16.
 
@@ -38,7 +39,9 @@ def wrap_for_ranks(
     if compiled:
         if compiled == "cuda_graphs" and device.type != "cuda":
             raise ConfigError("train.compile: cuda_graphs is for GPUs only; set it to true or false")
-        # In place: torch.compile(model) would put its own prefix before every saved key. All batches have one size.
+        # Images may grow through more sizes (at most 32) than torch compiles for before it gives up, without a word.
+        torch._dynamo.config.recompile_limit = 40
+        # In place: torch.compile(model) would put its own prefix before every saved key.
         model.compile(dynamic=False, mode="reduce-overhead" if compiled == "cuda_graphs" else None)
     if ranks.world_size == 1:
         return model

@@ -47,6 +47,7 @@ def summarize(path: Path) -> dict[str, Any]:
         "images": last["images"],
         "last_error": last["top1_error"],
         "last_top5_error": last["top5_error"],
+        "last_error_flip": last.get("top1_error_flip"),
         "best_error": best["top1_error"],
         "best_epoch": best["epoch"],
         "best_split": best["split"],
@@ -61,10 +62,13 @@ def summarize(path: Path) -> dict[str, Any]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """The runs as aligned columns."""
-    rows = [("run", "state", "model", "data", "epoch", "split", "last error %", "(best, epoch)", "images/s", "minutes")]
+    rows = [["run", "state", "model", "data", "epoch", "split", "last error %", "(best, epoch)", "images/s", "minutes"]]
+    flip = any(run["last_error_flip"] is not None for run in runs)
+    if flip:
+        rows[0].append("with mirror images %")
     for run in runs:
         rows.append(
-            (
+            [
                 run["run"],
                 run["state"],
                 run["model"],
@@ -75,8 +79,10 @@ def table(runs: list[dict[str, Any]]) -> str:
                 f"({run['best_error']:.2f}, {run['best_epoch']})",
                 f"{run['images_per_s']:.0f}" if run["images_per_s"] else "-",
                 f"{run['wall_s'] / 60:.1f}",
-            )
+            ]
         )
+        if flip:
+            rows[-1].append("-" if run["last_error_flip"] is None else f"{run['last_error_flip']:.2f}")
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 

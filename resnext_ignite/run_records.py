@@ -36,6 +36,7 @@ class MetricsLine(BaseModel):
     loss: float
     lr: float
     images_per_s: float | None
+    top1_error_flip: float | None = None
     wall_s: float
 
 

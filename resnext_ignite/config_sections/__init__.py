@@ -4,7 +4,7 @@ Values alone live here; nothing imports torch, so that a wrong config is refused
 """
 
 from resnext_ignite.config_sections.base import Section
-from resnext_ignite.config_sections.inputs import AugmentConfig, DataConfig, ModelConfig
+from resnext_ignite.config_sections.inputs import AugmentConfig, DataConfig, ModelConfig, size_step
 from resnext_ignite.config_sections.training import (
     CheckpointConfig,
     DistributedConfig,
@@ -27,4 +27,5 @@ __all__ = [
     "ScheduleConfig",
     "Section",
     "TrainConfig",
+    "size_step",
 ]

@@ -78,6 +78,11 @@ class DataConfig(Section):
     """Standard deviation of red, green and blue, on the same scale."""
 
 
+def size_step(image_size: int) -> int:
+    """Pixels by which the side of the training images grows, of those that grow to `image_size`."""
+    return 16 if image_size >= 128 else 4
+
+
 class AugmentConfig(Section):
     """What happens to a training image; all of it keyed by (seed, epoch, index)."""
 
@@ -99,6 +104,11 @@ class AugmentConfig(Section):
     """Mix each image with its neighbour in the batch by a share drawn from Beta(mixup, mixup); 0: none."""
     cutmix: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Put a box of its neighbour into each image, of a share drawn likewise; with `mixup`, each gets one of them."""
+    progressive_from: Annotated[int, Field(ge=8, le=512, multiple_of=4)] | None = None
+    """Side in pixels of the training images in the first epoch; it grows linearly, in steps of 4 pixels (of 16 where
+    the image size is 128 or more), to the image size, at which every evaluation is made; null: that size throughout."""
+    progressive_until: Fraction = 0.5
+    """Share of the epochs after which training images have their full size."""
 
     @field_validator("mixup", "cutmix")
     @classmethod

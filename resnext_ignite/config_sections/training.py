@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -119,6 +121,28 @@ class EvaluationConfig(Section):
     auto: the fastest of them, measured at the start. The faster ones agree to rounding."""
     target_error: Annotated[float, Field(ge=0, le=100)] | None = None
     """Stop once the error, in percent, is at most this; null: never."""
+    abandon: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[float, Field(ge=0, le=100)]], ...] = ()
+    """Stop after these epochs, which are evaluated whatever `every` says, where the error, in percent, is above theirs:
+    `{5: 60, 20: 15}`, which is kept as pairs."""
+    flip_tta: bool = False
+    """Count the errors of the mean probabilities of each picture and its mirror image too, apart from the others."""
+
+    @field_validator("abandon", mode="before")
+    @classmethod
+    def _as_pairs(cls, limits: object) -> object:
+        if not isinstance(limits, dict):
+            return limits
+        # A config's keys are texts.
+        named = ((str(epoch), error) for epoch, error in limits.items())
+        return tuple((int(epoch) if re.fullmatch("[0-9]{1,9}", epoch) else epoch, error) for epoch, error in named)
+
+    @field_validator("abandon")
+    @classmethod
+    def _ascending(cls, limits: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+        epochs = [epoch for epoch, _ in limits]
+        if any(later <= earlier for earlier, later in itertools.pairwise(epochs)):
+            raise ValueError(f"the epochs {epochs} must ascend, each once")
+        return limits
 
 
 class CheckpointConfig(Section):

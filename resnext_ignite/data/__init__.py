@@ -8,10 +8,12 @@ import torch
 
 from resnext_ignite.config import Config
 from resnext_ignite.config_files import check_shares
+from resnext_ignite.config_sections import size_step
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.loaders import EvalLoader, TrainLoader
 from resnext_ignite.data.mixing import Mixing
+from resnext_ignite.data.resizing import GrowingSize
 from resnext_ignite.data.sampling import TrainOrder
 from resnext_ignite.data.splits import Data, load_data
 from resnext_ignite.distributed import Ranks
@@ -24,6 +26,7 @@ __all__ = [
     "build_eval_loader",
     "build_loaders",
     "build_mixing",
+    "build_sizes",
     "build_train_loader",
     "load_data",
 ]
@@ -50,6 +53,14 @@ def build_mixing(config: Config) -> Mixing | None:
     """What mixes the images of a config; None: nothing does."""
     mixup, cutmix = config.augment.mixup, config.augment.cutmix
     return Mixing(config.seed, mixup, cutmix) if mixup or cutmix else None
+
+
+def build_sizes(config: Config) -> GrowingSize | None:
+    """How the training images of a config grow; None: they do not."""
+    first, full = config.augment.progressive_from, config.image_size
+    if first is None:
+        return None
+    return GrowingSize(first, full, size_step(full), config.train.epochs, config.augment.progressive_until)
 
 
 def build_train_loader(config: Config, data: Data, device: torch.device, ranks: Ranks) -> TrainLoader:
@@ -91,6 +102,7 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
         mixing=build_mixing(config),
         workers=data.workers,
         random_resized_crop=config.augment.random_resized_crop,
+        sizes=build_sizes(config),
         skip_unreadable=config.data.on_error == "skip",
     )
 

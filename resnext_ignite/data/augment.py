@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from resnext_ignite.data.images import whole_color
 from resnext_ignite.data.sampling import Purpose, integers, uniform
@@ -193,6 +194,17 @@ class Augment:
     def plain(self, images: Tensor) -> Tensor:
         """Normalise only: uint8 (N, H, W, 3) -> float32 (N, 3, H, W)."""
         return self._as_nchw(normalize(images, self.mean, self.std))
+
+    def resized(self, images: Tensor, size: int) -> Tensor:
+        """Square images of another size, antialiased: float32 (N, 3, H, W) -> (N, 3, size, size).
+
+        Of normalised images, which gives what normalising afterwards would: both are linear, and the weights of a
+        pixel sum to one.
+        """
+        if images.shape[-1] == size:
+            return images
+        smaller = functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+        return smaller.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def unnormalize(self, images: Tensor) -> Tensor:
         """Back to pictures: float (N, 3, H, W) -> uint8 (N, 3, H, W)."""

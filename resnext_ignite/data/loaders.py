@@ -18,6 +18,7 @@ from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import UNREADABLE, Images, whole_color
 from resnext_ignite.data.mixing import Mixing, neighbours
+from resnext_ignite.data.resizing import GrowingSize
 from resnext_ignite.data.sampling import TrainOrder, rank_share
 from resnext_ignite.data.workers import ignore_signals, watched
 from resnext_ignite.errors import DataError
@@ -52,6 +53,8 @@ class TrainLoader:
         mixing: what mixes the augmented images; None: nothing.
         workers: processes that decode files.
         random_resized_crop: files: take a keyed random-resized crop instead of the centre.
+        sizes: of the images in each epoch; None: that of the split's pictures. Where files are cropped at random, the
+            crop is decoded to that size, and cutout scaled with it; else the augmented image is resized.
         skip_unreadable: files: mark a picture that cannot be read, and warn of it once a rank, instead of raising.
     """
 
@@ -65,11 +68,12 @@ class TrainLoader:
         mixing: Mixing | None = None,
         workers: int = 0,
         random_resized_crop: bool = False,
+        sizes: GrowingSize | None = None,
         skip_unreadable: bool = False,
     ) -> None:
         self.split, self.order, self.augment, self.device, self.mixing = split, order, augment, device, mixing
         self.workers = workers
-        self.random_resized_crop, self.skip_unreadable = random_resized_crop, skip_unreadable
+        self.random_resized_crop, self.sizes, self.skip_unreadable = random_resized_crop, sizes, skip_unreadable
         self._warned: set[int] = set()
         self.start_iteration = 0
 
@@ -87,7 +91,7 @@ class TrainLoader:
             return
         seed = self.augment.seed if self.random_resized_crop else None
         fill = whole_color(self.augment.mean) if self.skip_unreadable else None
-        decoder = _Decoder(self.split, seed, fill)
+        decoder = _Decoder(self.split, seed, fill, None if seed is None else self.sizes)
         for pictures, epoch, positions, unreadable in _decoded(decoder, batches, self.workers, self.device):
             self._warn({int(positions[place]): reason for place, reason in unreadable.items()})
             padded = self.augment.pad(pictures.to(self.device, non_blocking=True))
@@ -113,11 +117,19 @@ class TrainLoader:
         if unreadable:
             labels[list(unreadable)] = UNREADABLE
         labels = labels.to(self.device, non_blocking=True)
-        images, shares = self.augment(padded, chosen, epoch, indices), None
+        images, shares = self._augmented(padded, chosen, epoch, indices), None
         if self.mixing is not None:
             bad = labels == UNREADABLE
             images, shares = self.mixing(images, epoch, indices, bad | neighbours(bad))
         return Batch(images, labels, indices, shares)
+
+    def _augmented(self, padded: Tensor, chosen: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
+        if self.sizes is None:
+            return self.augment(padded, chosen, epoch, indices)
+        # Files may have been decoded to a smaller size already.
+        side = padded.shape[1] - 2 * self.augment.crop_padding
+        augment = replace(self.augment, cutout=round(self.augment.cutout * side / self.sizes.full))
+        return augment.resized(augment(padded, chosen, epoch, indices), self.sizes.at(epoch))
 
 
 class EvalLoader:
@@ -239,18 +251,24 @@ class _Decoder(Dataset[Any]):
         files: the split.
         crop_seed: key of random-resized crops; None: the centre.
         fill: as for `ImageFiles.read`.
+        sizes: of the pictures in each epoch; None: that of the split's.
     """
 
     def __init__(
-        self, files: ImageFiles, crop_seed: int | None = None, fill: tuple[int, int, int] | None = None
+        self,
+        files: ImageFiles,
+        crop_seed: int | None = None,
+        fill: tuple[int, int, int] | None = None,
+        sizes: GrowingSize | None = None,
     ) -> None:
-        self.files, self.crop_seed, self.fill = files, crop_seed, fill
+        self.files, self.crop_seed, self.fill, self.sizes = files, crop_seed, fill, sizes
 
     def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Tensor, int, list[int], dict[int, str]] | DataError:
         epoch, positions = key
         crop_key = None if self.crop_seed is None else (self.crop_seed, epoch)
+        files = self.files if self.sizes is None else replace(self.files, size=self.sizes.at(epoch))
         try:
-            pictures, unreadable = self.files.read(torch.tensor(positions, dtype=torch.int64), crop_key, self.fill)
+            pictures, unreadable = files.read(torch.tensor(positions, dtype=torch.int64), crop_key, self.fill)
             return pictures, epoch, positions, unreadable
         except DataError as error:
             # Returned, since an error raised in a worker arrives wrapped in its traceback.

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from resnext_ignite.architecture import parse_model_name
 from resnext_ignite.config import Config
 from resnext_ignite.data import cifar, imagefolder, shapes
 from resnext_ignite.data.imagefolder import ImageFiles, decode_into_memory
@@ -18,8 +17,6 @@ from resnext_ignite.data.sampling import Purpose, permutation
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, DataError
 
-# ImageNet layouts were published at 224 pixels, those with a 3x3 stem at 32.
-_IMAGE_SIZES = {"imagenet": 224, "cifar": 32, "cifar4": 32}
 _SUBSET_SEED = 0
 
 
@@ -57,9 +54,7 @@ def load_data(config: Config, ranks: Ranks, splits: tuple[str, ...] | None = Non
         ConfigError: a size that is asked for is not to be had.
     """
     root = Path(config.data.root).expanduser()
-    size = config.data.image_size or (
-        _IMAGE_SIZES[parse_model_name(config.model.name).layout] if config.data.name == "imagefolder" else shapes.SIZE
-    )
+    size = config.image_size
     workers = config.data.workers
     if workers is None:
         workers = min(8, ranks.cores())

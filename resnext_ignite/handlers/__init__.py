@@ -25,7 +25,7 @@ def attach_handlers(
     config: Config, parts: Parts, loaders: Loaders, run: OpenRun, ranks: Ranks, stop: StopAgreement
 ) -> AttachedRun:
     """Attach all handlers of a run, in the order in which they act on each event."""
-    trainer, selection = parts.trainer, loaders.data.selection
+    trainer, selection, abandon = parts.trainer, loaders.data.selection, dict(config.evaluation.abandon)
 
     def lr() -> float:
         return float(parts.optimizer.param_groups[0]["lr"])
@@ -40,7 +40,7 @@ def attach_handlers(
         [parts.model] if parts.average is None else [parts.model, parts.average.ema_model],
         stop,
         every=config.evaluation.every,
-        early=config.evaluation.early,
+        early=(*config.evaluation.early, *abandon),
         lr=lr,
         training=log_point.epoch_figures,
     )
@@ -50,6 +50,7 @@ def attach_handlers(
         patience=config.evaluation.patience,
         min_delta=config.evaluation.min_delta,
         target_error=config.evaluation.target_error,
+        abandon=abandon,
     )
     state = _run_state(config, parts, loaders, ranks, run, evaluation, best, log_point)
     saver = SaveCheckpoints(

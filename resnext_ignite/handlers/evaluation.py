@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,11 @@ from resnext_ignite.data.loaders import EvalLoader
 from resnext_ignite.distributed import Pace, StopAgreement, StopReason
 from resnext_ignite.engines import RunEvents
 from resnext_ignite.errors import NonFiniteError
+from resnext_ignite.metrics import FlipCounts
 from resnext_ignite.replicas import average_statistics
 from resnext_ignite.run_folder import Record
+
+_FIGURES = ("images", "correct", "top1_error", "top5_error", "loss")
 
 
 class _AbandonedError(Exception):
@@ -98,7 +101,7 @@ class Evaluation:
             engine.terminate(skip_completed=True)
             return
         result = self.evaluator.state.metrics
-        if not math.isfinite(result["loss"]):
+        if not all(math.isfinite(result[key]) for key in ("loss", "loss_flip") if key in result):
             raise NonFiniteError(
                 f"iteration {engine.state.iteration}: the {split} loss is not finite; lower optimizer.lr"
             )
@@ -107,7 +110,7 @@ class Evaluation:
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
             "split": split,
-            **{key: result[key] for key in ("images", "correct", "top1_error", "top5_error", "loss")},
+            **{key: result[key] for key in (*_FIGURES, *FlipCounts.NAMES) if key in result},
             "lr": self.lr(),
             **self.training(),
             "wall_s": self.wall_seconds(),
@@ -138,7 +141,7 @@ class Evaluation:
 
 
 class BestRecord:
-    """Keeps the record with the lowest error, and stops the run by patience or target.
+    """Keeps the record with the lowest error, and stops the run by patience, by target, or where it is hopeless.
 
     Not Ignite's EarlyStopping: attached as documented it forgets its count at each evaluation, takes an evaluation
     before training for a first result, and stops one rank alone. Attach it to RunEvents.EVALUATED.
@@ -149,6 +152,7 @@ class BestRecord:
         patience: evaluations without a lower error; 0: no end.
         min_delta: percentage points by which an error must fall to count as lower.
         target_error: in percent; None: none.
+        abandon: errors in percent by epoch; a run that is above one after its epoch is stopped.
     """
 
     def __init__(
@@ -159,13 +163,15 @@ class BestRecord:
         patience: int = 0,
         min_delta: float = 0.0,
         target_error: float | None = None,
+        abandon: Mapping[int, float] | None = None,
     ) -> None:
-        self.split, self.stop = split, stop
+        self.split, self.stop, self.abandon = split, stop, abandon or {}
         self.patience, self.min_delta, self.target_error = patience, min_delta, target_error
         self.best: Record | None = None
         self._before: Record | None = None
         self._reference: float | None = None
         self._without = 0
+        self.hopeless = ""
 
     def __call__(self, engine: Engine) -> None:
         record = engine.state.record
@@ -178,6 +184,11 @@ class BestRecord:
             self._reference, self._without = error, 0
         else:
             self._without += 1
+        limit = self.abandon.get(record["epoch"])
+        if limit is not None and error > limit:
+            self.hopeless = (
+                f"abandoned: {error:.4g} % after epoch {record['epoch']}, above the {limit:g} % of evaluation.abandon"
+            )
         verdict = self.verdict()
         if verdict:
             self.stop.decide(verdict)
@@ -191,14 +202,23 @@ class BestRecord:
         """Whether the records so far end the run."""
         if self.target_error is not None and self.best and self.best["top1_error"] <= self.target_error:
             return StopReason.TARGET
+        if self.hopeless:
+            return StopReason.ABANDONED
         return StopReason.PATIENCE if self.patience and self._without >= self.patience else StopReason.NONE
 
     def state_dict(self) -> dict[str, Any]:
-        """Best record and patience."""
-        return {"best": self.best, "reference": self._reference, "without": self._without}
+        """Best record, patience, and why the run was abandoned, if it was."""
+        return {
+            "best": self.best,
+            "reference": self._reference,
+            "without": self._without,
+            "hopeless": self.hopeless,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self._reference, self._without = state["best"], state["reference"], state["without"]
+        # Runs of before this key cannot have been abandoned.
+        self.hopeless = state.get("hopeless", "")
 
 
 class FinalTest:

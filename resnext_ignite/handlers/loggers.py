@@ -58,9 +58,10 @@ def set_up_console(*, quiet: bool = False) -> None:
 def describe(record: Record) -> str:
     """A record of an evaluation as people say it."""
     wrong = record["images"] - record["correct"]
+    flip = f" (with mirror images {record['top1_error_flip']:.2f} %)" if "top1_error_flip" in record else ""
     return (
         f"{record['split']} error {record['top1_error']:.2f} % ({wrong} of {record['images']}), "
-        f"top-5 {record['top5_error']:.2f} %, loss {record['loss']:.4f}"
+        f"top-5 {record['top5_error']:.2f} %, loss {record['loss']:.4f}{flip}"
     )
 
 
@@ -267,7 +268,8 @@ class TensorBoard:
     def write_evaluation(self, engine: Engine) -> None:
         """Scalars of an evaluation, by split."""
         record = engine.state.record
-        for name in _EVALUATED_SCALARS:
+        flipped = (f"{name}_flip" for name in _EVALUATED_SCALARS if f"{name}_flip" in record)
+        for name in (*_EVALUATED_SCALARS, *flipped):
             self.writer.add_scalar(f"{record['split']}/{name}", record[name], record["iteration"])
 
     def _write_config(self, config: Config, split: str) -> None:

@@ -143,7 +143,8 @@ class AttachedRun:
                 raise PreemptedError(f"stopped by {name} before there was anything to save; start again with --resume")
             raise PreemptedError(f"stopped by {name} and saved at iteration {state.iteration}; continue with --resume")
         if self.status is not None:
-            reason = "" if whole else _REASONS[self.stop.reason or self.best.verdict()]
+            ended_by = self.stop.reason or self.best.verdict()
+            reason = "" if whole else {**_REASONS, StopReason.ABANDONED: self.best.hopeless}[ended_by]
             if reason:
                 log.info(f"stopped: {reason}")
             self.status(self.parts.trainer, "completed" if whole else "stopped_early", 0, reason)
