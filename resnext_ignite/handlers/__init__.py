@@ -65,8 +65,8 @@ def attach_handlers(
     )
     log_point.save_due = saver.due_inside_epoch
 
-    # Before the update: its learning rate. After it: the slow weights, the average of what these leave, then the metrics,
-    # which refuse a bad number before anything below can write what came of it.
+    # Before the update: its learning rate. After it: the slow weights, the average of what they leave, then the
+    # metrics, which refuse a bad number before anything below can write what came of it.
     parts.lr_scheduler.attach(trainer, Events.ITERATION_STARTED)
     lookahead = build_lookahead(config, parts.model)
     if lookahead is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 # K. Jordan, 'Muon: An optimizer for hidden layers in neural networks' (kellerjordan.github.io/posts/muon): a quintic
-# that is steepest at 0, so that five iterations bring singular values from 0.01 on to between 0.68 and 1.14.
+# that is steepest at 0, so that five iterations bring singular values from 0.002 on to between 0.68 and 1.21.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 
