@@ -105,7 +105,7 @@ def test_it_is_torchs_muon_of_each_group(shape: tuple[int, ...], nesterov: bool)
     weight = convolution(2, shape)
     start = weight.detach().clone()
     matrices = [nn.Parameter(part.detach().reshape(len(part), -1).clone()) for part in weight.chunk(2)]
-    options = {"momentum": 0.6, "weight_decay": 0.1}
+    options: dict[str, Any] = {"momentum": 0.6, "weight_decay": 0.1}
     ours = Muon([{"params": [weight], "conv_groups": 2, **options}], lr=0.1, momentum=0.0, nesterov=nesterov)
     theirs = torch.optim.Muon(matrices, lr=0.1, nesterov=nesterov, **options)
     for _ in range(3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -139,8 +140,8 @@ def build_average(config: Config, model: nn.Module, iterations_per_epoch: int) -
         remembered = train.ema_horizon * iterations_per_epoch
         if remembered < 2:
             raise ConfigError(
-                f"train.ema_horizon: {train.ema_horizon:g} epochs are {remembered:.3g} of their "
-                f"{iterations_per_epoch} iterations, which averages nothing; at least {2 / iterations_per_epoch:.3g}"
+                f"train.ema_horizon: {train.ema_horizon:g} epochs are {remembered:.3g} iterations, which averages "
+                f"nothing; at least {math.ceil(2000 / iterations_per_epoch) / 1000:g}"
             )
         decay = 1 - 1 / remembered
     return WeightAverage(model, decay, round(train.ema_start * iterations_per_epoch))
