@@ -271,7 +271,7 @@ class ModelMetadata:
 def load_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
     """A model in eval mode on the CPU, from a checkpoint file or a run folder, and its metadata.
 
-    The averaged weights (`train.ema_decay`) where there are any: they are what was evaluated.
+    The averaged weights (`train.ema_decay`, `train.ema_horizon`) where there are any: they are what was evaluated.
 
     Raises:
         CheckpointError: no usable checkpoint.

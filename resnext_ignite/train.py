@@ -64,7 +64,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
         model = engines.place(build_model(config), device, channels_last=config.train.channels_last)
         if config.model.pretrained and opened.state is None:
             load_pretrained(model, config.model.name, config.model.pretrained, ranks)
-        average = build_average(config, model)
+        average = build_average(config, model, len(loaders.train))
         optimizer = build_optimizer(config, model)
         lr_scheduler = build_lr_scheduler(config, optimizer, len(loaders.train))
         wrapped = wrap_for_ranks(

@@ -157,7 +157,7 @@ def _check_state(path: Path, size: int, state: dict[str, Any], *, has_sum: bool)
         faults.append(_reason(path, error))
     else:
         iterations = None if length is None else length * config.train.epochs
-        if config.train.ema_decay and state.get("ema") is None:
+        if config.train.averages and state.get("ema") is None:
             missing.append("ema")
     if missing:
         faults.append(f"without {', '.join(missing)}")

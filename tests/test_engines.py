@@ -15,8 +15,9 @@ from resnext_ignite.data.loaders import Batch
 from resnext_ignite.distributed import Ranks, StopAgreement, StopReason
 from resnext_ignite.engines import RunEvents, create_evaluator, create_trainer, resolve_precision
 from resnext_ignite.errors import NonFiniteError
+from resnext_ignite.handlers.averaging import WeightAverage
 from resnext_ignite.handlers.evaluation import BestRecord
-from resnext_ignite.handlers.training import LogPoint, WeightAverage
+from resnext_ignite.handlers.training import LogPoint
 from resnext_ignite.models import create_model
 
 CPU = torch.device("cpu")

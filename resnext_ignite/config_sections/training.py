@@ -14,8 +14,9 @@ from resnext_ignite.config_sections.base import Fraction, GroupedConvWay, Sectio
 class OptimizerConfig(Section):
     """The update."""
 
-    name: Literal["sgd"] = "sgd"
-    """Stochastic gradient descent with momentum."""
+    name: Literal["sgd", "muon"] = "sgd"
+    """Stochastic gradient descent with momentum; muon: and for all convolutions but the stem steps that are
+    orthogonalised, a group at a time."""
     lr: Annotated[float, Field(gt=0, le=100)] = 0.1
     """Learning rate at factor 1 of the schedule, for the whole `train.batch_size`."""
     backbone_lr_factor: Annotated[float, Field(gt=0, le=10)] = 1.0
@@ -28,6 +29,13 @@ class OptimizerConfig(Section):
     """L2 penalty added to the gradient."""
     decay_norm_and_bias: bool = True
     """Decay BatchNorm weights and all biases too, as published; false: convolutions and classifier weights only."""
+    muon_lr: Annotated[float, Field(gt=0, le=100)] = 0.05
+    """`muon`: learning rate of its convolutions, at factor 1 of the schedule."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """`muon`: momentum of its convolutions; 0.6 for runs of a few epochs, up to 0.95 for long ones."""
+    muon_weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """`muon`: share of its convolutions' weights, times their learning rate, by which an update shrinks them; they have
+    no `weight_decay`."""
 
 
 class ScheduleConfig(Section):
@@ -80,6 +88,17 @@ class TrainConfig(Section):
     """Largest norm of the whole gradient; 0: not clipped."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay an iteration of a moving average of weights and statistics, which is then what is evaluated; 0: none."""
+    ema_horizon: Annotated[float, Field(gt=0)] | None = None
+    """Epochs that such an average remembers, 1 / (1 - decay) iterations, in place of `ema_decay`; null: none."""
+    ema_start: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs after which the average begins; until then it is the weights themselves."""
+    ema_reestimate_bn: Annotated[int, Field(ge=0)] = 0
+    """Training batches (the epoch's first) from which the average's BatchNorm statistics are taken anew before each
+    evaluation; 0: they are averaged as the weights are."""
+    lookahead: Annotated[int, Field(ge=0)] = 0
+    """Iterations between two steps of Lookahead's slow weights, from which the others then go on; 0: none."""
+    lookahead_alpha: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the way to the weights of the moment that such a step goes."""
     sync_bn: bool = False
     """BatchNorm over all ranks' images (GPUs only)."""
     ghost_batch: Annotated[int, Field(ge=0)] = 0
@@ -101,6 +120,22 @@ class TrainConfig(Section):
     @classmethod
     def _one_way(cls, ways: object) -> object:
         return (ways,) if isinstance(ways, str) else ways
+
+    @model_validator(mode="after")
+    def _check_average(self) -> TrainConfig:
+        if self.ema_decay and self.ema_horizon:
+            raise ValueError("train.ema_horizon: and train.ema_decay say the same in two ways; set ema_decay to 0")
+        if not self.averages and (self.ema_start or self.ema_reestimate_bn):
+            key = "ema_start" if self.ema_start else "ema_reestimate_bn"
+            raise ValueError(f"train.{key}: there is no average; set train.ema_horizon or train.ema_decay")
+        if self.ema_start and self.ema_start >= self.epochs:
+            raise ValueError(f"train.ema_start: {self.ema_start:g}; less than the {self.epochs} of train.epochs")
+        return self
+
+    @property
+    def averages(self) -> bool:
+        """Whether a moving average of the weights is kept, which is then what is evaluated."""
+        return bool(self.ema_decay or self.ema_horizon)
 
 
 class EvaluationConfig(Section):

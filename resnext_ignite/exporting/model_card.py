@@ -109,7 +109,7 @@ def _errors(metadata: ModelMetadata) -> str:
         f"top-5 error {of_these['top5_error']:.2f} %.",
         _which_epoch(metadata, of_these["epoch"], chosen=bool(best) and best["iteration"] == metadata.iteration),
     ]
-    if metadata.config.train.ema_decay:
+    if metadata.config.train.averages:
         lines.append("The weights are a moving average over the iterations, and so they were evaluated.")
     return "\n\n".join(lines)
 

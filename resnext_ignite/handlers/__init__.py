@@ -11,11 +11,12 @@ from resnext_ignite.config import Config
 from resnext_ignite.data import Loaders
 from resnext_ignite.distributed import Ranks, StopAgreement
 from resnext_ignite.engines import RunEvents
+from resnext_ignite.handlers.averaging import build_average, build_fresh_statistics, build_lookahead
 from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints, Stateful
 from resnext_ignite.handlers.evaluation import BestRecord, Evaluation, FinalTest
 from resnext_ignite.handlers.loggers import EvaluationFile, MetricsFile, Progress, StatusFile, TensorBoard
 from resnext_ignite.handlers.session import AttachedRun, Parts
-from resnext_ignite.handlers.training import LogPoint, build_average
+from resnext_ignite.handlers.training import LogPoint
 from resnext_ignite.run_folder import OpenRun
 
 __all__ = ["AttachedRun", "Parts", "attach_handlers", "build_average"]
@@ -43,6 +44,7 @@ def attach_handlers(
         early=(*config.evaluation.early, *abandon),
         lr=lr,
         training=log_point.epoch_figures,
+        before=build_fresh_statistics(config, parts.average, loaders.train),
     )
     best = BestRecord(
         selection,
@@ -64,9 +66,13 @@ def attach_handlers(
     )
     log_point.save_due = saver.due_inside_epoch
 
-    # Before the update: its learning rate. After it: the average of its weights, then the metrics, which refuse a bad
-    # number before anything below can write what came of it.
+    # Before the update: its learning rate. After it: the slow weights, the average of what they leave, then the
+    # metrics, which refuse a bad number before anything below can write what came of it.
     parts.lr_scheduler.attach(trainer, Events.ITERATION_STARTED)
+    lookahead = build_lookahead(config, parts.model)
+    if lookahead is not None:
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lookahead)
+        state.handlers["lookahead"] = lookahead
     if parts.average is not None:
         parts.average.attach(trainer)
     trainer.add_event_handler(Events.EPOCH_STARTED, log_point.begin_epoch)

@@ -43,6 +43,7 @@ class Evaluation:
         every, early: epochs, as the config keys.
         lr: reads the learning rate at hand.
         training: reads the figures of the epoch's training that stand in the record.
+        before: is called before an evaluation that is due, to make the model ready for it.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class Evaluation:
         early: tuple[int, ...],
         lr: Callable[[], float],
         training: Callable[[], dict[str, float | None]],
+        before: Callable[[Engine], None] | None = None,
     ) -> None:
         self.evaluator, self.loader, self.split, self.models, self.stop = evaluator, loader, split, models, stop
-        self.every, self.early, self.lr, self.training = every, early, lr, training
+        self.every, self.early, self.lr, self.training, self.before = every, early, lr, training, before
         self.last_iteration = -1
         self.records = 0
         self.abandoned = False
@@ -82,6 +84,8 @@ class Evaluation:
 
     def __call__(self, engine: Engine) -> None:
         if self.pending(engine):
+            if self.before is not None:
+                self.before(engine)
             self.evaluate(engine, self.loader, self.split)
 
     def evaluate(self, engine: Engine, loader: EvalLoader, split: str) -> None:

@@ -1,4 +1,4 @@
-"""Handlers that belong to the iteration itself: the log point, and the moving average of the weights."""
+"""The handler that belongs to the iteration itself: the log point. Averages of weights are `averaging.py`'s."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine
-from ignite.handlers import EMAHandler
 
-from resnext_ignite.config import Config
 from resnext_ignite.distributed import Pace, StopAgreement
 from resnext_ignite.engines import RunEvents
 from resnext_ignite.errors import DataError, NonFiniteError
@@ -124,36 +122,3 @@ class LogPoint:
         self._since_log = torch.tensor(state["since_log"], dtype=torch.float64)
         self._epoch = torch.tensor(state["epoch"], dtype=torch.float64)
         self.last = state["last"]
-
-
-class WeightAverage(EMAHandler):
-    """Ignite's moving average of weights and BatchNorm statistics, updated in a handful of fused calls.
-
-    Ignite's own loops over all tensors (hundreds of small kernels an iteration), and by default shares the live
-    model's BatchNorm buffers.
-
-    Args:
-        model: the raw model.
-        decay: weight of the old average an iteration.
-    """
-
-    def __init__(self, model: torch.nn.Module, decay: float) -> None:
-        super().__init__(model, momentum=1 - decay, handle_buffers="update")
-
-    def _update_ema_model(self, engine: Engine, name: str) -> None:
-        with torch.no_grad():
-            ours, theirs = self._floats(self.ema_model), self._floats(self.model)
-            torch._foreach_lerp_(ours, theirs, getattr(engine.state, name))
-            for mine, its in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
-                if not mine.is_floating_point():
-                    mine.copy_(its)
-
-    @staticmethod
-    def _floats(model: torch.nn.Module) -> list[torch.Tensor]:
-        tensors = [*(parameter.data for parameter in model.parameters()), *model.buffers()]
-        return [tensor for tensor in tensors if tensor.is_floating_point()]
-
-
-def build_average(config: Config, model: torch.nn.Module) -> WeightAverage | None:
-    """The moving average of a config, or None where `train.ema_decay` is 0."""
-    return WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 from torch import nn
 
 from resnext_ignite.config import Config
+from resnext_ignite.optim.muon import Muon
 from resnext_ignite.optim.schedules import IterationLRScheduler, cosine, linear, multistep, warmup
 
 
@@ -29,15 +30,20 @@ def lr_factor(config: Config, iterations_per_epoch: int) -> Callable[[int], floa
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, decay_norm_and_bias: bool, backbone_lr_factor: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    decay_norm_and_bias: bool,
+    backbone_lr_factor: float = 1.0,
+    without: Container[str] = (),
 ) -> list[dict[str, Any]]:
     """Parameters that are trained, by what they have in common: decay, and `lr_factor` where it is not 1.
 
-    Norms and biases are the ones with a single dimension, the backbone all but `fc`.
+    Norms and biases are the ones with a single dimension, the backbone all but `fc`; `without` names what is left out.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and name not in without:
             decay = weight_decay if decay_norm_and_bias or parameter.ndim > 1 else 0.0
             factor = 1.0 if name.startswith("fc.") else backbone_lr_factor
             groups.setdefault((decay, factor), []).append(parameter)
@@ -47,17 +53,50 @@ def parameter_groups(
     ]
 
 
+def hidden_convolutions(model: nn.Module) -> dict[str, int]:
+    """The trained convolutions that Muon is for, by their weights' names, each with its number of groups.
+
+    Not the stem, of which its author excludes the like: most of what a picture's windows hold is their mean brightness,
+    and an orthogonal step would give the noise of all other directions as much.
+    """
+    return {
+        f"{name}.weight": module.groups
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.weight.requires_grad and name.partition(".")[0] != "conv1"
+    }
+
+
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a config over a model's parameters."""
     optimizer = config.optimizer
+    convolutions = hidden_convolutions(model) if optimizer.name == "muon" else {}
     groups = parameter_groups(
         model,
         optimizer.weight_decay,
         decay_norm_and_bias=optimizer.decay_norm_and_bias,
         backbone_lr_factor=optimizer.backbone_lr_factor,
+        without=convolutions,
     )
-    return torch.optim.SGD(
-        groups, lr=optimizer.lr, momentum=optimizer.momentum, nesterov=optimizer.nesterov, fused=True
+    if optimizer.name == "sgd":
+        return torch.optim.SGD(
+            groups, lr=optimizer.lr, momentum=optimizer.momentum, nesterov=optimizer.nesterov, fused=True
+        )
+    for conv_groups in sorted(set(convolutions.values())):
+        groups.append(
+            {
+                "params": [model.get_parameter(name) for name, count in convolutions.items() if count == conv_groups],
+                "conv_groups": conv_groups,
+                "lr_factor": optimizer.muon_lr / optimizer.lr * optimizer.backbone_lr_factor,
+                "momentum": optimizer.muon_momentum,
+                "weight_decay": optimizer.muon_weight_decay,
+            }
+        )
+    return Muon(
+        groups,
+        lr=optimizer.lr,
+        momentum=optimizer.momentum,
+        nesterov=optimizer.nesterov,
+        exact=bool(config.train.deterministic),
     )
 
 

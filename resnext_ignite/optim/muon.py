@@ -1,0 +1,121 @@
+"""Muon: convolutions take steps of orthogonal matrices, each group its own; all other weights take those of SGD."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+# K. Jordan, 'Muon: An optimizer for hidden layers in neural networks' (kellerjordan.github.io/posts/muon): a quintic
+# that is steepest at 0, so that five iterations bring singular values from 0.002 on to between 0.68 and 1.21.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_ITERATIONS = 5
+
+
+def orthogonalised(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Matrices with the same singular vectors and all singular values near 1, by Newton-Schulz iterations.
+
+    (B, rows, columns) -> the same; a matrix of zeros stays one.
+
+    Args:
+        dtype: arithmetic of the products; None: the matrices' own.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    # By a bound of the largest singular value; and of the two squares the smaller is taken.
+    x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=1e-7)
+    x = (x.mT if tall else x).to(dtype or x.dtype)
+    for _ in range(_ITERATIONS):
+        square = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=_B, alpha=_C), x, beta=_A)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for convolutions, SGD for what else there is; which is which, a parameter group says by `conv_groups`.
+
+    With 0 it is SGD's: `weight_decay` is an L2 penalty. With g, its weights (out, in / g, k, k) are convolutions of g
+    groups. The momentum of each is taken apart into g matrices of (out / g, in / g * k * k), which map a group's window
+    to its outputs, and each is orthogonalised by itself: as one matrix (out, ...) the rows of groups that never see the
+    same inputs would be made orthogonal to each other. The step is `lr` times sqrt(max(1, rows / columns)), and
+    `weight_decay` shrinks the weights by `lr` times itself, apart from the gradient. Momentum and its Nesterov form are
+    those of `torch.optim.Muon`, which is not used: it takes single matrices only, in bf16 only.
+
+    With a GradScaler (fp16) the host waits for each iteration's verdict, whether to skip it.
+
+    Args:
+        groups: parameter groups.
+        lr: learning rate of groups without their own.
+        momentum: of groups without their own.
+        nesterov: Nesterov's form, for both kinds.
+        exact: orthogonalise in float32 on a GPU, too, where bf16 does.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, lr: float, momentum: float, nesterov: bool, exact: bool = False
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": 0.0, "conv_groups": 0}
+        super().__init__(groups, defaults)
+        self.exact = exact
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                (self._step_of_muon if group["conv_groups"] else self._step_of_sgd)(parameters, group)
+        return loss
+
+    def _momenta(self, parameters: list[Tensor]) -> list[Tensor]:
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+
+    def _step_of_sgd(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        sgd(
+            parameters,
+            _gradients(parameters),
+            list(self._momenta(parameters)),
+            fused=True,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=group["nesterov"],
+            maximize=False,
+        )
+
+    def _step_of_muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        lr, momentum, conv_groups = group["lr"], group["momentum"], group["conv_groups"]
+        gradients, momenta = _gradients(parameters), self._momenta(parameters)
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, momenta, momentum) if group["nesterov"] else momenta
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        alike: defaultdict[torch.Size, list[int]] = defaultdict(list)
+        for index, parameter in enumerate(parameters):
+            alike[parameter.shape].append(index)
+        for shape, indices in alike.items():
+            # L updates (out, in / g, k, k) -> (L * g, out / g, in / g * k * k)
+            matrices = torch.cat([updates[k].reshape(conv_groups, shape[0] // conv_groups, -1) for k in indices])
+            steps = orthogonalised(matrices, torch.bfloat16 if matrices.is_cuda and not self.exact else None)
+            scale = math.sqrt(max(1, matrices.shape[1] / matrices.shape[2]))
+            torch._foreach_add_(
+                [parameters[k] for k in indices],
+                [step.reshape(shape) for step in steps.split(conv_groups)],
+                alpha=-lr * scale,
+            )
+
+
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
