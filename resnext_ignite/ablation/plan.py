@@ -1,4 +1,4 @@
-"""The plan of an ablation: a YAML file that names a recipe, its variants and the seeds, checked whole before any run."""
+"""The plan of an ablation: a YAML file that names a recipe, its variants and seeds, checked whole before any run."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked plan: the variants' names in their order, and all runs in the order in which they are made.
+    """A checked plan: its file's name, the variants in their order, and all runs in the order in which they are made.
 
     The runs go by seed first, so that an ablation that is cut has whole pairs to compare.
     """
 
+    name: str
     variants: tuple[str, ...]
     baseline: str
     seeds: tuple[int, ...]
@@ -78,7 +79,7 @@ def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
         for seed in seeds
         for name, config in configs.items()
     )
-    return Plan(tuple(configs), reader.baseline(variants), seeds, runs)
+    return Plan(path.stem, tuple(configs), reader.baseline(variants), seeds, runs)
 
 
 def slug(name: str) -> str:

@@ -10,6 +10,7 @@ from resnext_ignite.config import Config
 from resnext_ignite.config_files import check_shares
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.images import Images
+from resnext_ignite.data.kept import data_kept, loaded_or_kept
 from resnext_ignite.data.loaders import EvalLoader, TrainLoader
 from resnext_ignite.data.mixing import Mixing
 from resnext_ignite.data.sampling import TrainOrder
@@ -25,6 +26,7 @@ __all__ = [
     "build_loaders",
     "build_mixing",
     "build_train_loader",
+    "data_kept",
     "load_data",
 ]
 
@@ -127,7 +129,7 @@ class Loaders:
 
 def build_loaders(config: Config, device: torch.device, ranks: Ranks) -> Loaders:
     """All loaders of a run; raises as `load_data` and `build_train_loader`."""
-    data = load_data(config, ranks)
+    data = loaded_or_kept(config, lambda: load_data(config, ranks))
     splits: list[str] = [name for name in ("val", "test") if name in data.splits]
     evaluation = {name: build_eval_loader(config, data, name, device, ranks) for name in splits}
     if not evaluation:

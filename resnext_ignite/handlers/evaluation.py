@@ -89,6 +89,7 @@ class Evaluation:
         """
         for model in self.models:
             average_statistics(model, self.stop.ranks)
+        began = time.monotonic()
         self._pace.start(0)
         self._common_batches = loader.common_batches
         try:
@@ -110,6 +111,7 @@ class Evaluation:
             **{key: result[key] for key in ("images", "correct", "top1_error", "top5_error", "loss")},
             "lr": self.lr(),
             **self.training(),
+            "evaluation_s": time.monotonic() - began,
             "wall_s": self.wall_seconds(),
         }
         self.last_iteration = engine.state.iteration
