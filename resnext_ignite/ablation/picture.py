@@ -18,7 +18,7 @@ def draw_ablation(results: Sequence[Result], rows: Sequence[Row], baseline: str)
     for place, row in enumerate(rows):
         color = "C0" if row.variant == baseline else "C1" if row.exceeds else "0.45"
         dots = [result.error for result in results if result.variant == row.variant and result.error is not None]
-        axes.scatter(dots, [place] * len(dots), s=12, color=color, alpha=0.5, linewidths=0)
+        axes.scatter(dots, [place + 0.22] * len(dots), s=12, color=color, alpha=0.5, linewidths=0)
         if row.error is not None:
             axes.errorbar(row.error, place, xerr=row.standard_error, fmt="D", color=color, markersize=5, capsize=4)
             if row.variant == baseline:
