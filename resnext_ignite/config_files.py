@@ -23,6 +23,7 @@ from resnext_ignite.errors import ConfigError
 COMMAND_LINE = "command line"
 _LONGEST_TEXT = 100_000
 _DEEPEST = 8
+DOTTED_KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,7}")
 # No key has a use for these, and where a path or a name is printed they would break the line or steer the terminal.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -48,7 +49,7 @@ for _kind, (_pattern, _first_letters) in _SCALARS.items():
         _reads.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern + r"\Z"), _first_letters)
 
 
-class _Source:
+class Source:
     """Values by dotted path, each with the place (file and line, or the command line) that says it."""
 
     def __init__(self) -> None:
@@ -80,13 +81,36 @@ class _Source:
                 raise ConfigError(f"{place}: a config is keys with values, not {_shown(plain)}")
             self.values = plain or {}
             return
+        self.put(path, plain, place)
+
+    def put(self, path: tuple[str, ...], value: Any, place: str) -> None:
+        """Lay one value over what was there."""
         target: Any = self.values
         for part in path[:-1]:
             if not isinstance(target.get(part), dict):
                 target[part] = {}
             target = target[part]
-        target[path[-1]] = plain
+        target[path[-1]] = value
         self.places[path] = place
+
+    def override(self, overrides: Iterable[str]) -> None:
+        """Lay `KEY=VALUE` overrides over what was there; of two for one key the last wins."""
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals or not DOTTED_KEY.fullmatch(key):
+                raise ConfigError(f"{COMMAND_LINE}: '{override}' is not KEY=VALUE, as in train.epochs=5")
+            self.read(value, COMMAND_LINE, tuple(key.split(".")), lines=False)
+
+    def config(self, fallback: str) -> Config:
+        """The config that the values make; `fallback` is the place of what nobody said."""
+        try:
+            config = config_of(self.values)
+        except ValidationError as error:
+            raise ConfigError(_first_line(error, self.places, fallback)) from None
+        # The run keeps it as a file, in a longer form than the user's, and must be able to read that.
+        if len(dump_config(config)) > _LONGEST_TEXT:
+            raise ConfigError(f"{fallback}: longer than a config can be ({_LONGEST_TEXT} characters)")
+        return config
 
     def _plain(self, node: yaml.Node, where: Any, path: tuple[str, ...]) -> Any:
         if path:
@@ -135,7 +159,8 @@ def _refuse_extras(text: str, where: Any) -> None:
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
+def one_line() -> Iterator[None]:
+    """Keep a ConfigError of the block to one line that can be printed."""
     # Paths, keys and values are the user's: none may break or flood the line, or reach the terminal as an escape.
     try:
         yield
@@ -145,53 +170,48 @@ def _one_line() -> Iterator[None]:
         raise
 
 
-@_one_line()
+@one_line()
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """Read a config file and lay `KEY=VALUE` overrides over it; of two for one key the last wins.
 
     Raises:
         ConfigError: one line, `FILE:LINE: key: reason (did you mean 'x'?)`.
     """
-    source = _Source()
-    if path is not None:
-        source.read(_read_text(Path(path)), str(path))
-    return _with_overrides(source, overrides, str(path or COMMAND_LINE))
+    source = Source() if path is None else read_source(path)
+    source.override(overrides)
+    return source.config(str(path or COMMAND_LINE))
 
 
-@_one_line()
+@one_line()
 def override_config(config: Config, overrides: Iterable[str]) -> Config:
     """Lay `KEY=VALUE` overrides over a config; raises as `load_config`."""
-    source = _Source()
+    source = Source()
     source.values = config.model_dump(mode="json")
-    return _with_overrides(source, overrides, COMMAND_LINE)
+    source.override(overrides)
+    return source.config(COMMAND_LINE)
 
 
-def _with_overrides(source: _Source, overrides: Iterable[str], fallback: str) -> Config:
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,7}", key):
-            raise ConfigError(f"{COMMAND_LINE}: '{override}' is not KEY=VALUE, as in train.epochs=5")
-        source.read(value, COMMAND_LINE, tuple(key.split(".")), lines=False)
-    try:
-        config = config_of(source.values)
-    except ValidationError as error:
-        raise ConfigError(_first_line(error, source.places, fallback)) from None
-    # The run keeps it as a file, in a longer form than the user's, and must be able to read that.
-    if len(dump_config(config)) > _LONGEST_TEXT:
-        raise ConfigError(f"{fallback}: longer than a config can be ({_LONGEST_TEXT} characters)")
-    return config
+def read_source(path: str | Path, option: str = "--config") -> Source:
+    """What a YAML file says, with the line of each value; `option` is what named it.
+
+    Raises:
+        ConfigError: it cannot be read, or is not of the plain subset.
+    """
+    source = Source()
+    source.read(_read_text(Path(path), option), str(path))
+    return source
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, option: str) -> str:
     try:
         # A pipe may keep its reader waiting for ever; a device such as /dev/zero has no end.
         if path.is_fifo():
-            raise ConfigError(f"{path}: is a pipe; --config takes a YAML file, as in configs/")
+            raise ConfigError(f"{path}: is a pipe; {option} takes a YAML file, as in configs/")
         with path.open(encoding="utf-8") as file:
             return file.read(_LONGEST_TEXT + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{path}: {reason}; --config takes a YAML file, as in configs/") from None
+        raise ConfigError(f"{path}: {reason}; {option} takes a YAML file, as in configs/") from None
 
 
 def _first_line(error: ValidationError, places: dict[tuple[str, ...], str], fallback: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from resnext_ignite.errors import PreemptedError
 
@@ -41,6 +41,32 @@ def end_start_on_signals() -> None:
     """From now on a stop signal raises KeyboardInterrupt, until a run takes the signals over."""
     for number in STOP_SIGNALS:
         signal.signal(number, end_start)
+
+
+@contextlib.contextmanager
+def stops_noted() -> Iterator[Callable[[], str | None]]:
+    """Note every stop signal that comes inside the block, whoever answers it; the yielded function names the last one.
+
+    A run answers signals in its own way, and one that comes to it in its last moments changes nothing: whoever makes
+    several runs asks between them.
+    """
+    reads, writes = os.pipe()
+    os.set_blocking(reads, False)
+    os.set_blocking(writes, False)
+    before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+
+    def noted() -> str | None:
+        numbers = b""
+        with contextlib.suppress(BlockingIOError):
+            numbers = os.read(reads, 65536)
+        return next((signal.Signals(number).name for number in reversed(numbers) if number in STOP_SIGNALS), None)
+
+    try:
+        yield noted
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reads)
+        os.close(writes)
 
 
 def die_with_parent(parent: int, number: int) -> None:

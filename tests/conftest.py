@@ -89,7 +89,7 @@ def digest(folder: Path) -> dict[str, Any]:
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
     """A record of metrics.jsonl without what a clock says."""
-    return {key: value for key, value in record.items() if key not in ("images_per_s", "wall_s")}
+    return {key: value for key, value in record.items() if key not in ("images_per_s", "evaluation_s", "wall_s")}
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -11,6 +11,7 @@ from resnext_ignite.config_files import check_shares
 from resnext_ignite.config_sections import size_step
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.images import Images
+from resnext_ignite.data.kept import data_kept, loaded_or_kept
 from resnext_ignite.data.loaders import EvalLoader, TrainLoader
 from resnext_ignite.data.mixing import Mixing
 from resnext_ignite.data.resizing import GrowingSize
@@ -28,6 +29,7 @@ __all__ = [
     "build_mixing",
     "build_sizes",
     "build_train_loader",
+    "data_kept",
     "load_data",
 ]
 
@@ -139,7 +141,7 @@ class Loaders:
 
 def build_loaders(config: Config, device: torch.device, ranks: Ranks) -> Loaders:
     """All loaders of a run; raises as `load_data` and `build_train_loader`."""
-    data = load_data(config, ranks)
+    data = loaded_or_kept(config, lambda: load_data(config, ranks))
     splits: list[str] = [name for name in ("val", "test") if name in data.splits]
     evaluation = {name: build_eval_loader(config, data, name, device, ranks) for name in splits}
     if not evaluation:

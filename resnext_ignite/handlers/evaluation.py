@@ -96,6 +96,7 @@ class Evaluation:
         """
         for model in self.models:
             average_statistics(model, self.stop.ranks)
+        began = time.monotonic()
         self._pace.start(0)
         self._common_batches = loader.common_batches
         try:
@@ -117,6 +118,7 @@ class Evaluation:
             **{key: result[key] for key in (*_FIGURES, *FlipCounts.NAMES) if key in result},
             "lr": self.lr(),
             **self.training(),
+            "evaluation_s": time.monotonic() - began,
             "wall_s": self.wall_seconds(),
         }
         self.last_iteration = engine.state.iteration

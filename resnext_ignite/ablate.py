@@ -1,0 +1,139 @@
+"""A recipe and its variants over several seeds: `python -m resnext_ignite.ablate PLAN.yaml --output-dir DIR`.
+
+Each run is an ordinary one, in a folder of its own beneath DIR; all are made by this one process, one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resnext_ignite.errors import ConfigError, NonFiniteError, PreemptedError, run_command
+from resnext_ignite.launchers import launched_world_size
+from resnext_ignite.signals import end_start_on_signals, leave_on_signals, stops_noted
+
+if TYPE_CHECKING:
+    from resnext_ignite.ablation.plan import Plan, PlannedRun
+    from resnext_ignite.ablation.results import Result
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line; leaves with exit code 2 where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m resnext_ignite.ablate",
+        description="Train a recipe and its variants over several seeds, and compare their last-epoch errors.",
+        epilog="The same command again goes on where it was stopped. Plans: configs/ablations/.",
+    )
+    parser.add_argument("plan", metavar="PLAN.yaml", help="recipe, seeds and variants, as in configs/ablations/")
+    parser.add_argument("--output-dir", metavar="DIR", required=True, help="where the runs and the results go")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--verbose", action="store_true", help="tell of each run all that train tells")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config values for all variants")
+    return parser.parse_intermixed_args(arguments)
+
+
+def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
+    """Make all runs that are not made yet, and write the results down after each; how all of them stand.
+
+    Raises:
+        PreemptedError: a signal came; what there was to save is saved.
+        ResnextError: whatever else a run ends with, but for a number that is not finite.
+    """
+    from resnext_ignite.ablation.runs import result_of, write_results
+    from resnext_ignite.data import data_kept
+
+    results = {run.folder: result_of(run, output_dir / run.folder) for run in plan.runs}
+    missing = [run for run in plan.runs if results[run.folder].state == "unfinished"]
+    done = len(results) - len(missing)
+    if done:
+        print(f"{done} of {len(results)} runs are there already", file=sys.stderr)
+    with stops_noted() as stop, data_kept(), _quiet(not verbose):
+        try:
+            for run in missing:
+                _train(run, output_dir / run.folder)
+                results[run.folder] = result = result_of(run, output_dir / run.folder)
+                done += 1
+                print(f"run {done} of {len(results)}: {_described(result)}", file=sys.stderr)
+                write_results(plan, list(results.values()), output_dir)
+                if signal := stop():
+                    raise PreemptedError(signal)
+        except (PreemptedError, KeyboardInterrupt) as error:
+            raise PreemptedError(
+                f"stopped by {stop() or error}: {done} of {len(results)} runs are made, and what was saved of the next "
+                "is kept; the same command goes on"
+            ) from None
+    write_results(plan, list(results.values()), output_dir)
+    return list(results.values())
+
+
+def _train(run: PlannedRun, folder: Path) -> None:
+    """Make a run, or what is missing of it; one that fails of its own numbers has said so in its folder."""
+    import torch
+
+    from resnext_ignite import train
+
+    # Again for each: a run leaves the signals as it heard them last.
+    end_start_on_signals()
+    try:
+        train.run(0, run.config, folder, resume=True)
+    except NonFiniteError as error:
+        print(f"{folder}: failed: {error}", file=sys.stderr)
+    finally:
+        # A run's engine and handlers hold each other, and compiled code its network.
+        if run.config.train.compile:
+            torch.compiler.reset()
+        gc.collect()
+
+
+@contextlib.contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Keep standard output for the results, and where `quiet` standard error for a line a run, and for warnings."""
+    logging.disable(logging.INFO if quiet else logging.NOTSET)
+    try:
+        with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stderr):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _described(result: Result) -> str:
+    error = result.state if result.error is None else f"test error {result.error:.2f} % in {result.seconds:.1f} s"
+    return f"{result.variant}, seed {result.seed}: {error}"
+
+
+def main(arguments: list[str]) -> int:
+    """The command; raises ResnextError for what a user can mend."""
+    parsed = parse_arguments(arguments)
+    from resnext_ignite.ablation.plan import load_plan
+
+    if launched_world_size() > 1:
+        raise ConfigError(f"{launched_world_size()} ranks: an ablation is one process; start it without a launcher")
+    plan = load_plan(Path(parsed.plan), parsed.overrides)
+    if all(run.config.train.device == "cpu" for run in plan.runs):
+        # Before torch looks for them, as train does.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    results = make_runs(plan, Path(parsed.output_dir), verbose=parsed.verbose)
+
+    from resnext_ignite.ablation.results import as_json, compare, table
+
+    rows = compare(results, plan.variants, plan.baseline)
+    if parsed.json:
+        print(json.dumps(as_json(results, rows, plan.baseline)))
+    else:
+        print(table(rows, plan.baseline), end="")
+        print(f"\nresults: {Path(parsed.output_dir) / 'ablation.md'}, with ablation.json and ablation.png beside it")
+    return 0
+
+
+if __name__ == "__main__":
+    leave_on_signals()
+    run_command(main)

@@ -1,0 +1,160 @@
+"""The plan of an ablation: a YAML file that names a recipe, its variants and seeds, checked whole before any run."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from resnext_ignite.config import Config
+from resnext_ignite.config_files import COMMAND_LINE, DOTTED_KEY, Source, check_shares, one_line, read_source
+from resnext_ignite.errors import ConfigError
+
+_KEYS = ("config", "overrides", "seeds", "baseline", "variants")
+_LONGEST_NAME = 60
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run: the variant's name, the seed, the folder beneath the ablation's, and the whole config."""
+
+    variant: str
+    seed: int
+    folder: Path
+    config: Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked plan: its file's name, the variants in their order, and all runs in the order in which they are made.
+
+    The runs go by seed first, so that an ablation that is cut has whole pairs to compare.
+    """
+
+    name: str
+    variants: tuple[str, ...]
+    baseline: str
+    seeds: tuple[int, ...]
+    runs: tuple[PlannedRun, ...]
+
+
+@one_line()
+def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
+    """Read a plan; each variant's config is the recipe, the plan's overrides, `KEY=VALUE` ones, the variant's own.
+
+    Raises:
+        ConfigError: one line, `PLAN:LINE: key: reason`, also of what is wrong with the config of a variant.
+    """
+    reader = _Reader(path)
+    base = reader.recipe()
+    reader.lay(base, ("overrides",), reader.mapping("overrides"))
+    given = list(overrides)
+    if any(override.partition("=")[0] == "seed" for override in given):
+        raise ConfigError(f"{COMMAND_LINE}: seed: the plan's seeds are the runs'; leave it out")
+    base.override(given)
+    # What is wrong with all variants is told of the recipe, not of the first of them.
+    base.config(str(path))
+    seeds, variants = reader.seeds(), reader.variants()
+    configs: dict[str, Config] = {}
+    for name, values in variants.items():
+        source = copy.deepcopy(base)
+        reader.lay(source, ("variants", name), values)
+        config = source.config(str(path))
+        same = next((other for other, known in configs.items() if known == config), None)
+        if same is not None:
+            reader.refuse(("variants", name), f"changes nothing: its config is that of '{same}'")
+        if config.train.max_hours is not None:
+            reader.refuse(("variants", name), "train.max_hours would cut a run short; an ablation compares whole ones")
+        try:
+            check_shares(config, world_size=1)
+        except ConfigError as error:
+            reader.refuse(("variants", name), str(error))
+        configs[name] = config
+    runs = tuple(
+        PlannedRun(name, seed, Path(slug(name)) / f"seed_{seed}", config.model_copy(update={"seed": seed}))
+        for seed in seeds
+        for name, config in configs.items()
+    )
+    return Plan(path.stem, tuple(configs), reader.baseline(variants), seeds, runs)
+
+
+def slug(name: str) -> str:
+    """A variant's name as its folder has it: small letters and digits, a hyphen for all between."""
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+class _Reader:
+    """A plan's file: its values one by one, each checked, and the lines to tell errors with."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.source = read_source(path, "PLAN")
+        for key in self.source.values:
+            if key not in _KEYS:
+                guess = difflib.get_close_matches(key, _KEYS, n=1)
+                self.refuse((key,), f"unknown key (did you mean '{guess[0]}'?)" if guess else "unknown key")
+
+    def refuse(self, place: tuple[str, ...], reason: str) -> NoReturn:
+        line = self.source.places.get(place, str(self.path))
+        raise ConfigError(f"{line}: {'.'.join(place)}: {reason}")
+
+    def recipe(self) -> Source:
+        config = self.source.values.get("config")
+        if not isinstance(config, str):
+            self.refuse(("config",), f"{config!r}; a config's file, beside the plan or relative to it")
+        return read_source(self.path.parent / Path(config).expanduser(), f"{self.path}: config")
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        values = self.source.values.get(key)
+        if values is None:
+            return {}
+        if not isinstance(values, dict):
+            self.refuse((key,), f"{values!r}; keys with values")
+        return values
+
+    def lay(self, source: Source, place: tuple[str, ...], values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if key == "seed":
+                self.refuse((*place, key), "the plan's seeds are the runs'; leave it out")
+            if not DOTTED_KEY.fullmatch(key) or isinstance(value, dict):
+                self.refuse((*place, key), "a config's key with its value, as train.epochs: 4")
+            source.put(tuple(key.split(".")), value, self.source.places[(*place, key)])
+
+    def seeds(self) -> tuple[int, ...]:
+        seeds = self.source.values.get("seeds")
+        if not isinstance(seeds, list) or not seeds:
+            self.refuse(("seeds",), f"{seeds!r}; at least one seed, as [1, 2, 3]")
+        for number, seed in enumerate(seeds):
+            if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
+                self.refuse(("seeds", str(number)), f"{seed!r}; an integer from 0 to {2**31 - 1}")
+            if seed in seeds[:number]:
+                self.refuse(("seeds", str(number)), f"{seed} stands here a second time")
+        return tuple(seeds)
+
+    def variants(self) -> dict[str, dict[str, Any]]:
+        variants = self.mapping("variants")
+        if not variants:
+            self.refuse(("variants",), "at least one, as in 'as in the recipe: {}'")
+        folders: dict[str, str] = {}
+        for name, values in variants.items():
+            place = ("variants", name)
+            folder = slug(name)
+            if not folder or len(name) > _LONGEST_NAME:
+                self.refuse(place, f"a name of letters and digits, of at most {_LONGEST_NAME}: runs are kept under it")
+            if folder in folders:
+                self.refuse(place, f"its runs' folder, {folder}, is that of '{folders[folder]}'; name it otherwise")
+            folders[folder] = name
+            if values is not None and not isinstance(values, dict):
+                self.refuse(place, f"{values!r}; keys with values, or {{}}")
+        return {name: values or {} for name, values in variants.items()}
+
+    def baseline(self, variants: dict[str, dict[str, Any]]) -> str:
+        first = next(iter(variants))
+        baseline = self.source.values.get("baseline", first)
+        if baseline not in variants:
+            self.refuse(("baseline",), f"{baseline!r} is no variant; one of {', '.join(variants)}")
+        return str(baseline)

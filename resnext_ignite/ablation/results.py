@@ -1,0 +1,134 @@
+"""What the runs of an ablation say together: means, standard errors, differences in pairs, and the table of them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+_COLUMNS = ("variant", "seeds", "error at epoch 0 %", "last-epoch error %", "against the baseline", "seconds a run")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one planned run stands.
+
+    `error` and `first_error` are percent of the test split wrong, at the last epoch and at epoch 0 (None where that was
+    not evaluated); `seconds` are the run's own, `evaluation_seconds` those of them that evaluations took.
+    """
+
+    variant: str
+    seed: int
+    state: Literal["completed", "failed", "unfinished"]
+    error: float | None = None
+    first_error: float | None = None
+    epochs: int | None = None
+    seconds: float | None = None
+    evaluation_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant over its completed runs. Errors and differences are percent, None where there is nothing to say.
+
+    `difference` is the mean, over the `pairs` seeds that both have completed, of the variant's error less the
+    baseline's; `exceeds`: it is more than twice its standard error.
+    """
+
+    variant: str
+    completed: int
+    failed: int
+    first_error: float | None
+    error: float | None
+    standard_error: float | None
+    pairs: int
+    difference: float | None
+    difference_standard_error: float | None
+    exceeds: bool
+    seconds: float | None
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The mean, or None of nothing."""
+    return statistics.fmean(values) if values else None
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean: the sample's standard deviation over the root of its size; None of fewer than two values."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def compare(results: Sequence[Result], variants: Sequence[str], baseline: str) -> list[Row]:
+    """A row for each variant, in the order given."""
+    errors: dict[str, dict[int, float]] = {variant: {} for variant in variants}
+    for result in results:
+        if result.error is not None:
+            errors[result.variant][result.seed] = result.error
+    return [_row(variant, results, errors, baseline) for variant in variants]
+
+
+def _row(variant: str, results: Sequence[Result], errors: dict[str, dict[int, float]], baseline: str) -> Row:
+    own = [result for result in results if result.variant == variant]
+    found, reference = list(errors[variant].values()), errors[baseline]
+    differences = []
+    if variant != baseline:
+        differences = [error - reference[seed] for seed, error in errors[variant].items() if seed in reference]
+    difference, spread = mean(differences), standard_error(differences)
+    return Row(
+        variant=variant,
+        completed=len(found),
+        failed=sum(result.state == "failed" for result in own),
+        first_error=mean([result.first_error for result in own if result.first_error is not None]),
+        error=mean(found),
+        standard_error=standard_error(found),
+        pairs=len(differences),
+        difference=difference,
+        difference_standard_error=spread,
+        exceeds=difference is not None and spread is not None and abs(difference) > 2 * spread,
+        seconds=mean([result.seconds for result in own if result.seconds is not None]),
+    )
+
+
+def table(rows: Sequence[Row], baseline: str) -> str:
+    """Markdown, its columns aligned, with what the marks mean beneath."""
+    cells = [_COLUMNS, *(_cells(row, baseline) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(_COLUMNS))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    notes = ["", "± is the standard error of the mean over seeds; differences are taken seed by seed."]
+    if any(row.exceeds for row in rows):
+        notes.append("`*`: a difference of more than twice its standard error; with few seeds a hint, no proof.")
+    return "\n".join([*lines, *notes]) + "\n"
+
+
+def _cells(row: Row, baseline: str) -> tuple[str, ...]:
+    against = _with_error(row.difference, row.difference_standard_error, "+.2f") + (" *" if row.exceeds else "")
+    # A variant that lacks seeds is compared over those that it has.
+    against += f" ({row.pairs} pairs)" if 0 < row.pairs < row.completed else ""
+    return (
+        row.variant.replace("|", "\\|"),
+        f"{row.completed}" + (f" ({row.failed} failed)" if row.failed else ""),
+        _with_error(row.first_error, None, ".2f"),
+        _with_error(row.error, row.standard_error, ".2f"),
+        "baseline" if row.variant == baseline else against,
+        _with_error(row.seconds, None, ".1f"),
+    )
+
+
+def _with_error(value: float | None, error: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:{form}}" + (f" ± {error:.2f}" if error is not None else "")
+
+
+def as_json(results: Sequence[Result], rows: Sequence[Row], baseline: str) -> dict[str, Any]:
+    """Everything as plain values: the rows of the table, and each run."""
+    return {
+        "baseline": baseline,
+        "variants": [asdict(row) for row in rows],
+        "runs": [asdict(result) for result in results],
+    }

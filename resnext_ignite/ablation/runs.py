@@ -1,0 +1,67 @@
+"""The run folders of an ablation: how each planned run stands, and the results beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from resnext_ignite.ablation.picture import draw_ablation
+from resnext_ignite.ablation.plan import Plan, PlannedRun
+from resnext_ignite.ablation.results import Result, as_json, compare, table
+from resnext_ignite.config_changes import SAFE_ON_RESUME, adopt_resolved, changed_values
+from resnext_ignite.errors import NonFiniteError, RunFolderError
+from resnext_ignite.pictures import save_figure
+from resnext_ignite.run_folder import ENDED, RunFolder
+from resnext_ignite.storage import replace_durably
+
+
+def result_of(run: PlannedRun, path: Path) -> Result:
+    """How a run stands, by what lies in its folder.
+
+    A run that met a number that is not finite would meet it again: it has failed for good.
+
+    Raises:
+        RunFolderError: the run was made with another config.
+    """
+    folder = RunFolder(path)
+    saved = folder.saved_config()
+    if saved is None:
+        return Result(run.variant, run.seed, "unfinished")
+    changes = changed_values(adopt_resolved(run.config, saved), saved)
+    # More epochs would be another run than its pairs.
+    refused = [key for key in changes if key not in SAFE_ON_RESUME or key == "train.epochs"]
+    if refused:
+        listed = ", ".join(f"{key} {changes[key][0]} -> {changes[key][1]}" for key in refused)
+        raise RunFolderError(f"{path}: the plan has changed since this run: {listed}; choose another --output-dir")
+    status, records = folder.read_status(), folder.read_metrics()
+    if status.get("state") == "failed" and status.get("exit_code") == NonFiniteError.exit_code:
+        return Result(run.variant, run.seed, "failed")
+    tested = [record for record in records if record["split"] == "test"]
+    if status.get("state") not in ENDED or not tested:
+        return Result(run.variant, run.seed, "unfinished")
+    return Result(
+        run.variant,
+        run.seed,
+        "completed",
+        error=tested[-1]["top1_error"],
+        first_error=next((record["top1_error"] for record in tested if record["epoch"] == 0), None),
+        epochs=tested[-1]["epoch"],
+        seconds=tested[-1]["wall_s"],
+        evaluation_seconds=sum(record.get("evaluation_s", 0.0) for record in records),
+    )
+
+
+def write_results(plan: Plan, results: Sequence[Result], folder: Path) -> None:
+    """Write `ablation.md`, `ablation.json` and `ablation.png`, each whole."""
+    rows = compare(results, plan.variants, plan.baseline)
+    save_figure(draw_ablation(results, rows, plan.baseline), folder / "ablation.png")
+    page = f"# {plan.name}\n\n{table(rows, plan.baseline)}\n![The same as a picture](ablation.png)\n"
+    text = json.dumps(as_json(results, rows, plan.baseline), indent=2) + "\n"
+    replace_durably(folder / "ablation.md", lambda file: _write(file, page))
+    replace_durably(folder / "ablation.json", lambda file: _write(file, text))
+
+
+def _write(file: IO[bytes], text: str) -> None:
+    file.write(text.encode())

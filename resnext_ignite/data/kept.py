@@ -1,0 +1,37 @@
+"""Data that stays loaded from one run of a process to the next, where the runs ask for the same."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator
+
+from resnext_ignite.config import Config
+from resnext_ignite.data.splits import Data
+
+# Outside of a `data_kept` block None: whoever loads alone must see the files as they are now.
+_kept: dict[Hashable, Data] | None = None
+
+
+@contextlib.contextmanager
+def data_kept() -> Iterator[None]:
+    """Inside the block the data that was loaded last stays loaded."""
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
+def loaded_or_kept(config: Config, load: Callable[[], Data]) -> Data:
+    """What `load` gives, all splits of a config; inside a `data_kept` block the last ones, if they are the same."""
+    if _kept is None:
+        return load()
+    # All that load_data reads: the seed chooses the held-out images, the layout a size, crops whether files are read.
+    held_out = config.seed if config.data.val_size else None
+    key = (config.data, held_out, config.model.name, config.augment.random_resized_crop)
+    if key not in _kept:
+        # Before the next is loaded, so that two never lie in memory.
+        _kept.clear()
+        _kept[key] = load()
+    return _kept[key]

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# From nothing to the error of a recipe: each seed in a process of its own, timed from its start to its end.
+# Usage: [SEEDS="1 2 3"] [OUT=DIR] bash scripts/time_to_error.sh [CONFIG] [KEY=VALUE ...]
+#   default: configs/cifar10_resnext29_8x64d_fast.yaml; OUT: runs/time_to_error/<date-time>
+# PYTHON is one with this package's dependencies: nothing is installed. Data that must be downloaded is part of the time:
+# have it there before.
+set -euo pipefail
+root="$(cd "$(dirname "$0")/.." && pwd)"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+python="${PYTHON:-python3}"
+config="$root/configs/cifar10_resnext29_8x64d_fast.yaml"
+if [ $# -gt 0 ] && [[ "$1" != *=* ]]; then
+    config="$(realpath "$1")"
+    shift
+fi
+out="${OUT:-runs/time_to_error/$(date +%Y-%m-%d_%H-%M-%S)}"
+seeds="${SEEDS:-1 2 3}"
+mkdir -p "$out"
+: >"$out/seconds.txt"
+# As ablate names the folders of a plan's runs: it finds them made, and has them only to compare.
+{
+    echo "config: '${config//\'/\'\'}'"
+    echo "seeds: [${seeds// /, }]"
+    echo "variants: {recipe: {}}"
+} >"$out/plan.yaml"
+for seed in $seeds; do
+    began="$(date +%s.%N)"
+    "$python" -m resnext_ignite.train --config "$config" --output-dir "$out/recipe/seed_$seed" "$@" "seed=$seed" >&2
+    echo "$seed $began $(date +%s.%N)" >>"$out/seconds.txt"
+done
+"$python" -m resnext_ignite.ablate "$out/plan.yaml" --output-dir "$out" "$@"
+"$python" - "$out" <<'END'
+import json
+import sys
+from pathlib import Path
+
+out = Path(sys.argv[1])
+runs = {run["seed"]: run for run in json.loads((out / "ablation.json").read_text())["runs"]}
+print("\nseed  seconds in all = start and end + training + evaluation   epochs  error %")
+for line in (out / "seconds.txt").read_text().splitlines():
+    seed, began, ended = line.split()
+    run, whole = runs[int(seed)], float(ended) - float(began)
+    training = run["seconds"] - run["evaluation_seconds"]
+    print(
+        f"{seed:>4}  {whole:14.1f} = {whole - run['seconds']:13.1f} + {training:8.1f} + {run['evaluation_seconds']:10.1f}"
+        f"   {run['epochs']:6}  {run['error']:7.2f}"
+    )
+END
