@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Command, digest, tensors, train_tiny
+from conftest import ROOT, TINY, Command, at_iteration, digest, tensors, train_tiny
 from ignite.engine import Engine, Events
 from test_train import killed_at
 from torch import Tensor, nn
@@ -212,12 +215,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("cut", [2, 4, 5, 8, 9, 12])
+@pytest.mark.parametrize("cut", [5, 9, 12])
 def test_a_run_killed_at_any_iteration_ends_the_same(
     cut: int, whole: Path, tmp_path: Path, in_fork: Callable[[Callable[[], Any]], int]
 ) -> None:
-    # In the middle of an iteration; 5 and 9 are the first of an epoch, whose evaluation was made before; 9 a slow step.
+    # The fifth is the first of an epoch, right after an evaluation; the ninth a step of the slow weights, too.
     killed_at(tmp_path / "run", cut, in_fork, *ALL)
+    assert train_tiny(tmp_path / "run", *ALL, resume=True) == 0
+    assert state_of(tmp_path / "run") == state_of(whole)
+
+
+def test_a_run_stopped_before_an_evaluation_makes_it(whole: Path, tmp_path: Path) -> None:
+    def stop() -> None:
+        at_iteration(4, lambda engine: os.kill(os.getpid(), signal.SIGTERM))
+
+    assert Command(tmp_path / "run", *ALL, patch=stop).wait().code == 75
+    assert len(RunFolder(tmp_path / "run").read_metrics()) == 1
     assert train_tiny(tmp_path / "run", *ALL, resume=True) == 0
     assert state_of(tmp_path / "run") == state_of(whole)
 
@@ -283,6 +296,23 @@ def test_ranks_evaluate_one_average(tmp_path: Path) -> None:
         seen += [model.get_submodule("conv1")(batch.images) for batch in itertools.islice(loader, 2)]
     variance = torch.stack([part.var((0, 2, 3)) for part in seen]).mean(0)
     torch.testing.assert_close(state["ema"]["bn1.running_var"], variance.detach())
+
+
+def test_pictures_are_read_by_workers_of_their_own(picture_folder: Path, tmp_path: Path) -> None:
+    files = [
+        "data.name=imagefolder",
+        f"data.root={picture_folder}",
+        "data.image_size=32",
+        "data.train_size=null",
+        "data.test_size=null",
+    ]
+    losses = []
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        assert train_tiny(folder, *files, *ALL, "train.ema_horizon=1", f"data.workers={workers}") == 0
+        losses.append([record["loss"] for record in RunFolder(folder).read_metrics()])
+    assert losses[0] == losses[1]
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize(

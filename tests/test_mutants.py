@@ -241,6 +241,20 @@ MUTANTS = [
         KILLED,
     ),
     (
+        "the slow weights begin anew",
+        "handlers/__init__.py",
+        '        state.handlers["lookahead"] = lookahead\n',
+        "",
+        "test_averaging.py::test_a_run_killed",
+    ),
+    (
+        "the statistics of an average go on from the last ones",
+        "handlers/averaging.py",
+        "            norm.reset_running_stats()\n",
+        "",
+        "test_averaging.py::test_statistics_do_not_depend",
+    ),
+    (
         "a bad number is saved",
         "handlers/training.py",
         "if logs or in_time or self.save_due(iteration):",

@@ -96,7 +96,8 @@ class TrainConfig(Section):
     """Training batches (the epoch's first) from which the average's BatchNorm statistics are taken anew before each
     evaluation; 0: they are averaged as the weights are."""
     lookahead: Annotated[int, Field(ge=0)] = 0
-    """Iterations between two steps of Lookahead's slow weights, from which the others then go on; 0: none."""
+    """Iterations between two steps of Lookahead's slow weights, from which the others then go on, and on which the last
+    epoch ends; 0: none."""
     lookahead_alpha: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the way to the weights of the moment that such a step goes."""
     sync_bn: bool = False

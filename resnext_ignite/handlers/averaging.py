@@ -23,8 +23,9 @@ from resnext_ignite.models.resnext import GhostBatchNorm2d
 class Lookahead:
     """Slow weights that follow the trained ones every so often, and from which these go on (arXiv:1907.08610, alg. 1).
 
-    The optimizer's momentum and BatchNorm's statistics go on as they are. After the run's last iteration the weights
-    are the slow ones. Attach it to ITERATION_COMPLETED, before what averages or measures the weights.
+    The optimizer's momentum and BatchNorm's statistics go on as they are. After the last iteration of `max_epochs` the
+    weights are the slow ones; a run that ends before, by patience or a target, keeps those that it was judged by.
+    Attach it to ITERATION_COMPLETED, before what averages or measures the weights.
 
     Args:
         model: the raw model, with the weights at which the run starts.
