@@ -17,6 +17,7 @@ from resnext_ignite.data.decoding import (
     ATTEMPTS,
     CENTRE,
     Box,
+    Crop,
     has_size,
     no_warnings,
     random_crop,
@@ -86,26 +87,27 @@ class ImageFiles:
             DataError: a picture cannot be read and there is no `fill`; the line names it.
         """
         pictures = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
-        draws = None if crop_key is None else self._crop_draws(positions, *crop_key)
+        crops = self.crops(positions, crop_key)
         unreadable: dict[int, str] = {}
-        square = square_crop(self.size, self.crop_share, self.anchor)
         with no_warnings():
-            for place, position in enumerate(positions.tolist()):
-                crop = square if draws is None else random_crop(draws[place])
+            for place, (position, crop) in enumerate(zip(positions.tolist(), crops, strict=True)):
                 try:
-                    pictures[place] = read_crop(self.paths[position], self.size, crop, training=draws is not None)
+                    pictures[place] = read_crop(self.paths[position], self.size, crop, training=crop_key is not None)
                 except DataError as error:
                     if fill is None:
                         raise
                     pictures[place], unreadable[place] = fill, str(error)
         return torch.from_numpy(pictures), unreadable
 
-    def _crop_draws(self, positions: Tensor, seed: int, epoch: int) -> list[list[list[float]]]:
-        """Uniform numbers: n times attempts times 4."""
+    def crops(self, positions: Tensor, crop_key: tuple[int, int] | None) -> list[Crop]:
+        """What is kept of each picture at some positions (int64); `crop_key` as for `read`."""
+        if crop_key is None:
+            return [square_crop(self.size, self.crop_share, self.anchor)] * len(positions)
         purposes = range(Purpose.RESIZED_CROP, Purpose.RESIZED_CROP + 4 * ATTEMPTS)
         indices = self.indices[positions]
-        draws = torch.stack([uniform(seed, epoch, indices, k) for k in purposes], dim=1)
-        return draws.view(-1, ATTEMPTS, 4).tolist()
+        draws = torch.stack([uniform(*crop_key, indices, k) for k in purposes], dim=1)
+        # (n, attempts * 4) -> (n, attempts, 4): each picture's uniform numbers.
+        return [random_crop(numbers) for numbers in draws.view(-1, ATTEMPTS, 4).tolist()]
 
 
 class _OtherSizeError(Exception):

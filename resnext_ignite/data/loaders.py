@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from resnext_ignite.data.augment import Augment
+from resnext_ignite.data.device_decoding import DeviceDecoding, JpegDecoder, JpegReader
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import UNREADABLE, Images, whole_color
 from resnext_ignite.data.mixing import Mixing, neighbours
@@ -53,6 +54,7 @@ class TrainLoader:
         workers: processes that decode files.
         random_resized_crop: files: take a keyed random-resized crop instead of the centre.
         skip_unreadable: files: mark a picture that cannot be read, and warn of it once a rank, instead of raising.
+        decode_on: files: the workers read JPEGs, and this device decodes their random-resized crops; None: they do.
     """
 
     def __init__(
@@ -66,10 +68,12 @@ class TrainLoader:
         workers: int = 0,
         random_resized_crop: bool = False,
         skip_unreadable: bool = False,
+        decode_on: torch.device | None = None,
     ) -> None:
         self.split, self.order, self.augment, self.device, self.mixing = split, order, augment, device, mixing
         self.workers = workers
         self.random_resized_crop, self.skip_unreadable = random_resized_crop, skip_unreadable
+        self.decode_on = decode_on
         self._warned: set[int] = set()
         self.start_iteration = 0
 
@@ -85,14 +89,20 @@ class TrainLoader:
             for epoch, positions in batches:
                 yield self._batch(padded, positions, epoch, positions)
             return
-        seed = self.augment.seed if self.random_resized_crop else None
-        fill = whole_color(self.augment.mean) if self.skip_unreadable else None
-        decoder = _Decoder(self.split, seed, fill)
-        for pictures, epoch, positions, unreadable in _decoded(decoder, batches, self.workers, self.device):
+        for pictures, epoch, positions, unreadable in self._decoded(self.split, batches):
             self._warn({int(positions[place]): reason for place, reason in unreadable.items()})
             padded = self.augment.pad(pictures.to(self.device, non_blocking=True))
             places = torch.arange(len(positions), device=self.device)
             yield self._batch(padded, places, epoch, positions, list(unreadable))
+
+    def _decoded(self, files: ImageFiles, batches: Iterable[tuple[int, Tensor]]) -> Iterator[Decoded]:
+        seed, fill = self.augment.seed, whole_color(self.augment.mean) if self.skip_unreadable else None
+        if self.decode_on is not None:
+            reader = JpegReader(files, seed, fill)
+            read = _decoded(reader, batches, self.workers, self.device)
+            return DeviceDecoding(reader, JpegDecoder(self.decode_on)).finished(read)
+        decoder = _Decoder(files, seed if self.random_resized_crop else None, fill)
+        return _decoded(decoder, batches, self.workers, self.device)
 
     def _warn(self, reasons: dict[int, str]) -> None:
         for position in sorted(set(reasons) - self._warned):
@@ -253,8 +263,8 @@ class _Decoder(Dataset[Any]):
 
 
 def _decoded(
-    decoder: _Decoder, batches: Iterable[tuple[int, Tensor]], workers: int, device: torch.device
-) -> Iterator[Decoded]:
+    decoder: Dataset[Any], batches: Iterable[tuple[int, Tensor]], workers: int, device: torch.device
+) -> Iterator[tuple[Any, int, Tensor, dict[int, str]]]:
     loader = DataLoader(
         decoder,
         batch_size=None,
