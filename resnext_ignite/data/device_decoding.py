@@ -30,7 +30,7 @@ _NO_BOX: Box = (0.0, 0.0, 0.0, 0.0)
 class Part(NamedTuple):
     """A picture's part of a batch's bytes: a JPEG file and what is kept of it, or pixels (size, size, 3)."""
 
-    count: int
+    length: int
     width: int = 0
     height: int = 0
     box: Box = _NO_BOX
@@ -78,7 +78,8 @@ class JpegReader(Dataset[Any]):
             else:
                 pixels, reasons = self.files.read(positions[place : place + 1], key, self.fill)
                 content, part = pixels.numpy().tobytes(), Part(pixels.numel())
-                unreadable |= {place: reason for reason in reasons.values()}
+                if reasons:
+                    unreadable[place] = reasons[0]
             contents += content
             parts.append(part)
         return torch.frombuffer(contents, dtype=torch.uint8), parts, unreadable
@@ -139,7 +140,7 @@ class DeviceDecoding:
     ) -> tuple[Tensor, dict[int, str]]:
         size, device = self.reader.files.size, self.decoder.device
         pictures = torch.empty((len(parts), size, size, 3), dtype=torch.uint8, device=device)
-        pieces = content.split([part.count for part in parts])
+        pieces = content.split([part.length for part in parts])
         reasons: dict[int, str] = {}
         for places in _at_once(parts):
             decoded = self.decoder.decode([pieces[place] for place in places])
@@ -152,21 +153,22 @@ class DeviceDecoding:
                 else:
                     pixels, why = self._refused(positions[place : place + 1], epoch)
                     pictures[place] = pixels.to(device)
-                    reasons |= {place: reason for reason in why.values()}
+                    if why is not None:
+                        reasons[place] = why
         for place, part in enumerate(parts):
             if not part.is_jpeg:
                 pictures[place] = pieces[place].view(size, size, 3).to(device, non_blocking=True)
         return pictures, reasons
 
-    def _refused(self, position: Tensor, epoch: int) -> tuple[Tensor, dict[int, str]]:
+    def _refused(self, position: Tensor, epoch: int) -> tuple[Tensor, str | None]:
         files = self.reader.files
-        pixels, why = files.read(position, (self.reader.crop_seed, epoch), self.reader.fill)
-        if not why and not self._warned:
+        pixels, reasons = files.read(position, (self.reader.crop_seed, epoch), self.reader.fill)
+        if not reasons and not self._warned:
             # Once: a few are no matter, and of many one is enough to look at.
             path = files.paths[int(position)]
             log.warning("data.decode: the device refuses %s; it is decoded without it, as others like it are", path)
             self._warned = True
-        return pixels[0], why
+        return pixels[0], reasons.get(0)
 
 
 def _at_once(parts: list[Part]) -> Iterator[list[int]]:
