@@ -6,7 +6,7 @@ import io
 import itertools
 import multiprocessing
 import os
-import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ import simplejpeg
 import torch
 from conftest import train_tiny
 from PIL import Image
-from test_data import folder_config
 from test_decoding import KINDS, photograph
 
-from resnext_ignite.config import config_of
-from resnext_ignite.data import build_train_loader, device_decoding, load_data
+from resnext_ignite.benchmark import photographs
+from resnext_ignite.benchmark.end_to_end import measure_end_to_end
+from resnext_ignite.benchmark.training import Work
+from resnext_ignite.data import device_decoding
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.decoding import WholeJpeg, undecoded
 from resnext_ignite.data.device_decoding import DeviceDecoding, JpegDecoder, JpegReader, Part, _at_once
@@ -30,8 +31,7 @@ from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.index import index_images
 from resnext_ignite.data.loaders import Batch, TrainLoader
 from resnext_ignite.data.sampling import TrainOrder
-from resnext_ignite.distributed import Ranks
-from resnext_ignite.errors import ConfigError, DataError
+from resnext_ignite.errors import ConfigError, DataError, RunFolderError
 
 CPU = torch.device("cpu")
 AUGMENT = Augment(5, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip="random", color=0.4)
@@ -160,6 +160,8 @@ def test_a_damaged_picture_ends_the_run_or_is_skipped_as_ever(
         with pytest.raises(DataError) as caught:
             epochs(train_loader(root, decode_on, workers=workers))
         messages.append(str(caught.value))
+        # Though the traceback is there still, with all that was at work.
+        assert multiprocessing.active_children() == []
     assert messages[0] == messages[1]
     assert messages[1].startswith(f"{broken}: ")
     warnings = []
@@ -204,7 +206,7 @@ def test_what_the_device_refuses_is_decoded_without_it(root: Path, caplog: pytes
     assert 1 < len(refused) < JPEGS
     reader, positions = JpegReader(files, 5), torch.arange(len(files))
     content, parts, unreadable = read(reader)
-    batches = [((content, parts), 1, positions, unreadable)] * 2
+    batches = (((content, parts), 1, positions, unreadable) for _ in range(2))
     for pictures, _, _, reasons in DeviceDecoding(reader, Choosy(CPU)).finished(batches):
         assert torch.equal(pictures, files.read(positions, (5, 1))[0])
         assert not reasons
@@ -238,32 +240,24 @@ def test_so_many_are_decoded_at_once_that_they_fit(monkeypatch: pytest.MonkeyPat
     assert torch.equal(epochs(train_loader(root, CPU))[0].images, expected.images)
 
 
-def test_a_run_on_a_cpu_is_refused_and_so_is_another_crop(root: Path) -> None:
-    values = {"data": {"name": "imagefolder", "decode": "device"}, "augment": {"random_resized_crop": True}}
-    with pytest.raises(ValueError, match=r"is for GPUs only, and train.device is cpu; set it to workers"):
-        config_of({**values, "train": {"device": "cpu"}})
-    with pytest.raises(ValueError, match=r"device makes random-resized crops; set augment.random_resized_crop=true"):
-        config_of({"data": values["data"]})
-    config = folder_config(root, **{"data.decode": "device", "augment.random_resized_crop": True})
-    data = load_data(config, Ranks(), ("train",))
-    with pytest.raises(ConfigError, match=r"^data.decode: device is for GPUs only, and this run is on cpu; set it"):
-        build_train_loader(config, data, CPU, Ranks())
+FOLDER_RUN = ["data.name=imagefolder", "data.train_size=null", "data.test_size=null", "data.workers=0"]
+CROPS = "augment.random_resized_crop=true"
 
 
-def test_the_command_refuses_it_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.decode: device makes random-resized crops"):
-        train_tiny(tmp_path / "run", "data.decode=device")
-    assert not (tmp_path / "run").exists()
+def test_a_run_on_a_cpu_is_refused_and_so_is_another_crop(tmp_path: Path, picture_folder: Path) -> None:
+    values = [*FOLDER_RUN, f"data.root={picture_folder}", "data.decode=device", "train.device=cpu"]
+    with pytest.raises(ConfigError, match=r"^data.decode: device is for GPUs only, and this run is on cpu; set it to"):
+        train_tiny(tmp_path / "run", *values, CROPS)
+    with pytest.raises(ConfigError, match=r"data\.decode: device makes random-resized crops; set augment\.random"):
+        train_tiny(tmp_path / "other", *values)
+    assert not (tmp_path / "other").exists()
 
 
-def test_a_killed_reader_ends_the_run(root: Path) -> None:
-    loader = iter(train_loader(root, CPU, workers=2))
-    next(loader)
-    worker = multiprocessing.active_children()[0]
-    assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="killed by SIGKILL"):
-        list(itertools.islice(loader, 50))
+def test_it_is_part_of_a_runs_identity(tmp_path: Path, picture_folder: Path) -> None:
+    values = [*FOLDER_RUN, f"data.root={picture_folder}", CROPS, "train.epochs=1"]
+    assert train_tiny(tmp_path / "run", *values) == 0
+    with pytest.raises(RunFolderError, match=r"would change the run: data\.decode workers -> device; keep those"):
+        train_tiny(tmp_path / "run", *values, "data.decode=device", resume=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
@@ -288,3 +282,46 @@ def test_a_gpu_decodes_to_what_a_cpu_does(root: Path) -> None:
         assert torch.equal(first, again)
         # A batch of pictures whose ways differ by up to 3.9 levels, with their contrast up to 1.4 times as strong.
         assert ((first - expected.images).abs() / LEVEL).mean() < 5
+
+
+def photographs_in(folder: Path, count: int) -> Path:
+    """A config of a tiny network that is to train on them."""
+    for number in range(count):
+        photograph(60, 50, number).save(folder / f"{number}.jpg")
+    config = folder / "tiny.yaml"
+    config.write_text("model: {name: cifar_resnext11_2x8d, stem_channels: 8}\naugment: {crop_padding: 0}\n")
+    return config
+
+
+def test_training_from_files_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work(photographs_in(tmp_path, 3), "cifar_resnext11_2x8d", 8, 32, 2)
+    monkeypatch.setattr(photographs, "_IMAGES", 16)
+    result = measure_end_to_end(tmp_path, work, decoders=("workers",), rounds=2, iterations=2)
+    assert result["files"] == 3
+    # Of two, the median is the mean: of the seconds that 8 images take.
+    ready, files = (np.mean([8 / rate for rate in rates]) for rates in result["samples"].values())
+    name = "share of the time that waits for data, workers"
+    assert result["ratios"] == {name: pytest.approx(1 - ready / files)}
+    with pytest.raises(ConfigError, match="this run is on cpu"):
+        measure_end_to_end(tmp_path, work, rounds=1)
+    assert multiprocessing.active_children() == []
+    with pytest.raises(DataError, match="holds no"):
+        measure_end_to_end(tmp_path / "empty", work)
+
+
+def test_waiting_for_slow_files_is_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker that takes 0.15 s a batch, for a network that takes a few hundredths."""
+    work = Work(photographs_in(tmp_path, 3), "cifar_resnext11_2x8d", 8, 32, 2)
+    monkeypatch.setattr(photographs, "_IMAGES", 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    read = ImageFiles.read
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.15)
+        return read(*arguments)
+
+    monkeypatch.setattr(ImageFiles, "read", slow)
+    result = measure_end_to_end(tmp_path, work, decoders=("workers",), rounds=1, iterations=2)
+    (share,) = result["ratios"].values()
+    assert 0.3 < share < 1
+    assert result["samples"]["from files, decoded by the workers"][0] < 8 / 0.15

@@ -5,8 +5,9 @@ What is no plain JPEG is decoded in the workers, and what the device refuses bes
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -118,22 +119,24 @@ class DeviceDecoding:
         self._warned = False
 
     def finished(
-        self, batches: Iterable[tuple[tuple[Tensor, list[Part]], int, Tensor, dict[int, str]]]
+        self, batches: Generator[tuple[tuple[Tensor, list[Part]], int, Tensor, dict[int, str]], None, None]
     ) -> Iterator[tuple[Tensor, int, Tensor, dict[int, str]]]:
-        """Pictures uint8 (n, size, size, 3) in the place of their files.
+        """Pictures uint8 (n, size, size, 3) in the place of their files; `batches` end with this, however it ends.
 
         Raises:
             DataError: a file that the device refuses cannot be read, and there is no `fill`; the line names it.
         """
-        for (content, parts), epoch, positions, unreadable in batches:
-            with torch.cuda.stream(self.stream):
-                pictures, reasons = self._pictures(content, parts, epoch, positions)
-            if self.stream is not None:
-                network = torch.cuda.current_stream(self.decoder.device)
-                network.wait_stream(self.stream)
-                # Else the decoder could have its memory back while the network still reads it.
-                pictures.record_stream(network)
-            yield pictures, epoch, positions, unreadable | reasons
+        # Its workers would live as long as the traceback of an error that is raised here.
+        with contextlib.closing(batches):
+            for (content, parts), epoch, positions, unreadable in batches:
+                with torch.cuda.stream(self.stream):
+                    pictures, reasons = self._pictures(content, parts, epoch, positions)
+                if self.stream is not None:
+                    network = torch.cuda.current_stream(self.decoder.device)
+                    network.wait_stream(self.stream)
+                    # Else the decoder could have its memory back while the network still reads it.
+                    pictures.record_stream(network)
+                yield pictures, epoch, positions, unreadable | reasons
 
     def _pictures(
         self, content: Tensor, parts: list[Part], epoch: int, positions: Tensor

@@ -6,7 +6,7 @@ Both kinds of split (in memory, as files) give the same batches; which images, i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,7 +81,7 @@ class TrainLoader:
         """Iterations an epoch."""
         return self.order.iterations_per_epoch
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         """Raises DataError for a picture that cannot be read (unless it is skipped) and for a dead worker."""
         batches = self.order.batches(self.start_iteration)
         if isinstance(self.split, Images):
@@ -264,7 +264,7 @@ class _Decoder(Dataset[Any]):
 
 def _decoded(
     decoder: Dataset[Any], batches: Iterable[tuple[int, Tensor]], workers: int, device: torch.device
-) -> Iterator[tuple[Any, int, Tensor, dict[int, str]]]:
+) -> Generator[tuple[Any, int, Tensor, dict[int, str]], None, None]:
     loader = DataLoader(
         decoder,
         batch_size=None,
