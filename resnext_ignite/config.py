@@ -68,6 +68,8 @@ class Config(Section):
             raise ValueError("train.sync_bn: and train.ghost_batch exclude each other; set one of them to 0 or false")
         if self.augment.random_resized_crop and self.data.name != "imagefolder":
             raise ValueError("augment.random_resized_crop: needs data.name=imagefolder; CIFAR and shapes are 32x32")
+        if self.data.decode == "device" and not self.augment.random_resized_crop:
+            raise ValueError("data.decode: device makes random-resized crops; set augment.random_resized_crop=true")
         if self.optimizer.nesterov and self.optimizer.momentum == 0:
             raise ValueError("optimizer.nesterov: needs a momentum; set optimizer.nesterov=false")
         if (self.data.mean is None) != (self.data.std is None):

@@ -45,7 +45,7 @@ step() {
 if [ "${#continued[@]}" = 0 ]; then
     : >"$log"
     step "tests on the GPU" timeout 120 "$python" -m pytest -o addopts="" -q -k gpu -rs \
-        tests/test_engines.py tests/test_grouped_conv.py
+        tests/test_engines.py tests/test_grouped_conv.py tests/test_device_decoding.py
     run="$(mktemp -d)"
     # As a user would start it; small where there is no GPU.
     model=(--config configs/cifar10_resnext29_8x64d.yaml "schedule.milestones=[]")

@@ -76,6 +76,7 @@ def parts(photographs: Path = Path()) -> dict[str, Callable[[], dict[str, Any]]]
     """What each part of a suite measures; on a CPU, smaller batches than fill a GPU."""
     from resnext_ignite.benchmark.checkpoints import measure_checkpoint
     from resnext_ignite.benchmark.data import measure_data
+    from resnext_ignite.benchmark.end_to_end import measure_end_to_end
     from resnext_ignite.benchmark.evaluation import measure_evaluation
     from resnext_ignite.benchmark.exporting import has_onnxruntime, measure_export
     from resnext_ignite.benchmark.folders import measure_folders
@@ -110,6 +111,7 @@ def parts(photographs: Path = Path()) -> dict[str, Callable[[], dict[str, Any]]]
     if gpu:
         imagenet = Work(_IMAGENET, "resnext50_32x4d", 64, 224, 1000, iterations)
         found["train:resnext50_32x4d"] = lambda: measure_training(imagenet, rounds)
+        found["photographs:resnext50_32x4d"] = lambda: measure_end_to_end(photographs, imagenet, rounds=rounds)
         found["eval:resnext50_32x4d"] = lambda: measure_evaluation(imagenet, rounds)
     return found
 

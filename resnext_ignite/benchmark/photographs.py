@@ -43,9 +43,7 @@ def measure_photographs(folder: Path, sizes: tuple[int, ...] = (224, 176, 128, 6
     Raises:
         DataError: there are no JPEG files.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-    if not files:
-        raise DataError(f"--photographs {folder}: holds no .jpg or .jpeg")
+    files = jpegs_in(folder)
     # As a run does; the memory that is kept serves the others' batches as well.
     engines.set_up_machine(torch.device("cpu"), deterministic=True)
     # The workers have the cores; threads that wait for more work here would take them away.
@@ -54,7 +52,7 @@ def measure_photographs(folder: Path, sizes: tuple[int, ...] = (224, 176, 128, 6
     samples: dict[str, list[float]] = {}
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder_name, multiprocessing.Pool(workers) as decoders:
-        root = _linked(files, Path(folder_name))
+        root = linked(files, Path(folder_name))
         for size in sizes:
             makers = {OURS: _ours, TORCHVISION: _torchvision, **({TIMM: _timm} if has_timm() else {})}
             contenders = {name: _rate(make(root, size, workers), workers) for name, make in makers.items()}
@@ -71,8 +69,20 @@ def measure_photographs(folder: Path, sizes: tuple[int, ...] = (224, 176, 128, 6
     return {"unit": "images/s", "files": len(files), "workers": workers, "samples": samples, "ratios": ratios}
 
 
-def _linked(files: list[Path], root: Path) -> Path:
-    # An imagefolder of two classes, as long as an epoch is.
+def jpegs_in(folder: Path) -> list[Path]:
+    """All JPEG files in a folder and those within it.
+
+    Raises:
+        DataError: there are none.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not files:
+        raise DataError(f"--photographs {folder}: holds no .jpg or .jpeg")
+    return files
+
+
+def linked(files: list[Path], root: Path) -> Path:
+    """An imagefolder of two classes in `root`, as long as an epoch is; of a few files, each many times."""
     for number in range(_IMAGES):
         place = root / "train" / ("a", "b")[number % 2]
         place.mkdir(parents=True, exist_ok=True)

@@ -67,6 +67,10 @@ class DataConfig(Section):
     """`imagefolder`: decode once into memory; null: where all pictures have `image_size` already and they fit."""
     workers: Annotated[int, Field(ge=0, le=256)] | None = None
     """Processes a rank that decode an `imagefolder`; null: the cores a rank has, at most 8."""
+    decode: Literal["workers", "device"] = "workers"
+    """`imagefolder`: who decodes training JPEGs: the workers, or the GPU (nvJPEG), for which workers only read them,
+    and decode what is no plain JPEG; needs `augment.random_resized_crop`. The same crops, of pixels that differ as
+    decoders do. An evaluation is always decoded by the workers, so that its figures do not depend on this."""
     on_error: Literal["fail", "skip"] = "fail"
     """`imagefolder`: end on a training picture that cannot be read (exit 3), or skip it: warned of, not counted."""
     max_skipped: Annotated[int, Field(ge=0)] = 100

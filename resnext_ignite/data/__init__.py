@@ -69,9 +69,12 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
     """The training batches of this rank.
 
     Raises:
-        ConfigError: an epoch would hold no batch.
+        ConfigError: an epoch would hold no batch, or a CPU is to decode as only GPUs do.
         DataError: there are no training images.
     """
+    on_device = config.data.decode == "device"
+    if on_device and device.type != "cuda":
+        raise ConfigError(f"data.decode: device is for GPUs only, and this run is on {device.type}; set it to workers")
     if "train" not in data.splits:
         raise DataError(f"{config.data.root}: no train/ folder to train on")
     split = data.splits["train"]
@@ -106,6 +109,7 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
         random_resized_crop=config.augment.random_resized_crop,
         sizes=build_sizes(config),
         skip_unreadable=config.data.on_error == "skip",
+        decode_on=device if on_device else None,
     )
 
 

@@ -44,6 +44,7 @@ _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
     8: lambda pixels: pixels[:, ::-1].transpose(1, 0, 2),
 }
 _SIDEWAYS = (5, 6, 7, 8)
+_MOST_SHRUNK = 64
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -135,8 +136,36 @@ def read_crop(path: str, size: int, crop: Crop, *, training: bool = False) -> Pi
         pixels = np.array(open_rgb(path))
         box = crop(pixels.shape[1], pixels.shape[0])
     # At a fraction, a crop rarely begins with a pixel; rounded, it would move by up to half of one.
-    cut = training and all(side == round(side) for side in box)
+    cut = training and _of_pixels(box)
     return cut_and_resized(pixels, size, box) if cut else resized(pixels, size, box)
+
+
+@dataclass(frozen=True)
+class WholeJpeg:
+    """The bytes of a JPEG file that any decoder can be given, its size in pixels, and which part is asked for."""
+
+    content: bytes
+    width: int
+    height: int
+    box: Box
+
+
+def undecoded(path: str, size: int, crop: Crop) -> WholeJpeg | None:
+    """A JPEG file in YCbCr, upright and with an end, of which whole pixels are to be cut out; None: `read_crop` it.
+
+    What is cut off ends without the marker of an end, and decoders differ in what they make of it. A part of many times
+    `size` is smaller work where it is decoded at a fraction.
+    """
+    plain = _PlainJpeg.of(path)
+    if plain is None or plain.space != "YCbCr" or plain.orientation != 1 or plain.content[-2:] != b"\xff\xd9":
+        return None
+    box = crop(plain.width, plain.height)
+    fits = max(box[2] - box[0], box[3] - box[1]) <= _MOST_SHRUNK * size
+    return WholeJpeg(plain.content, plain.width, plain.height, box) if fits and _of_pixels(box) else None
+
+
+def _of_pixels(box: Box) -> bool:
+    return all(side == round(side) for side in box)
 
 
 def _halvings(factor: float) -> int:
@@ -152,6 +181,7 @@ class _PlainJpeg:
     width: int
     height: int
     orientation: int = 1
+    space: str = "YCbCr"
 
     @classmethod
     def of(cls, path: str) -> _PlainJpeg | None:
@@ -168,7 +198,7 @@ class _PlainJpeg:
         orientation = _orientation(content) if b"Exif\x00\x00" in head or b"tiff:Orientation" in head else 1
         if orientation in _SIDEWAYS:
             width, height = height, width
-        return cls(content, width, height, orientation)
+        return cls(content, width, height, orientation, space)
 
     def decode(self, halvings: int) -> Pixels | None:
         """Of its whole size, or halved so often, in RGB: (H, W, 3); None where something is wrong with it."""

@@ -18,6 +18,7 @@ from resnext_ignite.data.decoding import (
     ATTEMPTS,
     CENTRE,
     Box,
+    Crop,
     has_size,
     no_warnings,
     random_crop,
@@ -89,19 +90,23 @@ class ImageFiles:
         """
         room = shared_room(len(positions), self.size, self.size, 3)
         pictures = room.numpy()
-        draws = None if crop_key is None else crop_draws(*crop_key, self.indices[positions])
+        crops = self.crops(positions, crop_key)
         unreadable: dict[int, str] = {}
-        square = square_crop(self.size, self.crop_share, self.anchor)
         with no_warnings():
-            for place, position in enumerate(positions.tolist()):
-                crop = square if draws is None else random_crop(draws[place])
+            for place, (position, crop) in enumerate(zip(positions.tolist(), crops, strict=True)):
                 try:
-                    pictures[place] = read_crop(self.paths[position], self.size, crop, training=draws is not None)
+                    pictures[place] = read_crop(self.paths[position], self.size, crop, training=crop_key is not None)
                 except DataError as error:
                     if fill is None:
                         raise
                     pictures[place], unreadable[place] = fill, str(error)
         return room, unreadable
+
+    def crops(self, positions: Tensor, crop_key: tuple[int, int] | None) -> list[Crop]:
+        """What is kept of each picture at some positions (int64); `crop_key` as for `read`."""
+        if crop_key is None:
+            return [square_crop(self.size, self.crop_share, self.anchor)] * len(positions)
+        return [random_crop(draws) for draws in crop_draws(*crop_key, self.indices[positions])]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Both kinds of split (in memory, as files) give the same batches; which images, i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from resnext_ignite.data.augment import Augment
+from resnext_ignite.data.device_decoding import DeviceDecoding, JpegDecoder, JpegReader
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import UNREADABLE, Images, whole_color
 from resnext_ignite.data.mixing import Mixing, neighbours
@@ -56,6 +57,7 @@ class TrainLoader:
         sizes: of the images in each epoch; None: that of the split's pictures. Where files are cropped at random, the
             crop is decoded to that size, and cutout scaled with it; else the augmented image is resized.
         skip_unreadable: files: mark a picture that cannot be read, and warn of it once a rank, instead of raising.
+        decode_on: files: the workers read JPEGs, and this device decodes their random-resized crops; None: they do.
     """
 
     def __init__(
@@ -70,10 +72,12 @@ class TrainLoader:
         random_resized_crop: bool = False,
         sizes: GrowingSize | None = None,
         skip_unreadable: bool = False,
+        decode_on: torch.device | None = None,
     ) -> None:
         self.split, self.order, self.augment, self.device, self.mixing = split, order, augment, device, mixing
         self.workers = workers
         self.random_resized_crop, self.sizes, self.skip_unreadable = random_resized_crop, sizes, skip_unreadable
+        self.decode_on = decode_on
         self._warned: set[int] = set()
         self.start_iteration = 0
 
@@ -81,7 +85,7 @@ class TrainLoader:
         """Iterations an epoch."""
         return self.order.iterations_per_epoch
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         """Raises DataError for a picture that cannot be read (unless it is skipped) and for a dead worker."""
         batches = self.order.batches(self.start_iteration)
         if isinstance(self.split, Images):
@@ -89,13 +93,20 @@ class TrainLoader:
             for epoch, positions in batches:
                 yield self._batch(padded, epoch, positions, chosen=positions)
             return
-        seed = self.augment.seed if self.random_resized_crop else None
-        fill = whole_color(self.augment.mean) if self.skip_unreadable else None
-        decoder = _Decoder(self.split, seed, fill, None if seed is None else self.sizes)
-        for pictures, epoch, positions, unreadable in _decoded(decoder, batches, self.workers, self.device):
+        for pictures, epoch, positions, unreadable in self._decoded(self.split, batches):
             self._warn({int(positions[place]): reason for place, reason in unreadable.items()})
             padded = self.augment.pad(pictures.to(self.device, non_blocking=True))
             yield self._batch(padded, epoch, positions, unreadable=list(unreadable))
+
+    def _decoded(self, files: ImageFiles, batches: Iterable[tuple[int, Tensor]]) -> Iterator[Decoded]:
+        seed, fill = self.augment.seed, whole_color(self.augment.mean) if self.skip_unreadable else None
+        if self.decode_on is not None:
+            reader = JpegReader(files, seed, fill, self.sizes)
+            read = _decoded(reader, batches, self.workers, self.device)
+            return DeviceDecoding(reader, JpegDecoder(self.decode_on)).finished(read)
+        sizes = self.sizes if self.random_resized_crop else None
+        decoder = _Decoder(files, seed if self.random_resized_crop else None, fill, sizes)
+        return _decoded(decoder, batches, self.workers, self.device)
 
     def _warn(self, reasons: dict[int, str]) -> None:
         for position in sorted(set(reasons) - self._warned):
@@ -276,8 +287,8 @@ class _Decoder(Dataset[Any]):
 
 
 def _decoded(
-    decoder: _Decoder, batches: Iterable[tuple[int, Tensor]], workers: int, device: torch.device
-) -> Iterator[Decoded]:
+    decoder: Dataset[Any], batches: Iterable[tuple[int, Tensor]], workers: int, device: torch.device
+) -> Generator[tuple[Any, int, Tensor, dict[int, str]], None, None]:
     loader = DataLoader(
         decoder,
         batch_size=None,

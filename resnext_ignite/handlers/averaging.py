@@ -120,7 +120,7 @@ class FreshStatistics:
             norm.reset_running_stats()
             norm.train()
         autocast = torch.autocast(loader.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with contextlib.closing(iter(loader)) as batches, autocast:  # type: ignore[type-var]
+        with contextlib.closing(iter(loader)) as batches, autocast:
             for batch in itertools.islice(batches, self.batches):
                 for images in batch.images.chunk(loader.order.accumulate):
                     self.model(images)

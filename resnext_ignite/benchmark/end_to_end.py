@@ -1,0 +1,95 @@
+"""Training from JPEG files to updates: images/s, and how long the device waits for pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any
+
+from resnext_ignite.benchmark.photographs import jpegs_in, linked
+from resnext_ignite.benchmark.setup import Training, build_training
+from resnext_ignite.benchmark.training import Work
+from resnext_ignite.config import with_values
+from resnext_ignite.data import Data, build_train_loader, load_data
+from resnext_ignite.data.loaders import TrainLoader
+from resnext_ignite.distributed import Ranks
+from resnext_ignite.timing import in_turns, medians
+
+_DECODERS = ("workers", "device")
+_ITERATIONS = 40
+# Batches that a worker of a DataLoader is ahead.
+_AHEAD = 2
+READY = "a batch that lies ready"
+
+
+def measure_end_to_end(
+    folder: Path, work: Work, *, decoders: tuple[str, ...] = _DECODERS, rounds: int = 5, iterations: int = _ITERATIONS
+) -> dict[str, Any]:
+    """Images/s of the trainer on random-resized crops of the JPEG files in a folder, for each way to decode them.
+
+    In turns with the same iterations on one batch that lies ready: what these take less is what the device waits for
+    its pictures. As many workers as there are cores; each turn starts its own, and takes what they are ahead first.
+
+    Args:
+        work: the config, which reads an imagefolder, and the batches.
+        decoders: values of `data.decode`.
+        iterations: in a turn.
+
+    Raises:
+        DataError: there are no JPEG files.
+    """
+    files = jpegs_in(folder)
+    workers = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as root:
+        values = [f"data.root={linked(files, Path(root))}", f"data.workers={workers}", "data.name=imagefolder"]
+        training = build_training(
+            work.config_path,
+            [*work.overrides(), *values, f"data.image_size={work.image_size}", "augment.random_resized_crop=true"],
+            work.num_classes,
+            image_size=work.image_size,
+        )
+        data = load_data(training.config, Ranks(), ("train",))
+        loaders = {decoder: _loader(training, data, decoder) for decoder in decoders}
+        ready = next(iter(loaders[decoders[0]]))
+        turns: dict[str, Callable[[], float]] = {READY: lambda: training.run(repeat(ready), iterations)}
+        for decoder, loader in loaders.items():
+            turns[_from_files(decoder)] = _turn(training, loader, iterations, ahead=_AHEAD * workers)
+        seconds = in_turns(turns, rounds, f"photographs, {work.model}")
+    middle = medians(seconds)
+    return {
+        "unit": "images/s",
+        "files": len(files),
+        "workers": workers,
+        "batch_size": work.batch_size,
+        "image_size": work.image_size,
+        "samples": {name: [work.batch_size / value for value in values] for name, values in seconds.items()},
+        "ratios": {
+            f"share of the time that waits for data, {decoder}": 1 - middle[READY] / middle[_from_files(decoder)]
+            for decoder in decoders
+        },
+    }
+
+
+def _from_files(decoder: str) -> str:
+    return f"from files, decoded by the {decoder}"
+
+
+def _loader(training: Training, data: Data, decoder: str) -> TrainLoader:
+    return build_train_loader(with_values(training.config, {"data.decode": decoder}), data, training.device, Ranks())
+
+
+def _turn(training: Training, loader: TrainLoader, iterations: int, ahead: int) -> Callable[[], float]:
+    """Seconds an iteration, of which none takes a picture that was decoded before the first began."""
+
+    def run() -> float:
+        # Workers that went on decoding would slow down the next turn.
+        with contextlib.closing(iter(loader)) as batches:
+            for _ in islice(batches, ahead):
+                pass
+            return training.run(batches, iterations)
+
+    return run

@@ -1,0 +1,202 @@
+"""JPEG files decoded on a device: the workers read them, the main process has the device decode, crop and resize.
+
+What is no plain JPEG is decoded in the workers, and what the device refuses beside it: `imagefolder.py` says how.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional
+
+from resnext_ignite.data.decoding import Box, no_warnings, undecoded
+from resnext_ignite.data.imagefolder import ImageFiles
+from resnext_ignite.data.resizing import GrowingSize
+from resnext_ignite.data.workers import shared_room
+from resnext_ignite.errors import DataError
+
+log = logging.getLogger(__name__)
+
+# Of decoded pictures at once: 200 MB of a device's memory.
+_PIXELS_AT_ONCE = 2**26
+_NO_BOX: Box = (0.0, 0.0, 0.0, 0.0)
+
+
+class Part(NamedTuple):
+    """A picture's part of a batch's bytes: a JPEG file and what is kept of it, or pixels (size, size, 3)."""
+
+    length: int
+    width: int = 0
+    height: int = 0
+    box: Box = _NO_BOX
+
+    @property
+    def is_jpeg(self) -> bool:
+        return self.width > 0
+
+
+class JpegReader(Dataset[Any]):
+    """A batch's files at a time, in a worker: (epoch, positions) -> ((bytes, parts), epoch, positions, unreadable).
+
+    One tensor uint8 (bytes,) holds the batch: each travels through shared memory, a file descriptor each.
+
+    Args:
+        files: the split.
+        crop_seed: key of random-resized crops.
+        fill: as for `ImageFiles.read`.
+        sizes: of the pictures in each epoch; None: that of the split's.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        crop_seed: int,
+        fill: tuple[int, int, int] | None = None,
+        sizes: GrowingSize | None = None,
+    ) -> None:
+        self.files, self.crop_seed, self.fill, self.sizes = files, crop_seed, fill, sizes
+
+    def files_of(self, epoch: int) -> ImageFiles:
+        """The split, its pictures of the size that they have in an epoch."""
+        return self.files if self.sizes is None else replace(self.files, size=self.sizes.at(epoch))
+
+    def __getitem__(
+        self, key: tuple[int, list[int]]
+    ) -> tuple[tuple[Tensor, list[Part]], int, list[int], dict[int, str]] | DataError:
+        epoch, positions = key
+        try:
+            content, parts, unreadable = self._read(torch.tensor(positions, dtype=torch.int64), epoch)
+            return (content, parts), epoch, positions, unreadable
+        except DataError as error:
+            # Returned, since an error raised in a worker arrives wrapped in its traceback.
+            return error
+
+    def _read(self, positions: Tensor, epoch: int) -> tuple[Tensor, list[Part], dict[int, str]]:
+        contents = bytearray()
+        parts: list[Part] = []
+        unreadable: dict[int, str] = {}
+        key, files = (self.crop_seed, epoch), self.files_of(epoch)
+        for place, crop in enumerate(files.crops(positions, key)):
+            with no_warnings():
+                jpeg = undecoded(files.paths[int(positions[place])], files.size, crop)
+            if jpeg is not None:
+                content, part = jpeg.content, Part(len(jpeg.content), jpeg.width, jpeg.height, jpeg.box)
+            else:
+                pixels, reasons = files.read(positions[place : place + 1], key, self.fill)
+                content, part = pixels.numpy().tobytes(), Part(pixels.numel())
+                if reasons:
+                    unreadable[place] = reasons[0]
+            contents += content
+            parts.append(part)
+        return shared_room(len(contents)).copy_(torch.frombuffer(contents, dtype=torch.uint8)), parts, unreadable
+
+
+class JpegDecoder:
+    """JPEG files to pixels, on a CPU by libjpeg-turbo, on a GPU by nvJPEG."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def decode(self, contents: Sequence[Tensor]) -> list[Tensor | None]:
+        """Files uint8 (bytes,) -> RGB uint8 (3, H, W) on the device, in order; None for a file that it refuses."""
+        if self.device.type == "cuda":
+            # nvJPEG has a stream of its own, which waits for nobody: the memory that it is given must be free by then.
+            torch.cuda.current_stream(self.device).synchronize()
+        try:
+            return list(decode_jpeg(list(contents), ImageReadMode.RGB, self.device))
+        except RuntimeError:
+            # One that is refused spoils the whole list.
+            return [None] if len(contents) == 1 else [self.decode([content])[0] for content in contents]
+
+
+class DeviceDecoding:
+    """What a JpegReader read to pictures on a device.
+
+    Args:
+        reader: what reads; a file that the device refuses is read as its `files` are in the workers.
+        decoder: decodes, and says on which device the rest is done.
+    """
+
+    def __init__(self, reader: JpegReader, decoder: JpegDecoder) -> None:
+        self.reader, self.decoder = reader, decoder
+        # Its own, so that waiting for it is not waiting for the network.
+        self.stream = torch.cuda.Stream(decoder.device) if decoder.device.type == "cuda" else None
+        self._warned = False
+
+    def finished(
+        self, batches: Generator[tuple[tuple[Tensor, list[Part]], int, Tensor, dict[int, str]], None, None]
+    ) -> Iterator[tuple[Tensor, int, Tensor, dict[int, str]]]:
+        """Pictures uint8 (n, size, size, 3) in the place of their files; `batches` end with this, however it ends.
+
+        Raises:
+            DataError: a file that the device refuses cannot be read, and there is no `fill`; the line names it.
+        """
+        # Its workers would live as long as the traceback of an error that is raised here.
+        with contextlib.closing(batches):
+            for (content, parts), epoch, positions, unreadable in batches:
+                with torch.cuda.stream(self.stream):
+                    pictures, reasons = self._pictures(content, parts, epoch, positions)
+                if self.stream is not None:
+                    network = torch.cuda.current_stream(self.decoder.device)
+                    network.wait_stream(self.stream)
+                    # Else the decoder could have its memory back while the network still reads it.
+                    pictures.record_stream(network)
+                yield pictures, epoch, positions, unreadable | reasons
+
+    def _pictures(
+        self, content: Tensor, parts: list[Part], epoch: int, positions: Tensor
+    ) -> tuple[Tensor, dict[int, str]]:
+        size, device = self.reader.files_of(epoch).size, self.decoder.device
+        pictures = torch.empty((len(parts), size, size, 3), dtype=torch.uint8, device=device)
+        pieces = content.split([part.length for part in parts])
+        reasons: dict[int, str] = {}
+        for places in _at_once(parts):
+            decoded = self.decoder.decode([pieces[place] for place in places])
+            for place, picture in zip(places, decoded, strict=True):
+                part = parts[place]
+                if picture is not None and picture.shape == (3, part.height, part.width):
+                    left, top, right, bottom = map(int, part.box)
+                    kept = functional.resize(picture[:, top:bottom, left:right], [size, size], antialias=True)
+                    pictures[place] = kept.permute(1, 2, 0)
+                else:
+                    pixels, why = self._refused(positions[place : place + 1], epoch)
+                    pictures[place] = pixels.to(device)
+                    if why is not None:
+                        reasons[place] = why
+        for place, part in enumerate(parts):
+            if not part.is_jpeg:
+                pictures[place] = pieces[place].view(size, size, 3).to(device, non_blocking=True)
+        return pictures, reasons
+
+    def _refused(self, position: Tensor, epoch: int) -> tuple[Tensor, str | None]:
+        files = self.reader.files_of(epoch)
+        pixels, reasons = files.read(position, (self.reader.crop_seed, epoch), self.reader.fill)
+        if not reasons and not self._warned:
+            # Once: a few are no matter, and of many one is enough to look at.
+            path = files.paths[int(position)]
+            log.warning("data.decode: the device refuses %s; it is decoded without it, as others like it are", path)
+            self._warned = True
+        return pixels[0], reasons.get(0)
+
+
+def _at_once(parts: list[Part]) -> Iterator[list[int]]:
+    """The places of the JPEG files, so many together that what is decoded of them fits into memory."""
+    places: list[int] = []
+    pixels = 0
+    for place, part in enumerate(parts):
+        if part.is_jpeg:
+            if places and pixels + part.width * part.height > _PIXELS_AT_ONCE:
+                yield places
+                places, pixels = [], 0
+            places.append(place)
+            pixels += part.width * part.height
+    if places:
+        yield places
