@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _ALLOWED = (
     "data.",
     "evaluation.batch_size",
+    "evaluation.image_size",
     "evaluation.inference",
     "train.device",
     "train.precision",
@@ -70,10 +71,15 @@ def evaluate(
         raise ConfigError(f"{refused[0]}: an evaluation takes {', '.join(_ALLOWED)} only")
     model, metadata = open_model(checkpoint)
     config = metadata.config
+    if config.evaluation.image_size and any(override.startswith("data.image_size=") for override in overrides):
+        raise ConfigError("data.image_size: this run is evaluated at evaluation.image_size; set that")
     if config.train.device == "cuda" and not torch.cuda.is_available():
         config = with_values(config, {"train.device": "cpu"})
     # Whatever the run did while training: an evaluation leaves no picture out.
     config = with_values(override_config(config, overrides), {"data.on_error": "fail", "logging.images": keep_mistakes})
+    if config.evaluation.image_size:
+        # The training images too, where they are what is evaluated.
+        config = with_values(config, {"data.image_size": config.evaluation.image_size})
     if views == "ten-crop":
         # In memory a picture is its centre only.
         config = with_values(config, {"data.in_memory": False})

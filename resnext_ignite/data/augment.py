@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnext_ignite.data.erasing import random_boxes
 from resnext_ignite.data.images import whole_color
 from resnext_ignite.data.sampling import Purpose, integers, uniform
+from resnext_ignite.data.trivial import trivial_augment
 
 Color = tuple[float, float, float]
 # ITU-R 601 luma, as in fb.resnext.torch's grayscale.
@@ -66,12 +68,12 @@ def flip(images: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen[:, None], mirrored, flat).view(torch.uint8).view_as(images)
 
 
-def cut_out(images: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
-    """Zero a square of each image in place, clipped at the edges: (N, H, W, 3), int64 (N,) its upper left corner."""
+def cut_out(images: Tensor, top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
+    """Zero a box of each image in place, clipped at the edges: (N, H, W, 3), int64 (N,)."""
     rows = torch.arange(images.shape[1], device=images.device)
     columns = torch.arange(images.shape[2], device=images.device)
-    inside_rows = (rows >= top[:, None]) & (rows < top[:, None] + size)
-    inside_columns = (columns >= left[:, None]) & (columns < left[:, None] + size)
+    inside_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])
+    inside_columns = (columns >= left[:, None]) & (columns < (left + width)[:, None])
     return images.masked_fill_((inside_rows[:, :, None] & inside_columns[:, None, :])[..., None], 0.0)
 
 
@@ -118,7 +120,7 @@ class Augment:
     Args:
         seed: key of all draws.
         mean, std: normalisation, of 0 to 1, red, green, blue.
-        crop_padding, crop_fill, flip, cutout, color, lighting: as the config keys of `augment`.
+        crop_padding, crop_fill, flip, trivial, cutout, erasing, color, lighting: as the config keys of `augment`.
         channels_last: memory of what is put out.
     """
 
@@ -128,7 +130,9 @@ class Augment:
     crop_padding: int = 0
     crop_fill: str = "zero"
     flip: str = "none"
+    trivial: bool = False
     cutout: int = 0
+    erasing: float = 0.0
     color: float = 0.0
     lighting: float = 0.0
     channels_last: bool = True
@@ -141,7 +145,7 @@ class Augment:
         return pad(pictures, self.crop_padding, self._fill(pictures.device)) if self.crop_padding else pictures
 
     def __call__(self, padded: Tensor, positions: Tensor, epoch: int, indices: Tensor) -> Tensor:
-        """Augment and normalise some pictures, given as `pad` made them.
+        """Augment and normalise some pictures, given as `pad` made them: `on_pictures`, then `on_images`.
 
         Args:
             padded: uint8 (M, H+2p, W+2p, 3).
@@ -152,7 +156,11 @@ class Augment:
         Returns:
             float32 (n, 3, H, W).
         """
-        size, device = padded.shape[1] - 2 * self.crop_padding, padded.device
+        return self.on_images(self.on_pictures(padded, positions, epoch, indices), epoch, indices)
+
+    def on_pictures(self, padded: Tensor, positions: Tensor, epoch: int, indices: Tensor) -> Tensor:
+        """The part that yields pictures again, as `__call__`: -> uint8 (n, H, W, 3)."""
+        size = padded.shape[1] - 2 * self.crop_padding
         if self.crop_padding:
             offsets = 2 * self.crop_padding + 1
             top = integers(self.seed, epoch, indices, Purpose.CROP_Y, offsets)
@@ -165,6 +173,11 @@ class Augment:
         elif self.flip == "alternating":
             # Each image's first side is drawn once; from then on it changes every epoch.
             images = flip(images, (integers(self.seed, 0, indices, Purpose.FLIP, 2) + epoch) % 2 == 0)
+        return trivial_augment(images, self.seed, epoch, indices) if self.trivial else images
+
+    def on_images(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
+        """The part that normalises and what follows: uint8 (n, H, W, 3) of `on_pictures` -> float32 (n, 3, H, W)."""
+        (height, width), device = images.shape[1:3], images.device
         if self.color or self.lighting:
             mean, std = self._moments(device)
             out = (self._colored(images.float() / 255, epoch, indices) - mean) / std
@@ -174,9 +187,11 @@ class Augment:
             # The centre lies anywhere in the image (DeVries and Taylor, arXiv:1708.04552, section 3.2), so that a
             # square may hang over the edge; zero is the mean colour here.
             half = self.cutout // 2
-            top = integers(self.seed, epoch, indices, Purpose.CUTOUT_Y, size) - half
-            left = integers(self.seed, epoch, indices, Purpose.CUTOUT_X, size) - half
-            out = cut_out(out, top, left, self.cutout)
+            top = integers(self.seed, epoch, indices, Purpose.CUTOUT_Y, height) - half
+            left = integers(self.seed, epoch, indices, Purpose.CUTOUT_X, width) - half
+            out = cut_out(out, top, left, self.cutout, self.cutout)
+        if self.erasing:
+            out = cut_out(out, *random_boxes(self.seed, epoch, indices, height, width, self.erasing))
         return self._as_nchw(out)
 
     def plain(self, images: Tensor) -> Tensor:

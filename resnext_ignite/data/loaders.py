@@ -87,12 +87,17 @@ class TrainLoader:
             return
         seed = self.augment.seed if self.random_resized_crop else None
         fill = whole_color(self.augment.mean) if self.skip_unreadable else None
-        decoder = _Decoder(self.split, seed, fill)
+        # TrivialAugment, a picture at a time, is work for many processes; what comes before it goes along.
+        in_workers = self.augment if self.augment.trivial else None
+        decoder = _Decoder(self.split, seed, fill, in_workers)
         for pictures, epoch, positions, unreadable in _decoded(decoder, batches, self.workers, self.device):
             self._warn({int(positions[place]): reason for place, reason in unreadable.items()})
-            padded = self.augment.pad(pictures.to(self.device, non_blocking=True))
-            places = torch.arange(len(positions), device=self.device)
-            yield self._batch(padded, places, epoch, positions, list(unreadable))
+            pictures = pictures.to(self.device, non_blocking=True)
+            if in_workers is None:
+                padded, places = self.augment.pad(pictures), torch.arange(len(positions), device=self.device)
+                yield self._batch(padded, places, epoch, positions, list(unreadable))
+            else:
+                yield self._batch(pictures, None, epoch, positions, list(unreadable))
 
     def _warn(self, reasons: dict[int, str]) -> None:
         for position in sorted(set(reasons) - self._warned):
@@ -100,15 +105,18 @@ class TrainLoader:
         self._warned.update(reasons)
 
     def _batch(
-        self, padded: Tensor, places: Tensor, epoch: int, positions: Tensor, unreadable: Sequence[int] = ()
+        self, padded: Tensor, places: Tensor | None, epoch: int, positions: Tensor, unreadable: Sequence[int] = ()
     ) -> Batch:
-        # `places` are the batch's pictures in `padded`, `positions` those in the split.
+        # `places` are the batch's pictures in `padded` (None: `Augment.on_pictures` made these), `positions` those in
+        # the split.
         indices = self.split.indices[positions].to(self.device, non_blocking=True)
         labels = self.split.labels[positions]
         if unreadable:
             labels[list(unreadable)] = UNREADABLE
         labels = labels.to(self.device, non_blocking=True)
-        images, shares = self.augment(padded, places, epoch, indices), None
+        if places is not None:
+            padded = self.augment.on_pictures(padded, places, epoch, indices)
+        images, shares = self.augment.on_images(padded, epoch, indices), None
         if self.mixing is not None:
             bad = labels == UNREADABLE
             images, shares = self.mixing(images, epoch, indices, bad | neighbours(bad))
@@ -234,18 +242,27 @@ class _Decoder(Dataset[Any]):
         files: the split.
         crop_seed: key of random-resized crops; None: the centre.
         fill: as for `ImageFiles.read`.
+        augment: what makes other pictures of them (`Augment.on_pictures`); None: they are given as they are.
     """
 
     def __init__(
-        self, files: ImageFiles, crop_seed: int | None = None, fill: tuple[int, int, int] | None = None
+        self,
+        files: ImageFiles,
+        crop_seed: int | None = None,
+        fill: tuple[int, int, int] | None = None,
+        augment: Augment | None = None,
     ) -> None:
-        self.files, self.crop_seed, self.fill = files, crop_seed, fill
+        self.files, self.crop_seed, self.fill, self.augment = files, crop_seed, fill, augment
 
     def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Tensor, int, list[int], dict[int, str]] | DataError:
         epoch, positions = key
         crop_key = None if self.crop_seed is None else (self.crop_seed, epoch)
+        places = torch.tensor(positions, dtype=torch.int64)
         try:
-            pictures, unreadable = self.files.read(torch.tensor(positions, dtype=torch.int64), crop_key, self.fill)
+            pictures, unreadable = self.files.read(places, crop_key, self.fill)
+            if self.augment is not None:
+                padded, every = self.augment.pad(pictures), torch.arange(len(pictures))
+                pictures = self.augment.on_pictures(padded, every, epoch, self.files.indices[places])
             return share(pictures), epoch, positions, unreadable
         except DataError as error:
             # Returned, since an error raised in a worker arrives wrapped in its traceback.
