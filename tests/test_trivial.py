@@ -187,7 +187,7 @@ def test_memory_and_files_give_the_same_batches(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_cut_ends_as_if_it_were_not(tmp_path: Path) -> None:
-    keys = ("augment.trivial=true", "augment.erasing=0.5")
+    keys = ("augment.trivial=true", "augment.erasing=0.5", "data.train_size=32", "data.test_size=8", "train.epochs=2")
     assert train_tiny(tmp_path / "whole", *keys) == 0
     assert train_tiny(tmp_path / "cut", *keys, "train.epochs=1") == 0
     assert train_tiny(tmp_path / "cut", *keys, resume=True) == 0
