@@ -29,6 +29,7 @@ _ALLOWED = (
     "data.",
     "evaluation.batch_size",
     "evaluation.flip_tta",
+    "evaluation.image_size",
     "evaluation.inference",
     "train.device",
     "train.precision",
@@ -75,6 +76,8 @@ def evaluate(
         raise ConfigError(f"{refused[0]}: an evaluation takes {', '.join(_ALLOWED)} only")
     model, metadata = open_model(checkpoint)
     config = metadata.config
+    if config.evaluation.image_size and any(override.startswith("data.image_size=") for override in overrides):
+        raise ConfigError("data.image_size: this run is evaluated at evaluation.image_size; set that")
     if config.train.device == "cuda" and not torch.cuda.is_available():
         config = with_values(config, {"train.device": "cpu"})
     # Whatever the run did while training: an evaluation leaves no picture out.
@@ -82,6 +85,9 @@ def evaluate(
     if views != "one" and config.evaluation.flip_tta:
         log.info(f"evaluation.flip_tta: left out, since --views {views} is a mean already")
         config = with_values(config, {"evaluation.flip_tta": False})
+    if config.evaluation.image_size:
+        # The training images too, where they are what is evaluated.
+        config = with_values(config, {"data.image_size": config.evaluation.image_size})
     if views == "ten-crop":
         # In memory a picture is its centre only.
         config = with_values(config, {"data.in_memory": False})

@@ -47,7 +47,7 @@ def tuned(config: Config, data: Data, device: torch.device, ranks: Ranks) -> Con
             in_all = times * len(data.splits[data.selection]) // ranks.world_size
             model, arithmetic = _plain_model(config), _arithmetic(config, device)
             batch = evaluation.batch_size
-            values["evaluation.inference"] = choose_inference(model, data.image_size, batch, in_all, arithmetic)
+            values["evaluation.inference"] = choose_inference(model, data.evaluation_size, batch, in_all, arithmetic)
         for key, value in values.items():
             log.info(f"measured: {key}={value if isinstance(value, str) else ', '.join(value)}")
         return values
@@ -71,7 +71,7 @@ def inference_for(config: Config, model: nn.Module, data: Data, split: str, devi
     """The fastest way to evaluate a split once."""
     images = len(data.splits[split])
     batch = config.evaluation.batch_size
-    return choose_inference(model, data.image_size, batch, images, _arithmetic(config, device))
+    return choose_inference(model, data.evaluation_size, batch, images, _arithmetic(config, device))
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def test_flip_mirrors_the_chosen(size: int) -> None:
 
 
 def test_cut_out_is_clipped_at_the_edges() -> None:
-    out = augment.cut_out(torch.ones(2, 4, 4, 3), torch.tensor([-1, 2]), torch.tensor([0, 3]), 2)
+    out = augment.cut_out(torch.ones(2, 4, 4, 3), torch.tensor([-1, 2]), torch.tensor([0, 3]), 2, 2)
     first, second = torch.ones(4, 4), torch.ones(4, 4)
     first[0, :2] = 0
     second[2:, 3] = 0

@@ -59,7 +59,7 @@ def _state_of(training: Training, data: Data) -> dict[str, Any]:
         "classes": list(data.classes),
         "mean": list(data.mean),
         "std": list(data.std),
-        "image_size": data.image_size,
+        "image_size": data.evaluation_size,
         "selection": data.selection,
         "data": data.contents,
     }

@@ -59,12 +59,12 @@ class DataConfig(Section):
     """Use only so many training images, the same ones for every seed (for `shapes`: draw so many); null: all."""
     test_size: Annotated[int, Field(ge=1)] | None = None
     """Use only so many test images; null: all."""
-    image_size: Annotated[int, Field(ge=8, le=512)] | None = None
+    image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
     """Height and width in pixels; null: 32, or 224 for an `imagefolder` with an ImageNet layout."""
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     """`imagefolder`: side of the central square kept in evaluation, over the shorter side (ImageNet: 0.875)."""
     in_memory: bool | None = None
-    """`imagefolder`: decode once into memory; null: where all pictures have `image_size` already and they fit."""
+    """`imagefolder`: decode once into memory; null: where all pictures have their size already and they fit."""
     workers: Annotated[int, Field(ge=0, le=256)] | None = None
     """Processes a rank that decode an `imagefolder`; null: the cores a rank has, at most 8."""
     decode: Literal["workers", "device"] = "workers"
@@ -96,8 +96,13 @@ class AugmentConfig(Section):
     """What the padding holds: black, the data's mean colour, or the picture reflected."""
     flip: Literal["none", "random", "alternating"] = "random"
     """Mirror left to right: by chance each epoch, or every second epoch from a random start."""
+    trivial: bool = False
+    """TrivialAugment, wide: one of 14 operations of one of 31 strengths a picture (arXiv:2103.10158)."""
     cutout: Annotated[int, Field(ge=0, le=512)] = 0
     """Side in pixels of a square set to the mean colour, its centre anywhere in the image; 0: none."""
+    erasing: Fraction = 0.0
+    """Probability of a box of 2 to 33 % of the area, of an aspect of 0.3 to 3.3, set to the mean colour
+    (arXiv:1708.04896)."""
     random_resized_crop: bool = False
     """`imagefolder`: crop 8 to 100 % of the area at an aspect of 3/4 to 4/3, resized; replaces the padded crop."""
     color: Fraction = 0.0

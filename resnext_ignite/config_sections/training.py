@@ -148,6 +148,9 @@ class EvaluationConfig(Section):
     """Epochs that are evaluated whatever `every` says; 0: before the first iteration."""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 500
     """Images a rank evaluates at once."""
+    image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
+    """Height and width in pixels at which the network is evaluated, and predicts afterwards; null:
+    `data.image_size`."""
     patience: Annotated[int, Field(ge=0)] = 0
     """Stop after so many evaluations without a lower error; 0: never."""
     min_delta: Annotated[float, Field(ge=0, le=100)] = 0.0

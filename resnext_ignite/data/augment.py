@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from resnext_ignite.data.erasing import random_boxes
 from resnext_ignite.data.images import whole_color
 from resnext_ignite.data.sampling import Purpose, integers, uniform
+from resnext_ignite.data.trivial import trivial_augment
 
 Color = tuple[float, float, float]
 # ITU-R 601 luma, as in fb.resnext.torch's grayscale.
@@ -69,12 +71,12 @@ def flip(images: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen[:, None], mirrored, flat).view(torch.uint8).view_as(images)
 
 
-def cut_out(images: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
-    """Zero a square of each image in place, clipped at the edges: (N, H, W, 3), int64 (N,) its upper left corner."""
+def cut_out(images: Tensor, top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
+    """Zero a box of each image in place, clipped at the edges: (N, H, W, 3), int64 (N,)."""
     rows = torch.arange(images.shape[1], device=images.device)
     columns = torch.arange(images.shape[2], device=images.device)
-    inside_rows = (rows >= top[:, None]) & (rows < top[:, None] + size)
-    inside_columns = (columns >= left[:, None]) & (columns < left[:, None] + size)
+    inside_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])
+    inside_columns = (columns >= left[:, None]) & (columns < (left + width)[:, None])
     return images.masked_fill_((inside_rows[:, :, None] & inside_columns[:, None, :])[..., None], 0.0)
 
 
@@ -132,7 +134,7 @@ class Augment:
     Args:
         seed: key of all draws.
         mean, std: normalisation, of 0 to 1, red, green, blue.
-        crop_padding, crop_fill, flip, cutout, color, lighting: as the config keys of `augment`.
+        crop_padding, crop_fill, flip, trivial, cutout, erasing, color, lighting: as the config keys of `augment`.
         channels_last: memory of what is put out.
     """
 
@@ -142,7 +144,9 @@ class Augment:
     crop_padding: int = 0
     crop_fill: str = "zero"
     flip: str = "none"
+    trivial: bool = False
     cutout: int = 0
+    erasing: float = 0.0
     color: float = 0.0
     lighting: float = 0.0
     channels_last: bool = True
@@ -155,7 +159,7 @@ class Augment:
         return pad(pictures, self.crop_padding, self._fill(pictures.device)) if self.crop_padding else pictures
 
     def __call__(self, padded: Tensor, positions: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
-        """Augment and normalise some pictures, given as `pad` made them.
+        """Augment and normalise some pictures, given as `pad` made them: `on_pictures`, then `on_images`.
 
         Args:
             padded: uint8 (M, H+2p, W+2p, 3).
@@ -166,16 +170,25 @@ class Augment:
         Returns:
             float32 (n, 3, H, W).
         """
-        size, device = padded.shape[1] - 2 * self.crop_padding, padded.device
-        if self.crop_padding:
-            offsets = 2 * self.crop_padding + 1
-            top = integers(self.seed, epoch, indices, Purpose.CROP_Y, offsets)
-            left = integers(self.seed, epoch, indices, Purpose.CROP_X, offsets)
-            places = torch.arange(len(padded), device=device) if positions is None else positions
-            images = crop(padded, places, top, left, size)
-        else:
-            images = padded if positions is None else padded[positions]
-        mirrored = self._mirrored(epoch, indices)
+        if self.trivial:
+            return self.on_images(self.on_pictures(padded, positions, epoch, indices), epoch, indices)
+        # Mirrored while they are normalised, which saves a pass over them.
+        images = self._cropped(padded, positions, epoch, indices)
+        return self.on_images(images, epoch, indices, self._mirrored(epoch, indices))
+
+    def on_pictures(self, padded: Tensor, positions: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
+        """The part that yields pictures again, as `__call__`: -> uint8 (n, H, W, 3)."""
+        images, mirrored = self._cropped(padded, positions, epoch, indices), self._mirrored(epoch, indices)
+        images = images if mirrored is None else flip(images, mirrored)
+        return trivial_augment(images, self.seed, epoch, indices) if self.trivial else images
+
+    def on_images(self, images: Tensor, epoch: int, indices: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        """The part that normalises and what follows: uint8 (n, H, W, 3) of `on_pictures` -> float32 (n, 3, H, W).
+
+        Args:
+            mirrored: bool (n,), which of them are still to be mirrored.
+        """
+        (height, width), device = images.shape[1:3], images.device
         if self.color or self.lighting:
             images = images if mirrored is None else flip(images, mirrored)
             mean, std = self._moments(device)
@@ -186,9 +199,11 @@ class Augment:
             # The centre lies anywhere in the image (DeVries and Taylor, arXiv:1708.04552, section 3.2), so that a
             # square may hang over the edge; zero is the mean colour here.
             half = self.cutout // 2
-            top = integers(self.seed, epoch, indices, Purpose.CUTOUT_Y, size) - half
-            left = integers(self.seed, epoch, indices, Purpose.CUTOUT_X, size) - half
-            out = cut_out(out, top, left, self.cutout)
+            top = integers(self.seed, epoch, indices, Purpose.CUTOUT_Y, height) - half
+            left = integers(self.seed, epoch, indices, Purpose.CUTOUT_X, width) - half
+            out = cut_out(out, top, left, self.cutout, self.cutout)
+        if self.erasing:
+            out = cut_out(out, *random_boxes(self.seed, epoch, indices, height, width, self.erasing))
         return self._as_nchw(out)
 
     def plain(self, images: Tensor) -> Tensor:
@@ -218,6 +233,15 @@ class Augment:
 
     def _moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
         return _constant(self.mean, torch.float32, device), _constant(self.std, torch.float32, device)
+
+    def _cropped(self, padded: Tensor, positions: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
+        if not self.crop_padding:
+            return padded if positions is None else padded[positions]
+        offsets = 2 * self.crop_padding + 1
+        top = integers(self.seed, epoch, indices, Purpose.CROP_Y, offsets)
+        left = integers(self.seed, epoch, indices, Purpose.CROP_X, offsets)
+        places = torch.arange(len(padded), device=padded.device) if positions is None else positions
+        return crop(padded, places, top, left, padded.shape[1] - 2 * self.crop_padding)
 
     def _mirrored(self, epoch: int, indices: Tensor) -> Tensor | None:
         if self.flip == "random":

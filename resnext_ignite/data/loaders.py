@@ -8,20 +8,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from resnext_ignite.data.augment import Augment
+from resnext_ignite.data.decoders import Decoded, PictureReader, decoded
 from resnext_ignite.data.device_decoding import DeviceDecoding, JpegDecoder, JpegReader
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import UNREADABLE, Images, whole_color
 from resnext_ignite.data.mixing import Mixing, neighbours
 from resnext_ignite.data.resizing import GrowingSize
 from resnext_ignite.data.sampling import TrainOrder, rank_share
-from resnext_ignite.data.workers import ignore_signals, watched
 from resnext_ignite.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -93,20 +91,27 @@ class TrainLoader:
             for epoch, positions in batches:
                 yield self._batch(padded, epoch, positions, chosen=positions)
             return
+        by_workers = self._by_workers
         for pictures, epoch, positions, unreadable in self._decoded(self.split, batches):
             self._warn({int(positions[place]): reason for place, reason in unreadable.items()})
-            padded = self.augment.pad(pictures.to(self.device, non_blocking=True))
+            pictures = pictures.to(self.device, non_blocking=True)
+            padded = pictures if by_workers else self.augment.pad(pictures)
             yield self._batch(padded, epoch, positions, unreadable=list(unreadable))
+
+    @property
+    def _by_workers(self) -> bool:
+        # TrivialAugment, a picture at a time, is work for many processes; what comes before it goes along.
+        return not isinstance(self.split, Images) and self.augment.trivial and self.decode_on is None
 
     def _decoded(self, files: ImageFiles, batches: Iterable[tuple[int, Tensor]]) -> Iterator[Decoded]:
         seed, fill = self.augment.seed, whole_color(self.augment.mean) if self.skip_unreadable else None
         if self.decode_on is not None:
             reader = JpegReader(files, seed, fill, self.sizes)
-            read = _decoded(reader, batches, self.workers, self.device)
+            read = decoded(reader, batches, self.workers, self.device)
             return DeviceDecoding(reader, JpegDecoder(self.decode_on)).finished(read)
-        sizes = self.sizes if self.random_resized_crop else None
-        decoder = _Decoder(files, seed if self.random_resized_crop else None, fill, sizes)
-        return _decoded(decoder, batches, self.workers, self.device)
+        seeded, sizes = (seed, self.sizes) if self.random_resized_crop else (None, None)
+        augment = self.augment if self._by_workers else None
+        return decoded(PictureReader(files, seeded, fill, sizes, augment), batches, self.workers, self.device)
 
     def _warn(self, reasons: dict[int, str]) -> None:
         for position in sorted(set(reasons) - self._warned):
@@ -135,12 +140,13 @@ class TrainLoader:
         return Batch(images, labels, indices, shares)
 
     def _augmented(self, padded: Tensor, chosen: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
-        if self.sizes is None:
-            return self.augment(padded, chosen, epoch, indices)
-        # Files may have been decoded to a smaller size already.
-        side = padded.shape[1] - 2 * self.augment.crop_padding
-        augment = replace(self.augment, cutout=round(self.augment.cutout * side / self.sizes.full))
-        return augment.resized(augment(padded, chosen, epoch, indices), self.sizes.at(epoch))
+        augment, by_workers = self.augment, self._by_workers
+        if self.sizes is not None:
+            # Files may have been decoded to a smaller size already.
+            side = padded.shape[1] - (0 if by_workers else 2 * augment.crop_padding)
+            augment = replace(augment, cutout=round(augment.cutout * side / self.sizes.full))
+        images = augment.on_images(padded, epoch, indices) if by_workers else augment(padded, chosen, epoch, indices)
+        return images if self.sizes is None else augment.resized(images, self.sizes.at(epoch))
 
 
 class EvalLoader:
@@ -190,12 +196,12 @@ class EvalLoader:
         """Raises DataError for a picture that cannot be read, and for a dead worker."""
         device = self.split.labels.device
         batches = ((0, part) for part in torch.arange(self.share.start, self.share.stop).split(self.batch_size))
-        decoded: Iterable[Decoded]
+        found: Iterable[Decoded]
         if isinstance(self.split, Images):
-            decoded = ((self.split.load(positions), 0, positions.to(device), {}) for _, positions in batches)
+            found = ((self.split.load(positions), 0, positions.to(device), {}) for _, positions in batches)
         else:
-            decoded = _decoded(_Decoder(self.split), batches, self.workers, self.device)
-        for pictures, _, positions, _ in decoded:
+            found = decoded(PictureReader(self.split), batches, self.workers, self.device)
+        for pictures, _, positions, _ in found:
             images = self.augment.plain(pictures.to(self.device, non_blocking=True))
             labels, indices = (part[positions].to(self.device) for part in (self.split.labels, self.split.indices))
             yield Batch(images, labels, indices)
@@ -242,62 +248,8 @@ class PictureLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
         """Raises DataError for a dead worker."""
-        decoder = _Decoder(self.files, fill=whole_color(self.augment.mean))
+        reader = PictureReader(self.files, fill=whole_color(self.augment.mean))
         batches = ((0, part) for part in torch.arange(len(self.files)).split(self.batch_size))
-        for pictures, _, positions, unreadable in _decoded(decoder, batches, self.workers, self.device):
+        for pictures, _, positions, unreadable in decoded(reader, batches, self.workers, self.device):
             images = self.augment.plain(pictures.to(self.device, non_blocking=True))
             yield images, positions, {int(positions[place]): reason for place, reason in unreadable.items()}
-
-
-# Pictures uint8 (n, size, size, 3), epoch, positions int64 (n,), and by place in the batch why some are unreadable.
-Decoded = tuple[Tensor, int, Tensor, dict[int, str]]
-
-
-class _Decoder(Dataset[Any]):
-    """A batch at a time, in a worker process: (epoch, positions) -> (pictures, epoch, positions, unreadable).
-
-    Positions are plain numbers: each tensor travels through shared memory, a file descriptor each.
-
-    Args:
-        files: the split.
-        crop_seed: key of random-resized crops; None: the centre.
-        fill: as for `ImageFiles.read`.
-        sizes: of the pictures in each epoch; None: that of the split's.
-    """
-
-    def __init__(
-        self,
-        files: ImageFiles,
-        crop_seed: int | None = None,
-        fill: tuple[int, int, int] | None = None,
-        sizes: GrowingSize | None = None,
-    ) -> None:
-        self.files, self.crop_seed, self.fill, self.sizes = files, crop_seed, fill, sizes
-
-    def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Tensor, int, list[int], dict[int, str]] | DataError:
-        epoch, positions = key
-        crop_key = None if self.crop_seed is None else (self.crop_seed, epoch)
-        files = self.files if self.sizes is None else replace(self.files, size=self.sizes.at(epoch))
-        try:
-            pictures, unreadable = files.read(torch.tensor(positions, dtype=torch.int64), crop_key, self.fill)
-            return pictures, epoch, positions, unreadable
-        except DataError as error:
-            # Returned, since an error raised in a worker arrives wrapped in its traceback.
-            return error
-
-
-def _decoded(
-    decoder: Dataset[Any], batches: Iterable[tuple[int, Tensor]], workers: int, device: torch.device
-) -> Generator[tuple[Any, int, Tensor, dict[int, str]], None, None]:
-    loader = DataLoader(
-        decoder,
-        batch_size=None,
-        sampler=((epoch, positions.tolist()) for epoch, positions in batches),
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
-        # Its own generator: drawing the workers' seeds from torch's would change that one's state.
-        generator=torch.Generator(),
-    )
-    for pictures, epoch, positions, unreadable in watched(loader):
-        yield pictures, epoch, torch.tensor(positions, dtype=torch.int64), unreadable

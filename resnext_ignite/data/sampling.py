@@ -41,6 +41,8 @@ class Purpose(IntEnum):
     MIX_SHARE = 61
     MIX_Y = 62
     MIX_X = 63
+    ERASE = 64  # to 68: whether, area, aspect, top, left
+    TRIVIAL = 70  # to 72: operation, strength, sign
     SHAPES = 100  # to 199
 
 

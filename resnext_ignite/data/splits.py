@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,8 @@ class Data:
     """The splits of a data set that were asked for, with what a model of it must know.
 
     `selection` is the split on which the best weights are chosen: the held-out images where there are any, else the
-    test split. `contents` says of each split how many images it has, and which, as far as that could change.
+    test split. Training images are `image_size` pixels wide and high, all others `evaluation_size`. `contents` says of
+    each split how many images it has, and which, as far as that could change.
     """
 
     splits: dict[str, Split]
@@ -33,6 +34,7 @@ class Data:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     image_size: int
+    evaluation_size: int
     workers: int
     contents: dict[str, str]
 
@@ -55,16 +57,18 @@ def load_data(config: Config, ranks: Ranks, splits: tuple[str, ...] | None = Non
     """
     root = Path(config.data.root).expanduser()
     size = config.image_size
+    evaluation_size = config.evaluation.image_size or size
+    sizes = {"train": size, "val": evaluation_size, "test": evaluation_size}
     workers = config.data.workers
     if workers is None:
         workers = min(8, ranks.cores())
     if config.data.name == "imagefolder":
-        loaded, contents, classes, moments = _load_folder(config, root, size, splits, ranks)
+        loaded, contents, classes, moments = _load_folder(config, root, sizes, splits, ranks)
     else:
         loaded, contents, classes, moments = _load_tensors(config, root, splits, ranks)
-        loaded = {name: split.resized(size) for name, split in loaded.items() if isinstance(split, Images)}
+        loaded = {name: split.resized(sizes[name]) for name, split in loaded.items() if isinstance(split, Images)}
     mean, std = (config.data.mean, config.data.std) if config.data.mean and config.data.std else moments
-    return Data(loaded, classes, mean, std, size, workers, contents)
+    return Data(loaded, classes, mean, std, size, evaluation_size, workers, contents)
 
 
 Moments = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -92,7 +96,9 @@ def _load_tensors(config: Config, root: Path, splits: tuple[str, ...] | None, ra
     return loaded, {name: f"{len(split)} images" for name, split in loaded.items()}, classes, moments
 
 
-def _load_folder(config: Config, root: Path, size: int, splits: tuple[str, ...] | None, ranks: Ranks) -> Loaded:
+def _load_folder(
+    config: Config, root: Path, sizes: dict[str, int], splits: tuple[str, ...] | None, ranks: Ranks
+) -> Loaded:
     there = {name for name in ("train", "val", "test") if (root / name).is_dir()}
     if not there:
         raise DataError(f"{root}: not an imagefolder: neither train/, val/ nor test/ is there; set data.root")
@@ -114,14 +120,16 @@ def _load_folder(config: Config, root: Path, size: int, splits: tuple[str, ...] 
             classes = index.classes
             if split in needed:
                 count = torch.arange(len(index.labels))
-                images = ImageFiles(index.paths, index.labels, count, size, config.data.eval_crop)
+                images = ImageFiles(index.paths, index.labels, count, sizes[split], config.data.eval_crop)
                 files[split] = images.subset(_subset(len(images), limits.get(split), f"data.{split}_size"))
     if classes is None:
         raise DataError(f"{root}: has no {' or '.join(sorted(wanted))} split; it holds {', '.join(sorted(there))}")
     loaded = _hold_out(config, files, wanted)
     contents = {name: split.contents() for name, split in loaded.items() if isinstance(split, ImageFiles)}
     for name, split_files in loaded.items():
-        loaded[name] = _decoded(split_files, config, name, ranks)
+        # Held-out images are of the training folder, but evaluated.
+        sized = replace(split_files, size=sizes[name]) if isinstance(split_files, ImageFiles) else split_files
+        loaded[name] = _decoded(sized, config, name, ranks)
     return loaded, contents, classes, (imagefolder.MEAN, imagefolder.STD)
 
 

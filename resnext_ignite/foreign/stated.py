@@ -25,7 +25,7 @@ class _Stated(BaseModel):
     classes: Json[list[str]]
     mean: Json[tuple[float, float, float]]
     std: Json[tuple[float, float, float]]
-    image_size: Json[Annotated[int, Field(ge=8, le=512)]]
+    image_size: Json[Annotated[int, Field(ge=8, le=1024)]]
     iteration: Json[int]
     errors: Json[dict[str, Any]]
     selection: Json[str]

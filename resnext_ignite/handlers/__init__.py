@@ -124,7 +124,7 @@ def _run_state(
         "classes": list(data.classes),
         "mean": list(data.mean),
         "std": list(data.std),
-        "image_size": data.image_size,
+        "image_size": data.evaluation_size,
         "selection": data.selection,
         "data": data.contents,
         "changes": run.changes,

@@ -1,0 +1,46 @@
+"""Random erasing (Zhong et al., arXiv:1708.04896): where the boxes lie, for a whole batch at once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from resnext_ignite.data.sampling import Purpose, uniform
+
+# Those of torchvision's RandomErasing.
+_AREA = (0.02, 0.33)
+_ASPECT = (0.3, 3.3)
+ATTEMPTS = 10
+
+
+def random_boxes(
+    seed: int, epoch: int, indices: Tensor, height: int, width: int, probability: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is erased of each image: top, left, height, width, int64 (n,) each; a box of no size: nothing.
+
+    Ten attempts a box, as torchvision has it: the first that is smaller than the image, else nothing.
+
+    Args:
+        epoch: from 1.
+        indices: int64 (n,), the images' indices in their whole split.
+        height, width: of the images, in pixels.
+        probability: of a box.
+    """
+    # (n, ATTEMPTS): an attempt has a key of its own.
+    keys = indices[:, None] * ATTEMPTS + torch.arange(ATTEMPTS, device=indices.device)
+
+    def draw(number: int) -> Tensor:
+        return uniform(seed, epoch, keys, Purpose.ERASE + number).double()
+
+    area = height * width * (_AREA[0] + draw(1) * (_AREA[1] - _AREA[0]))
+    low, high = (math.log(aspect) for aspect in _ASPECT)
+    aspect = (low + draw(2) * (high - low)).exp()
+    tall, wide = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (tall < height) & (wide < width)
+    top, left = ((draw(3) * (height - tall + 1)).long(), (draw(4) * (width - wide + 1)).long())
+    first = fits.int().argmax(1, keepdim=True)
+    erased = fits.any(1) & (uniform(seed, epoch, indices, Purpose.ERASE) < probability)
+    top, left, tall, wide = (values.gather(1, first)[:, 0] * erased for values in (top, left, tall, wide))
+    return top, left, tall, wide

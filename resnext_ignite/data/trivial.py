@@ -1,0 +1,111 @@
+"""TrivialAugment (Müller and Hutter, arXiv:2103.10158): one operation of one strength for each picture, keyed by it.
+
+Its 'wide' space of operations and strengths as torchvision has it, which does the work on the pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from resnext_ignite.data.sampling import Purpose, integers
+
+BINS = 31
+_BILINEAR = InterpolationMode.BILINEAR
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What may be done to a picture.
+
+    Args:
+        apply: uint8 (n, 3, H, W) and a strength -> uint8 (n, 3, H, W).
+        strengths: one a bin; none: it has no strength, and is given 0.
+        signed: a strength is turned round for half of the pictures.
+    """
+
+    apply: Callable[[Tensor, float], Tensor]
+    strengths: tuple[float, ...] = ()
+    signed: bool = False
+
+    def strength(self, bin_: int, negative: bool) -> float:
+        """The strength of a bin, 0 to 30."""
+        strength = self.strengths[bin_] if self.strengths else 0.0
+        return -strength if negative and self.signed else strength
+
+
+def _sheared(pictures: Tensor, across: float, down: float) -> Tensor:
+    # About the upper left corner, as AutoAugment was published; torchvision takes the tangent of degrees.
+    degrees = [math.degrees(math.atan(share)) for share in (across, down)]
+    return functional.affine(pictures, 0.0, [0, 0], 1.0, degrees, _BILINEAR, center=[0, 0])
+
+
+def _moved(pictures: Tensor, across: float, down: float) -> Tensor:
+    return functional.affine(pictures, 0.0, [int(across), int(down)], 1.0, [0.0, 0.0], _BILINEAR)
+
+
+def _steps(start: float, end: float) -> tuple[float, ...]:
+    return tuple(torch.linspace(start, end, BINS).tolist())
+
+
+def _contrasted(pictures: Tensor, factor: float) -> Tensor:
+    # torchvision's adjust_contrast, but for the greys' sum, which in float32 would depend on how many are summed at
+    # once: these whole numbers are exact.
+    greys = functional.rgb_to_grayscale(pictures)
+    mean = greys.sum((1, 2, 3), keepdim=True).float() / greys[0].numel()
+    return (pictures * factor).add_(mean, alpha=1 - factor).clamp_(0, 255).to(torch.uint8)
+
+
+_SHARES = _steps(0, 0.99)
+_PIXELS = _steps(0, 32)
+# From 8 bits down to 2: five bins each, but for the ends.
+_BITS = tuple((8 - torch.arange(BINS) / ((BINS - 1) / 6)).round().tolist())
+OPERATIONS: dict[str, Operation] = {
+    "identity": Operation(lambda p, _: p),
+    "shear_x": Operation(lambda p, share: _sheared(p, share, 0), _SHARES, signed=True),
+    "shear_y": Operation(lambda p, share: _sheared(p, 0, share), _SHARES, signed=True),
+    "translate_x": Operation(lambda p, pixels: _moved(p, pixels, 0), _PIXELS, signed=True),
+    "translate_y": Operation(lambda p, pixels: _moved(p, 0, pixels), _PIXELS, signed=True),
+    "rotate": Operation(lambda p, degrees: functional.rotate(p, degrees, _BILINEAR), _steps(0, 135), signed=True),
+    "brightness": Operation(lambda p, share: functional.adjust_brightness(p, 1 + share), _SHARES, signed=True),
+    "color": Operation(lambda p, share: functional.adjust_saturation(p, 1 + share), _SHARES, signed=True),
+    "contrast": Operation(lambda p, share: _contrasted(p, 1 + share), _SHARES, signed=True),
+    "sharpness": Operation(lambda p, share: functional.adjust_sharpness(p, 1 + share), _SHARES, signed=True),
+    "posterize": Operation(lambda p, bits: functional.posterize(p, int(bits)), _BITS),
+    "solarize": Operation(lambda p, share: functional.solarize(p, 255 * share), _steps(1, 0)),
+    "autocontrast": Operation(lambda p, _: functional.autocontrast(p)),
+    "equalize": Operation(lambda p, _: functional.equalize(p)),
+}
+
+
+def choices(seed: int, epoch: int, indices: Tensor) -> list[tuple[str, float]]:
+    """The operation and strength of each picture: int64 (n,), epoch from 1."""
+    operation, bin_, negative = (
+        integers(seed, epoch, indices, Purpose.TRIVIAL + number, below)
+        for number, below in enumerate((len(OPERATIONS), BINS, 2))
+    )
+    names = list(OPERATIONS)
+    return [
+        (names[number], OPERATIONS[names[number]].strength(at, bool(turned)))
+        for number, at, turned in torch.stack([operation, bin_, negative], dim=1).tolist()
+    ]
+
+
+def trivial_augment(pictures: Tensor, seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Each picture after its own operation: uint8 (n, H, W, 3), int64 (n,) -> uint8 (n, H, W, 3)."""
+    groups: dict[tuple[str, float], list[int]] = {}
+    for place, choice in enumerate(choices(seed, epoch, indices)):
+        groups.setdefault(choice, []).append(place)
+    order = torch.tensor([place for places in groups.values() for place in places], device=pictures.device)
+    # (n, H, W, 3) -> (n, 3, H, W), like by like, and back.
+    parts = pictures[order].permute(0, 3, 1, 2).split([len(places) for places in groups.values()])
+    done = [OPERATIONS[name].apply(part, strength) for (name, strength), part in zip(groups, parts, strict=True)]
+    out = torch.empty_like(pictures)
+    out[order] = torch.cat(done).permute(0, 2, 3, 1)
+    return out
