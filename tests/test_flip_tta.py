@@ -69,9 +69,8 @@ def test_a_run_says_them_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str
     # The headline, what is best and what is trained are as without.
     records, others = RunFolder(flipped).read_metrics(), RunFolder(plain).read_metrics()
     assert all(set(record) - set(other) == set(FLIP) for record, other in zip(records, others, strict=True))
-    timeless = [
-        {k: v for k, v in r.items() if k not in (*FLIP, "images_per_s", "wall_s", "evaluation_s")} for r in records
-    ]
+    left_out = (*FLIP, "images_per_s", "evaluation_s", "wall_s")
+    timeless = [{key: value for key, value in record.items() if key not in left_out} for record in records]
     assert timeless == digest(plain)["metrics"]
     assert digest(flipped)["model"] == digest(plain)["model"]
     status = RunFolder(flipped).read_status()
