@@ -48,8 +48,9 @@ def stops_noted() -> Iterator[Callable[[], str | None]]:
     """Note every stop signal that comes inside the block, whoever answers it; the yielded function names the last one.
 
     A run answers signals in its own way, and one that comes to it in its last moments changes nothing: whoever makes
-    several runs asks between them.
+    several runs asks between them. After the block signals are answered as before it.
     """
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     reads, writes = os.pipe()
     os.set_blocking(reads, False)
     os.set_blocking(writes, False)
@@ -64,6 +65,8 @@ def stops_noted() -> Iterator[Callable[[], str | None]]:
     try:
         yield noted
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         signal.set_wakeup_fd(before)
         os.close(reads)
         os.close(writes)

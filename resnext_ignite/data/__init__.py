@@ -11,10 +11,10 @@ from resnext_ignite.config_files import check_shares
 from resnext_ignite.config_sections import size_step
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.images import Images
-from resnext_ignite.data.kept import data_kept, loaded_or_kept
 from resnext_ignite.data.loaders import EvalLoader, TrainLoader
 from resnext_ignite.data.mixing import Mixing
 from resnext_ignite.data.resizing import GrowingSize
+from resnext_ignite.data.reuse import data_kept, loaded_or_kept
 from resnext_ignite.data.sampling import TrainOrder
 from resnext_ignite.data.splits import Data, load_data
 from resnext_ignite.distributed import Ranks
