@@ -26,7 +26,19 @@ from resnext_ignite.errors import (
 )
 from resnext_ignite.run_folder import RunFolder
 
-COMMANDS = ("train", "evaluate", "predict", "report", "verify", "convert", "export", "summary", "benchmark")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "predict",
+    "report",
+    "verify",
+    "convert",
+    "export",
+    "pack",
+    "imagenet",
+    "summary",
+    "benchmark",
+)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -41,7 +41,8 @@ class Purpose(IntEnum):
     MIX_SHARE = 61
     MIX_Y = 62
     MIX_X = 63
-    SHAPES = 100  # to 199
+    SHAPES = 100  # to 199, of a seed of their own
+    PACKED = 113  # of a seed of its own
 
 
 def _signed(value: int) -> int:
