@@ -6,21 +6,22 @@ import io
 import os
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
-from conftest import command
+from conftest import small_disk
 from PIL import Image
 from scipy.io import savemat
 
 from resnext_ignite import imagenet
 from resnext_ignite.data.index import index_images
-from resnext_ignite.errors import ConfigError, DataError, RunFolderError, StorageError
+from resnext_ignite.errors import ConfigError, DataError, PreemptedError, RunFolderError, StorageError
+from resnext_ignite.packing import ilsvrc
 from resnext_ignite.packing.options import locked
 from resnext_ignite.packing.shards import check_folder
 
@@ -38,7 +39,7 @@ def jpeg(width: int, height: int, seed: int) -> bytes:
     return content.getvalue()
 
 
-def tar(files: dict[str, bytes], mode: str = "w") -> bytes:
+def tar(files: dict[str, bytes], mode: Literal["w", "w:gz"] = "w") -> bytes:
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode=mode) as archive:
         for name, data in files.items():
@@ -332,54 +333,52 @@ def test_a_mended_archive_goes_on_where_the_damaged_one_ended(archives: Path, tm
     assert (output / "train/n01440764").stat().st_ino == inode
 
 
-SLOW_COMMAND = """
-import sys, time
-from resnext_ignite import imagenet
-from resnext_ignite.errors import run_command
-from resnext_ignite.packing import ilsvrc
-place = ilsvrc._place
-def slow(*arguments):
-    place(*arguments)
-    time.sleep(0.2)
-ilsvrc._place = slow
-run_command(imagenet.main)
-"""
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_killed_half_way_it_goes_on(archives: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_stopped_half_way_it_goes_on(
+    archives: Path,
+    tmp_path: Path,
+    in_fork: Callable[[Callable[[], None]], int],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
     output, whole = tmp_path / "imagenet", tmp_path / "whole"
     given = arguments(archives, output, "--workers", "1")
-    process = subprocess.Popen([sys.executable, "-c", SLOW_COMMAND, *given], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(output.glob("train/n*")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    if number == signal.SIGINT:
-        assert process.returncode == 75
-        assert said.splitlines()[-1] == f"error: {output}: stopped; the same command goes on"
-    assert len(list(output.glob("train/n*"))) < 3
+
+    def stopped() -> None:
+        place, placed = ilsvrc._place, 0
+
+        def place_four(*values: Any) -> None:
+            nonlocal placed
+            place(*values)
+            placed += 1
+            if placed == 4:
+                # In the worker, which has one of three classes behind it.
+                os.kill(os.getppid(), number)
+                time.sleep(60)
+
+        monkeypatch.setattr(ilsvrc, "_place", place_four)
+        try:
+            imagenet.main(given)
+        except PreemptedError as error:
+            assert str(error) == f"{output}: stopped; the same command goes on"
+            os._exit(error.exit_code)
+
+    status = in_fork(stopped)
+    assert os.waitstatus_to_exitcode(status) == (75 if number == signal.SIGINT else -number)
+    assert os.listdir(output / "train") == ["n01440764"]
     assert imagenet.main(given) == 0
     assert imagenet.main(arguments(archives, whole)) == 0
     assert files_below(output) == files_below(whole)
 
 
-def test_a_full_disk_is_told(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full(io.BytesIO):
-        def write(self, data: object) -> int:
-            raise OSError(28, "No space left on device")
-
-    opened = Path.open
-
-    def full(path: Path, mode: str = "r", *rest: object, **named: object) -> object:
-        return Full() if mode == "xb" else opened(path, mode, *rest, **named)  # type: ignore[call-overload]
-
-    monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(StorageError, match=r"n01440764_0.JPEG: No space left on device; free some space"):
-        imagenet.main(arguments(archives, tmp_path / "imagenet"))
+def test_a_full_disk_is_told_and_gone_on_with(archives: Path, tmp_path: Path) -> None:
+    # Of pages of 4,096 bytes: three pictures of one class fit in, not the nine.
+    with small_disk(tmp_path / "disk", 8 * 4096) as disk:
+        with pytest.raises(StorageError, match=r"/n\d+_\d.JPEG: No space left on device; free some space"):
+            imagenet.main(arguments(archives, disk / "imagenet"))
+        assert not (disk / "imagenet/classes.txt").exists()
+        subprocess.run(["mount", "-o", "remount,size=1000000", str(disk)], check=True)
+        assert imagenet.main(arguments(archives, disk / "imagenet")) == 0
 
 
 def test_an_output_that_holds_something_else_is_refused(archives: Path, tmp_path: Path) -> None:
@@ -398,10 +397,8 @@ def test_an_output_that_holds_something_else_is_refused(archives: Path, tmp_path
 
 def test_two_at_a_time_are_one_too_many(archives: Path, tmp_path: Path) -> None:
     output = tmp_path / "imagenet"
-    with locked(output):
-        result = command("imagenet", *arguments(archives, output))
-    assert (result.returncode, result.stdout) == (7, "")
-    assert result.stderr == f"error: {output}: another process is writing into it; wait for it, or end it\n"
+    with locked(output), pytest.raises(RunFolderError, match="another process is writing into it; wait for it"):
+        imagenet.main(arguments(archives, output))
 
 
 def test_a_twice_named_picture_is_told(archives: Path, tmp_path: Path) -> None:
