@@ -26,7 +26,20 @@ from resnext_ignite.errors import (
 )
 from resnext_ignite.run_folder import RunFolder
 
-COMMANDS = ("train", "evaluate", "predict", "report", "verify", "convert", "export", "summary", "ablate", "benchmark")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "predict",
+    "report",
+    "verify",
+    "convert",
+    "export",
+    "pack",
+    "imagenet",
+    "summary",
+    "ablate",
+    "benchmark",
+)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -10,8 +10,21 @@ import resnext_ignite
 ROOT = Path(resnext_ignite.__file__).parent
 # From the top: a module may import from its own level (but commands from each other never) and from those below.
 LEVELS = [
-    {"train", "evaluate", "predict", "report", "verify", "convert", "export", "summary", "ablate", "benchmark"},
-    {"ablation", "exporting", "handlers", "report_page"},
+    {
+        "train",
+        "evaluate",
+        "predict",
+        "report",
+        "verify",
+        "convert",
+        "export",
+        "pack",
+        "imagenet",
+        "summary",
+        "ablate",
+        "benchmark",
+    },
+    {"ablation", "exporting", "handlers", "packing", "report_page"},
     {"run_folder", "run_records", "pictures", "pretrained", "foreign"},
     {"checkpoint"},
     {"tuning"},

@@ -100,8 +100,8 @@ class TrainLoader:
 
     @property
     def _by_workers(self) -> bool:
-        # TrivialAugment is work for many processes. What comes before it goes along: mirrored only afterwards, a picture
-        # would be sheared about its right edge, which is never done to one that was not.
+        # TrivialAugment is work for many processes. What comes before it goes along: mirrored only afterwards, a
+        # picture would be sheared about its right edge, which is never done to one that was not.
         return not isinstance(self.split, Images) and self.augment.trivial and self.decode_on is None
 
     def _decoded(self, files: ImageFiles, batches: Iterable[tuple[int, Tensor]]) -> Iterator[Decoded]:

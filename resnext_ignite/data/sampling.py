@@ -43,6 +43,7 @@ class Purpose(IntEnum):
     MIX_X = 63
     ERASE = 64  # to 68: whether, area, aspect, top, left
     TRIVIAL = 70  # to 72: operation, strength, sign
+    PACKED = 75
     SHAPES = 100  # to 199
 
 

@@ -1,0 +1,1 @@
+"""Data sets brought into shape: folders of pictures packed into shards, ImageNet unpacked as it is distributed."""

@@ -1,0 +1,227 @@
+"""ILSVRC2012 as it is distributed, unpacked into a folder of class folders: `train/<wnid>/*`, `val/<wnid>/*`.
+
+A class, and the validation images as a whole, are unpacked under `.unpacking` and moved into place when whole: a run
+that was killed goes on where it was. What a power failure may leave, files without content, is found at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+from resnext_ignite.errors import ConfigError, DataError, RunFolderError
+from resnext_ignite.packing.archives import entries_of
+from resnext_ignite.packing.devkit import GROUND_TRUTH, Devkit, read_devkit
+from resnext_ignite.packing.options import Encoding, locked
+from resnext_ignite.packing.pictures import content_of, shrunk
+from resnext_ignite.packing.sources import Picture, TrainClass, ValPicture, contents_of, train_classes, val_pictures
+from resnext_ignite.packing.workers import in_workers, storage_error
+from resnext_ignite.storage import replace_durably
+
+_RECORD, _UNPACKING = "prepared.json", ".unpacking"
+_CHUNK = 250
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The three files of ILSVRC2012, or folders of what they hold."""
+
+    train: Path
+    val: Path
+    devkit: Path
+
+
+@dataclass(frozen=True)
+class Expected:
+    """How much there must be: classes, training images, validation images."""
+
+    classes: int
+    train_images: int
+    val_images: int
+
+
+def prepare(sources: Sources, output: Path, expected: Expected, encoding: Encoding, workers: int) -> None:
+    """Unpack, sort into classes, shrink where that is asked for, and count.
+
+    With fewer classes than the development kit has, the validation images of the others are left out. Files of folders
+    are linked, where they can be, and copied where not.
+
+    Raises:
+        DataError: something is missing, damaged or not as much as expected; the line names it.
+        ConfigError: the output is a part of a source, or the other way round.
+        RunFolderError: the output holds other things, or was begun with another encoding.
+        StorageError: the disk is full.
+    """
+    for option, folder in (("--train", sources.train), ("--val", sources.val)):
+        _refuse_overlap(option, folder, output)
+    devkit = read_devkit(sources.devkit)
+    classes = train_classes(sources.train)
+    _check_classes(classes, sources.train, devkit, expected.classes)
+    val = [picture for picture in val_pictures(sources.val, devkit) if picture.wnid in classes]
+    _check_val(val, sources.val, devkit, expected)
+    with locked(output):
+        try:
+            _begin(output, encoding)
+            _unpack_train(classes, output, expected.train_images, encoding, workers)
+            _unpack_val(sources.val, val, output, encoding, workers)
+            shutil.rmtree(output / _UNPACKING)
+            _check_images(output / "train", expected.train_images, devkit)
+            _check_images(output / "val", expected.val_images, devkit)
+            lines = (f"{wnid} {devkit.synsets[wnid].words}\n" for wnid in sorted(classes))
+            _write(output / "classes.txt", "".join(lines))
+        except OSError as error:
+            raise storage_error(error) from None
+
+
+def _refuse_overlap(option: str, source: Path, output: Path) -> None:
+    if not source.exists():
+        raise DataError(f"{option} {source}: is not there")
+    source, output = source.resolve(), output.resolve()
+    inside = any(source.is_relative_to(output / split) for split in ("train", "val"))
+    if source.is_dir() and (inside or output.is_relative_to(source)):
+        raise ConfigError(f"{option} {source}: is a part of --output {output}, or holds it; choose another --output")
+
+
+def _check_classes(classes: dict[str, TrainClass], train: Path, devkit: Devkit, expected: int) -> None:
+    unknown, missing = sorted(classes.keys() - devkit.synsets.keys()), sorted(devkit.synsets.keys() - classes.keys())
+    if unknown:
+        raise DataError(f"{train}: {unknown[0]}: is no class of {devkit.path}")
+    if len(classes) != expected:
+        first = f"{missing[0]} is the first that is missing" if missing else "none is missing"
+        raise DataError(f"{train}: holds {len(classes)} classes, not {expected}; of the development kit's {first}")
+
+
+def _check_val(val: list[ValPicture], path: Path, devkit: Devkit, expected: Expected) -> None:
+    lines = len(devkit.ground_truth)
+    if len(devkit.synsets) == expected.classes and lines != expected.val_images:
+        raise DataError(f"{devkit.path}: {GROUND_TRUTH} has {lines} lines, not {expected.val_images}")
+    if len(val) != expected.val_images:
+        raise DataError(f"{path}: holds {len(val)} validation images of these classes, not {expected.val_images}")
+
+
+def _begin(output: Path, encoding: Encoding) -> None:
+    record, asked = output / _RECORD, asdict(encoding)
+    if record.exists():
+        try:
+            before = json.loads(record.read_bytes())
+        except ValueError:
+            before = None
+        if before != asked:
+            raise RunFolderError(f"{output}: was begun with {before}, not {asked}; choose another --output")
+    else:
+        for split in ("train", "val"):
+            if (output / split).exists():
+                raise RunFolderError(f"{output / split}: is there already, and not from here; choose another --output")
+        _write(record, json.dumps(asked) + "\n")
+    shutil.rmtree(output / _UNPACKING, ignore_errors=True)
+    for folder in (output / _UNPACKING, output / "train"):
+        folder.mkdir(exist_ok=True)
+
+
+def _unpack_train(classes: dict[str, TrainClass], output: Path, images: int, encoding: Encoding, workers: int) -> None:
+    left = [wnid for wnid in sorted(classes) if not (output / "train" / wnid).exists()]
+
+    def unpack(number: int) -> int:
+        wnid = left[number]
+        temporary, count = output / _UNPACKING / wnid, 0
+        temporary.mkdir()
+        for count, (name, picture) in enumerate(classes[wnid].pictures(), start=1):  # noqa: B007
+            _place(picture, temporary / name, encoding)
+        if not count:
+            raise DataError(f"{classes[wnid].path}: {wnid}: a class without a picture")
+        temporary.rename(output / "train" / wnid)
+        return count
+
+    _run(unpack, len(left), workers, desc="unpacking train", total=images if len(left) == len(classes) else None)
+
+
+def _unpack_val(path: Path, val: list[ValPicture], output: Path, encoding: Encoding, workers: int) -> None:
+    if (output / "val").exists():
+        return
+    temporary = output / _UNPACKING / "val"
+    for wnid in sorted({picture.wnid for picture in val}):
+        (temporary / wnid).mkdir(parents=True)
+    chunks = [val[start : start + _CHUNK] for start in range(0, len(val), _CHUNK)]
+
+    def unpack(number: int) -> int:
+        for picture, content in contents_of(path, chunks[number]):
+            _place(content, temporary / picture.wnid / picture.name, encoding)
+        return len(chunks[number])
+
+    _run(unpack, len(chunks), workers, desc="unpacking val", total=len(val))
+    temporary.rename(output / "val")
+
+
+def _run(unpack: Callable[[int], int], count: int, workers: int, *, desc: str, total: int | None) -> None:
+    with tqdm(total=total, desc=desc, unit=" images", disable=None) as bar:
+        for images in in_workers(unpack, count, workers):
+            bar.update(images)
+
+
+def _place(picture: Picture, target: Path, encoding: Encoding) -> None:
+    """Put a picture into a folder, shrunk where that is asked for."""
+    try:
+        if isinstance(picture, bytes):
+            with target.open("xb") as file:
+                file.write(picture)
+            picture = target
+        if picture.stat().st_size == 0:
+            raise DataError(f"{picture}: is empty; fetch it again")
+        content = shrunk(picture, encoding) if encoding.short_side is not None else None
+        if content is not None:
+            target.write_bytes(content)
+        elif picture is not target:
+            _link(picture, target)
+    except FileExistsError:
+        raise DataError(f"{target.parent.name}/{target.name}: is twice there") from None
+    except OSError as error:
+        # A write to an open file does not know its name.
+        error.filename = error.filename or str(target)
+        raise
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        # On another disk, or one that knows no links.
+        target.write_bytes(content_of(source))
+
+
+def _check_images(folder: Path, expected: int, devkit: Devkit) -> None:
+    counts: dict[str, int] = {}
+    for entry in entries_of(folder):
+        for file in entries_of(Path(entry.path)):
+            if file.stat().st_size == 0:
+                raise DataError(f"{file.path}: has no content; remove its folder, and run this again")
+            counts[entry.name] = counts.get(entry.name, 0) + 1
+    total = sum(counts.values())
+    if total != expected:
+        raise DataError(f"{folder}: holds {total} images, not {expected}{_first_odd(folder, counts, devkit)}")
+
+
+def _first_odd(folder: Path, counts: dict[str, int], devkit: Devkit) -> str:
+    """A class that has another number of training images than the development kit says, in words."""
+    if folder.name != "train":
+        return "; remove that folder, and run this again"
+    for wnid, count in counts.items():
+        stated = devkit.synsets[wnid].train_images if wnid in devkit.synsets else 0
+        if count != stated:
+            return f": {wnid} has {count}, the development kit says {stated}; mend it, remove that folder and run again"
+    return "; each class has as many as the development kit says"
+
+
+def _write(path: Path, text: str) -> None:
+    def write(file: IO[bytes]) -> None:
+        file.write(text.encode())
+
+    replace_durably(path, write)

@@ -1,0 +1,272 @@
+"""A folder of pictures as tar shards that are read from front to back, and the check of such shards.
+
+    <split>/000000.tar      00000000.cls (its class's number, ASCII), 00000000.jpeg, 00000001.cls, ...
+    <split>/shards.json     the classes' names; each shard's name, size, number of pictures and sha256
+
+The tar files are what WebDataset reads, and equal byte for byte whenever the same pictures are packed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from tqdm import tqdm
+from webdataset import TarWriter
+
+from resnext_ignite.data.index import ImageIndex, index_images
+from resnext_ignite.data.sampling import Purpose, permutation
+from resnext_ignite.errors import ConfigError, DataError, RunFolderError
+from resnext_ignite.packing.options import Encoding, locked
+from resnext_ignite.packing.pictures import read_picture
+from resnext_ignite.packing.workers import in_workers, storage_error
+from resnext_ignite.storage import HashingFile, replace_durably, sha256_of
+
+FORMAT = 1
+MANIFEST = "shards.json"
+SPLITS = ("train", "val", "test")
+# The order of a training split is that of the packed data, not of a run.
+_ORDER_SEED = 0
+_REMAINS = re.compile(r"\d{6,}\.tar|\.\d{6,}\.tar\.tmp|\.shards\.json\.tmp")
+_LABEL = "cls"
+_BLOCK, _RECORD = 512, 10_240
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Of a shard, whichever is reached first; a shard holds one picture at least.
+
+    Args:
+        images: pictures; None: no limit.
+        size: bytes of the tar file; None: no limit.
+    """
+
+    images: int | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard as `shards.json` has it.
+
+    Attributes:
+        name: of its file.
+        bytes: its size.
+        images: how many pictures it holds.
+        sha256: of the file, in hexadecimal.
+    """
+
+    name: str
+    bytes: int
+    images: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """A packed split: its folder, classes in order, shards in order, and the seconds that it took to pack or check."""
+
+    folder: Path
+    classes: list[str]
+    shards: list[Shard]
+    seconds: float
+
+    def __str__(self) -> str:
+        images, size = sum(shard.images for shard in self.shards), sum(shard.bytes for shard in self.shards)
+        return (
+            f"{self.folder}: {images} images, {len(self.classes)} classes, {len(self.shards)} shards, "
+            f"{size} bytes, {images / self.seconds:.0f} images/s"
+        )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    key: str
+    label: int
+    content: bytes
+    suffix: str
+
+    def as_webdataset(self) -> dict[str, str | bytes]:
+        return {"__key__": self.key, _LABEL: b"%d" % self.label, self.suffix: self.content}
+
+    def size(self) -> int:
+        """Bytes in a tar file: a header and whole blocks for each of the two."""
+        return 2 * _BLOCK + sum(-(-length // _BLOCK) * _BLOCK for length in (len(str(self.label)), len(self.content)))
+
+
+def pack_folder(source: Path, output: Path, limit: Limit, encoding: Encoding, workers: int) -> list[Split]:
+    """Pack the splits of an imagefolder; `shards.json` of all of them is written when all shards are.
+
+    Pictures of a training split are written in one shuffled order, so that a shard mixes classes; others in theirs.
+
+    Args:
+        source: holds train/<class>/*, val/<class>/* or test/<class>/*.
+        output: a folder that holds no packed split; what a stopped packing left in it goes.
+        workers: processes that read; 0: this one.
+
+    Raises:
+        DataError: something of the source is missing or cannot be read; the line names it.
+        ConfigError: the output would be a class of the source.
+        RunFolderError: the output holds packed splits or other things, or another process is at work in it.
+        StorageError: the disk is full.
+    """
+    there = [split for split in SPLITS if (source / split).is_dir()]
+    if not there:
+        raise DataError(f"{source}: not an imagefolder: neither train/, val/ nor test/ is there")
+    for split in there:
+        if output.resolve().is_relative_to((source / split).resolve()):
+            raise ConfigError(f"--output {output}: lies in {source / split}, among its classes; choose another folder")
+    indices: dict[str, ImageIndex] = {}
+    for split in there:
+        indices[split] = index_images(source, split, indices["train"].classes if "train" in indices else None)
+    with locked(output):
+        _clear(output)
+        try:
+            packed = [_pack(split, index, output, limit, encoding, workers) for split, index in indices.items()]
+            for done in packed:
+                _write_manifest(done)
+        except OSError as error:
+            raise storage_error(error) from None
+    return packed
+
+
+def is_packed(output: Path, splits: tuple[str, ...]) -> bool:
+    """Whether a folder holds some splits, packed to the end."""
+    return all((output / split / MANIFEST).exists() for split in splits)
+
+
+def _clear(output: Path) -> None:
+    """Refuse what is not a stopped packing's, and remove what is."""
+    remains: list[Path] = []
+    for split in SPLITS:
+        folder = output / split
+        for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if entry.name == MANIFEST:
+                raise RunFolderError(f"{folder}: is packed already; choose another --output, or remove it")
+            if _REMAINS.fullmatch(entry.name) is None:
+                raise RunFolderError(f"{entry}: is in the way, and no shard; choose another --output")
+            remains.append(entry)
+    for entry in remains:
+        entry.unlink()
+    for split in SPLITS:
+        if (output / split).is_dir():
+            (output / split).rmdir()
+
+
+def _pack(split: str, index: ImageIndex, output: Path, limit: Limit, encoding: Encoding, workers: int) -> Split:
+    folder, start = output / split, time.perf_counter()
+    folder.mkdir()
+    shuffled = split == "train"
+    samples = _numbered(_read(index, encoding, workers, shuffled=shuffled), limit)
+    bar: Any = tqdm(samples, total=len(index.labels), desc=f"packing {split}", unit=" images", disable=None)
+    shards = [
+        _write_shard(folder / f"{number:06d}.tar", (sample for _, sample in group))
+        for number, group in groupby(bar, key=itemgetter(0))
+    ]
+    return Split(folder, list(index.classes), shards, time.perf_counter() - start)
+
+
+def _read(index: ImageIndex, encoding: Encoding, workers: int, *, shuffled: bool) -> Iterator[_Sample]:
+    count = len(index.labels)
+    order = permutation(_ORDER_SEED, 0, count, Purpose.PACKED) if shuffled else torch.arange(count)
+    labels = index.labels[order].tolist()
+    paths = index.paths.take(order.numpy())
+    contents = in_workers(lambda position: read_picture(Path(paths[position]), encoding), count, workers)
+    for position, (content, suffix) in enumerate(contents):
+        yield _Sample(f"{position:08d}", labels[position], content, suffix)
+
+
+def _numbered(samples: Iterator[_Sample], limit: Limit) -> Iterator[tuple[int, _Sample]]:
+    """The samples, each with the number of its shard."""
+    number = images = size = 0
+    for sample in samples:
+        grown = size + sample.size()
+        if images and (images == limit.images or (limit.size is not None and _tar_size(grown) > limit.size)):
+            number, images, grown = number + 1, 0, sample.size()
+        images, size = images + 1, grown
+        yield number, sample
+
+
+def _tar_size(members: int) -> int:
+    # Two blocks of zeros end a tar file, which is filled up to whole records.
+    return -(-(members + 2 * _BLOCK) // _RECORD) * _RECORD
+
+
+def _write_shard(path: Path, samples: Iterator[_Sample]) -> Shard:
+    shards: list[Shard] = []
+
+    def write(file: IO[bytes]) -> None:
+        hashing, images = HashingFile(file), 0
+        with TarWriter(hashing, user="", group="", mtime=0, encoder=False) as tar:
+            for images, sample in enumerate(samples, start=1):  # noqa: B007
+                tar.write(sample.as_webdataset())
+        shards.append(Shard(path.name, file.tell(), images, hashing.hash.hexdigest()))
+
+    replace_durably(path, write)
+    return shards[0]
+
+
+def _write_manifest(split: Split) -> None:
+    content = {"format": FORMAT, "classes": split.classes, "shards": [asdict(shard) for shard in split.shards]}
+
+    def write(file: IO[bytes]) -> None:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+    replace_durably(split.folder / MANIFEST, write)
+
+
+def check_folder(root: Path) -> list[Split]:
+    """Read all shards of a packed folder, and compare them with what was written.
+
+    Raises:
+        DataError: one is missing, or not what was written; the line names it.
+    """
+    folders = [root / split for split in SPLITS if (root / split).is_dir()]
+    if not folders:
+        raise DataError(f"{root}: holds no packed split: neither train/, val/ nor test/ is there")
+    checked = []
+    for folder in folders:
+        start, (classes, shards) = time.perf_counter(), _read_manifest(folder)
+        for shard in tqdm(shards, desc=f"checking {folder.name}", unit=" shards", disable=None):
+            _check_shard(folder / shard.name, shard)
+        checked.append(Split(folder, classes, shards, time.perf_counter() - start))
+    return checked
+
+
+def _read_manifest(folder: Path) -> tuple[list[str], list[Shard]]:
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise DataError(f"{path}: of format {content['format']}; this version reads {FORMAT}")
+        return list(content["classes"]), [Shard(**shard) for shard in content["shards"]]
+    except FileNotFoundError:
+        raise DataError(f"{path}: is not there: the packing was stopped; pack the folder again") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; pack the folder again") from None
+
+
+def _check_shard(path: Path, shard: Shard) -> None:
+    try:
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise DataError(f"{path}: has {size} bytes, not the {shard.bytes} that were written; pack again")
+        if sha256_of(path) != shard.sha256:
+            raise DataError(f"{path}: is damaged: its sha256 is not that of {MANIFEST}; pack again")
+        with tarfile.open(path, "r:") as tar:
+            labels = sum(name.endswith(f".{_LABEL}") for name in tar.getnames())
+    except (OSError, tarfile.TarError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise DataError(f"{path}: cannot be read: {reason}; pack again") from None
+    if labels != shard.images:
+        raise DataError(f"{path}: holds {labels} pictures, not the {shard.images} that {MANIFEST} says; pack again")

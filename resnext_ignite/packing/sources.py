@@ -1,0 +1,129 @@
+"""Where ILSVRC2012's pictures are: in the tar files in which they are distributed, or in folders of the same names."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from resnext_ignite.errors import DataError
+from resnext_ignite.packing.archives import content_in, entries_of, files_in, opened
+from resnext_ignite.packing.devkit import GROUND_TRUTH, Devkit
+
+_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)
+Picture = bytes | Path
+"""A picture's content, or the file that holds it."""
+
+
+@dataclass(frozen=True)
+class TrainClass:
+    """The pictures of a training class: a folder, a tar file, or a tar file (`member`) in one."""
+
+    path: Path
+    member: tarfile.TarInfo | None = None
+
+    def pictures(self) -> Iterator[tuple[str, Picture]]:
+        """Each picture's file name, without a folder, and the picture.
+
+        Raises:
+            DataError: the class is damaged; the line names it.
+        """
+        if self.path.is_dir():
+            for entry in entries_of(self.path):
+                if _is_picture(entry.name):
+                    yield entry.name, Path(entry.path)
+            return
+        with contextlib.ExitStack() as stack:
+            name = str(self.path)
+            archive = stack.enter_context(opened(self.path, name))
+            if self.member is not None:
+                inner, name = archive.extractfile(self.member), f"{self.path}: {self.member.name}"
+                if inner is not None:
+                    archive = stack.enter_context(opened(inner, name))
+            for member in files_in(archive, name):
+                if _is_picture(member.name):
+                    yield PurePosixPath(member.name).name, content_in(archive, member)
+
+
+def train_classes(path: Path) -> dict[str, TrainClass]:
+    """The training classes by name, in `ILSVRC2012_img_train.tar`, or in a folder of class folders or their tar files.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    if path.is_dir():
+        files = [entry for entry in entries_of(path) if entry.is_dir() or entry.name.endswith(".tar")]
+        return {entry.name.removesuffix(".tar"): TrainClass(Path(entry.path)) for entry in files}
+    with opened(path, str(path)) as archive:
+        members = {PurePosixPath(member.name): member for member in files_in(archive, str(path))}
+    return {name.stem: TrainClass(path, member) for name, member in members.items() if name.suffix == ".tar"}
+
+
+@dataclass(frozen=True)
+class ValPicture:
+    """A validation image: its file name, its class's, and where it is."""
+
+    name: str
+    wnid: str
+    place: tarfile.TarInfo | Path
+
+
+def val_pictures(path: Path, devkit: Devkit) -> list[ValPicture]:
+    """The validation images, in `ILSVRC2012_img_val.tar`, or in a folder, whether or not they lie in class folders.
+
+    Raises:
+        DataError: something is damaged, twice there, in the wrong class's folder, or no validation image.
+    """
+    found: dict[str, ValPicture] = {}
+    if path.is_dir():
+        for folder, folders, files in os.walk(path):
+            folders.sort()
+            for name in filter(_is_picture, files):
+                picture = ValPicture(name, _class_of(name, path, devkit), Path(folder, name))
+                of_folder = os.path.basename(folder)
+                if of_folder in devkit.synsets and of_folder != picture.wnid:
+                    raise DataError(f"{picture.place}: the development kit says that it shows {picture.wnid}")
+                _add(found, picture, path)
+    else:
+        with opened(path, str(path)) as archive:
+            for member in files_in(archive, str(path)):
+                name = PurePosixPath(member.name).name
+                if _is_picture(name):
+                    _add(found, ValPicture(name, _class_of(name, path, devkit), member), path)
+    return [found[name] for name in sorted(found)]
+
+
+def contents_of(path: Path, pictures: Sequence[ValPicture]) -> Iterator[tuple[ValPicture, Picture]]:
+    """Some of the validation images with their content; raises DataError where the tar file is damaged."""
+    with contextlib.ExitStack() as stack:
+        archive = None if path.is_dir() else stack.enter_context(opened(path, str(path)))
+        for picture in pictures:
+            if isinstance(picture.place, Path):
+                yield picture, picture.place
+            elif archive is not None:
+                yield picture, content_in(archive, picture.place)
+
+
+def _add(found: dict[str, ValPicture], picture: ValPicture, path: Path) -> None:
+    if picture.name in found:
+        raise DataError(f"{path}: {picture.name}: is twice there")
+    found[picture.name] = picture
+
+
+def _class_of(name: str, path: Path, devkit: Devkit) -> str:
+    number = _VAL_NAME.fullmatch(name)
+    if number is None:
+        raise DataError(f"{path}: {name}: is no name of a validation image (ILSVRC2012_val_00000001.JPEG)")
+    if not 1 <= int(number[1]) <= len(devkit.ground_truth):
+        raise DataError(f"{path}: {name}: {GROUND_TRUTH} of {devkit.path} has {len(devkit.ground_truth)} lines")
+    return devkit.ground_truth[int(number[1]) - 1]
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS) and not PurePosixPath(name).name.startswith(".")
