@@ -58,8 +58,10 @@ class Config(Section):
             raise ValueError(f"train.freeze: {self.train.freeze} keeps random weights; set model.pretrained, or none")
         if ghost and self.train.sync_bn:
             raise ValueError("train.sync_bn: and train.ghost_batch exclude each other; set one of them to 0 or false")
-        if self.augment.random_resized_crop and self.data.name != "imagefolder":
-            raise ValueError("augment.random_resized_crop: needs data.name=imagefolder; CIFAR and shapes are 32x32")
+        if self.augment.random_resized_crop and self.data.name not in ("imagefolder", "shards"):
+            raise ValueError(
+                "augment.random_resized_crop: needs data.name=imagefolder or shards; CIFAR and shapes are 32x32"
+            )
         if self.optimizer.nesterov and self.optimizer.momentum == 0:
             raise ValueError("optimizer.nesterov: needs a momentum; set optimizer.nesterov=false")
         if (self.data.mean is None) != (self.data.std is None):

@@ -195,7 +195,7 @@ def test_a_folder_is_decoded_resized_and_cropped(picture_folder: Path) -> None:
     pictures = data.splits["train"].load(torch.tensor([0, 20]))
     assert pictures.shape == (2, 16, 16, 3)
     assert pictures[0].max() <= 128 <= pictures[1].min()
-    path = data.splits["train"].paths[0]
+    path = str(data.splits["train"].paths[0])
     with Image.open(path) as image:
         # 36x32, as published: the shorter side to 16, then the central 16x16.
         expected = np.asarray(image.resize((18, 16), Image.Resampling.BILINEAR).crop((1, 0, 17, 16)))

@@ -82,6 +82,8 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
         world_size=ranks.world_size,
         accumulate=config.train.accumulate,
         device=split.labels.device,
+        groups=data.shards,
+        window=config.data.shuffle_shards,
     )
     return TrainLoader(
         split,

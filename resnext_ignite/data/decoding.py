@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 import simplejpeg
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional
 
+from resnext_ignite.data.paths import Source
 from resnext_ignite.errors import DataError
 
 Pixels = NDArray[np.uint8]
@@ -47,7 +49,7 @@ _SIDEWAYS = (5, 6, 7, 8)
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-def open_rgb(path: str) -> Image.Image:
+def open_rgb(source: Source) -> Image.Image:
     """A picture as a person sees it, in RGB: turned as its EXIF orientation says, on white where it is transparent.
 
     Of 16 bits a channel the upper 8 are kept; of a film the first picture.
@@ -55,7 +57,7 @@ def open_rgb(path: str) -> Image.Image:
     Raises:
         DataError: it cannot be read, or has more pixels than PIL thinks harmless; the line names it.
     """
-    with _opened(path) as picture:
+    with _opened(source) as picture:
         pixels = picture.width * picture.height
         # PIL itself warns here, and refuses at twice as many.
         if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
@@ -72,26 +74,30 @@ def open_rgb(path: str) -> Image.Image:
         return picture.convert("RGB")
 
 
-def has_size(path: str, size: int) -> bool:
+def has_size(source: Source, size: int) -> bool:
     """Whether a picture is a square of `size` pixels; true of what cannot be read, which is met when it is decoded."""
-    with contextlib.suppress(DataError), _opened(path) as picture:
+    with contextlib.suppress(DataError), _opened(source) as picture:
         return picture.size == (size, size)
     return True
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
+def _opened(source: Source) -> Iterator[Image.Image]:
     try:
-        with open(path, "rb", opener=_without_waiting) as file, Image.open(file) as picture:
+        with _file(source) as file, Image.open(file) as picture:
             yield picture
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{path}: not a picture; remove or replace it") from None
+        raise DataError(f"{source}: not a picture; remove or replace it") from None
     except Exception as error:
         # Whatever it is: PIL's readers answer damaged files with a dozen types, TypeError among them.
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-        raise DataError(f"{path}: cannot be read: {reason or type(error).__name__}; remove or replace it") from None
+        raise DataError(f"{source}: cannot be read: {reason or type(error).__name__}; remove or replace it") from None
+
+
+def _file(source: Source) -> IO[bytes]:
+    return open(source, "rb", opener=_without_waiting) if isinstance(source, str) else source.open()
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -114,7 +120,7 @@ Crop = Callable[[int, int], Box]
 """A part of a picture of some width and height: left, top, right, bottom, in pixels."""
 
 
-def read_crop(path: str, size: int, crop: Crop, *, training: bool = False) -> Pixels:
+def read_crop(source: Source, size: int, crop: Crop, *, training: bool = False) -> Pixels:
     """A part of a picture file, resized to a square with antialiasing: uint8 (size, size, 3).
 
     In evaluation as torchvision's Resize before its CenterCrop, where pixels beyond the part weigh in at its edge. In
@@ -124,7 +130,7 @@ def read_crop(path: str, size: int, crop: Crop, *, training: bool = False) -> Pi
     Raises:
         DataError: as `open_rgb`.
     """
-    plain, pixels = _PlainJpeg.of(path), None
+    plain, pixels = _PlainJpeg.of(source), None
     if plain is not None:
         box = crop(plain.width, plain.height)
         pixels = plain.decode(_halvings(min(box[2] - box[0], box[3] - box[1]) / size) if training else 0)
@@ -132,7 +138,7 @@ def read_crop(path: str, size: int, crop: Crop, *, training: bool = False) -> Pi
             across, down = pixels.shape[1] / plain.width, pixels.shape[0] / plain.height
             box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
     if pixels is None:
-        pixels = np.array(open_rgb(path))
+        pixels = np.array(open_rgb(source))
         box = crop(pixels.shape[1], pixels.shape[0])
     # At a fraction, a crop rarely begins with a pixel; rounded, it would move by up to half of one.
     cut = training and all(side == round(side) for side in box)
@@ -154,13 +160,16 @@ class _PlainJpeg:
     orientation: int = 1
 
     @classmethod
-    def of(cls, path: str) -> _PlainJpeg | None:
+    def of(cls, source: Source) -> _PlainJpeg | None:
         """None where it is none, or cannot be read: PIL says why."""
         try:
-            with open(path, "rb", opener=_without_waiting) as file:
-                content = file.read() if file.peek(2)[:2] == b"\xff\xd8" else b""
+            with _file(source) as file:
+                content = b""
+                if file.read(2) == b"\xff\xd8":
+                    file.seek(0)
+                    content = file.read()
             height, width, space, _ = simplejpeg.decode_jpeg_header(content)
-        except (OSError, ValueError):
+        except (OSError, EOFError, ValueError):
             return None
         if space not in ("YCbCr", "Gray", "RGB") or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             return None

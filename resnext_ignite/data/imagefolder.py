@@ -1,4 +1,4 @@
-"""Folders of pictures: `<split>/<class>/*`, read in the workers or once into memory. How one is, is `decoding.py`'s."""
+"""Pictures in files, read in the workers or once into memory. How one is, is `decoding.py`'s; which, `index.py`'s."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from resnext_ignite.data.decoding import (
     square_crop,
 )
 from resnext_ignite.data.images import UNREADABLE, Images
-from resnext_ignite.data.paths import Paths
+from resnext_ignite.data.paths import Sources
 from resnext_ignite.data.sampling import Purpose, uniform
 from resnext_ignite.errors import DataError
 
@@ -38,7 +38,7 @@ _PROBES = 64
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """A split as files.
+    """A split as files, by themselves or in shards.
 
     Args:
         paths: N files.
@@ -49,7 +49,7 @@ class ImageFiles:
         anchor: where that lies, as for `square_crop`.
     """
 
-    paths: Paths
+    paths: Sources
     labels: Tensor
     indices: Tensor
     size: int
@@ -65,8 +65,8 @@ class ImageFiles:
         return replace(self, paths=paths, labels=self.labels[positions], indices=self.indices[positions])
 
     def contents(self) -> str:
-        """How many pictures, and the hash of their names: class/file, in order."""
-        return f"{len(self)} images, sha256 of names {self.paths.digest()[:16]}"
+        """How many pictures, and what tells them from others."""
+        return f"{len(self)} images, {self.paths.identity()}"
 
     def load(self, positions: Tensor) -> Tensor:
         """Decode, crop and resize: int64 (n,) -> uint8 (n, size, size, 3); raises as `read`."""
@@ -90,7 +90,9 @@ class ImageFiles:
         unreadable: dict[int, str] = {}
         square = square_crop(self.size, self.crop_share, self.anchor)
         with no_warnings():
-            for place, position in enumerate(positions.tolist()):
+            # As they lie: of a shard, one pass over its bytes.
+            for place in positions.argsort().tolist():
+                position = int(positions[place])
                 crop = square if draws is None else random_crop(draws[place])
                 try:
                     pictures[place] = read_crop(self.paths[position], self.size, crop, training=draws is not None)
@@ -158,7 +160,8 @@ def decode_into_memory(
     with no_warnings():
         # A look at a few headers spares large pictures a decoding in vain.
         step = max(1, len(files) // _PROBES)
-        if not any_size and not all(has_size(path, files.size) for path in files.paths[::step]):
+        probes = range(0, len(files), step)
+        if not any_size and not all(has_size(files.paths[position], files.size) for position in probes):
             return None
         bar: Any = tqdm(total=len(files), desc="decoding", unit=" images", disable=None if report else True)
         # Threads: PIL decodes outside the interpreter's lock.

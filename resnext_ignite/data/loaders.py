@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ class TrainLoader:
         seed = self.augment.seed if self.random_resized_crop else None
         fill = whole_color(self.augment.mean) if self.skip_unreadable else None
         decoder = _Decoder(self.split, seed, fill)
-        for pictures, epoch, positions, unreadable in _decoded(decoder, batches, self.workers, self.device):
+        ahead = self.order.announcements(self.start_iteration)
+        for pictures, epoch, positions, unreadable in _decoded(decoder, batches, self.workers, self.device, ahead):
             self._warn({int(positions[place]): reason for place, reason in unreadable.items()})
             padded = self.augment.pad(pictures.to(self.device, non_blocking=True))
             places = torch.arange(len(positions), device=self.device)
@@ -226,9 +228,10 @@ Decoded = tuple[Tensor, int, Tensor, dict[int, str]]
 
 
 class _Decoder(Dataset[Any]):
-    """A batch at a time, in a worker process: (epoch, positions) -> (pictures, epoch, positions, unreadable).
+    """A batch at a time, in a worker process: (epoch, positions, ahead) -> (pictures, epoch, positions, unreadable).
 
-    Positions are plain numbers: each tensor travels through shared memory, a file descriptor each.
+    Positions are plain numbers: each tensor travels through shared memory, a file descriptor each. `ahead` are groups
+    of files that later batches will ask for.
 
     Args:
         files: the split.
@@ -241,8 +244,11 @@ class _Decoder(Dataset[Any]):
     ) -> None:
         self.files, self.crop_seed, self.fill = files, crop_seed, fill
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Tensor, int, list[int], dict[int, str]] | DataError:
-        epoch, positions = key
+    def __getitem__(
+        self, key: tuple[int, list[int], list[int]]
+    ) -> tuple[Tensor, int, list[int], dict[int, str]] | DataError:
+        epoch, positions, ahead = key
+        self.files.paths.read_ahead(ahead)
         crop_key = None if self.crop_seed is None else (self.crop_seed, epoch)
         try:
             pictures, unreadable = self.files.read(torch.tensor(positions, dtype=torch.int64), crop_key, self.fill)
@@ -253,12 +259,19 @@ class _Decoder(Dataset[Any]):
 
 
 def _decoded(
-    decoder: _Decoder, batches: Iterable[tuple[int, Tensor]], workers: int, device: torch.device
+    decoder: _Decoder,
+    batches: Iterable[tuple[int, Tensor]],
+    workers: int,
+    device: torch.device,
+    ahead: Iterable[list[int]] | None = None,
 ) -> Iterator[Decoded]:
     loader = DataLoader(
         decoder,
         batch_size=None,
-        sampler=((epoch, positions.tolist()) for epoch, positions in batches),
+        sampler=(
+            (epoch, positions.tolist(), soon)
+            for (epoch, positions), soon in zip(batches, ahead or repeat([]), strict=False)
+        ),
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,

@@ -15,6 +15,7 @@ from resnext_ignite.data.images import Images, whole_color
 from resnext_ignite.data.index import index_images
 from resnext_ignite.data.loaders import Split
 from resnext_ignite.data.sampling import Purpose, permutation
+from resnext_ignite.data.shards import Members, index_shards
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, DataError
 
@@ -28,7 +29,8 @@ class Data:
     """The splits of a data set that were asked for, with what a model of it must know.
 
     `selection` is the split on which the best weights are chosen: the held-out images where there are any, else the
-    test split. `contents` says of each split how many images it has, and which, as far as that could change.
+    test split. `contents` says of each split how many images it has, and which, as far as that could change. `shards`,
+    int64 (N,), is the shard that each training image lies in, where the data is in shards.
     """
 
     splits: dict[str, Split]
@@ -38,6 +40,7 @@ class Data:
     image_size: int
     workers: int
     contents: dict[str, str]
+    shards: torch.Tensor | None = None
 
     @property
     def selection(self) -> str:
@@ -57,19 +60,23 @@ def load_data(config: Config, ranks: Ranks, splits: tuple[str, ...] | None = Non
         ConfigError: a size that is asked for is not to be had.
     """
     root = Path(config.data.root).expanduser()
+    in_files = config.data.name in ("imagefolder", "shards")
     size = config.data.image_size or (
-        _IMAGE_SIZES[parse_model_name(config.model.name).layout] if config.data.name == "imagefolder" else shapes.SIZE
+        _IMAGE_SIZES[parse_model_name(config.model.name).layout] if in_files else shapes.SIZE
     )
     workers = config.data.workers
     if workers is None:
         workers = min(8, ranks.cores())
-    if config.data.name == "imagefolder":
-        loaded, contents, classes, moments = _load_folder(config, root, size, splits, ranks)
+    lie_in = None
+    if in_files:
+        loaded, contents, classes, moments = _load_folder(config, root, size, splits)
+        lie_in = _shards_of(loaded.get("train"))
+        loaded = {name: _decoded(split, config, name, ranks) for name, split in loaded.items()}
     else:
         loaded, contents, classes, moments = _load_tensors(config, root, splits, ranks)
         loaded = {name: split.resized(size) for name, split in loaded.items() if isinstance(split, Images)}
     mean, std = (config.data.mean, config.data.std) if config.data.mean and config.data.std else moments
-    return Data(loaded, classes, mean, std, size, workers, contents)
+    return Data(loaded, classes, mean, std, size, workers, contents, lie_in)
 
 
 Moments = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -97,10 +104,11 @@ def _load_tensors(config: Config, root: Path, splits: tuple[str, ...] | None, ra
     return loaded, {name: f"{len(split)} images" for name, split in loaded.items()}, classes, moments
 
 
-def _load_folder(config: Config, root: Path, size: int, splits: tuple[str, ...] | None, ranks: Ranks) -> Loaded:
+def _load_folder(config: Config, root: Path, size: int, splits: tuple[str, ...] | None) -> Loaded:
+    find, kind = (index_shards, "a set of shards") if config.data.name == "shards" else (index_images, "an imagefolder")
     there = {name for name in ("train", "val", "test") if (root / name).is_dir()}
     if not there:
-        raise DataError(f"{root}: not an imagefolder: neither train/, val/ nor test/ is there; set data.root")
+        raise DataError(f"{root}: not {kind}: neither train/, val/ nor test/ is there; set data.root")
     both = {"val", "test"} <= there
     if both and config.data.val_size:
         raise ConfigError(f"data.val_size: {root} has a val/ folder to choose on already; set it to 0")
@@ -115,7 +123,7 @@ def _load_folder(config: Config, root: Path, size: int, splits: tuple[str, ...] 
     for split, folder in folders.items():
         # The training folder is listed whatever is asked for: its classes are the classes.
         if split in needed or split == "train":
-            index = index_images(root, folder, classes)
+            index = find(root, folder, classes)
             classes = index.classes
             if split in needed:
                 count = torch.arange(len(index.labels))
@@ -125,9 +133,12 @@ def _load_folder(config: Config, root: Path, size: int, splits: tuple[str, ...] 
         raise DataError(f"{root}: has no {' or '.join(sorted(wanted))} split; it holds {', '.join(sorted(there))}")
     loaded = _hold_out(config, files, wanted)
     contents = {name: split.contents() for name, split in loaded.items() if isinstance(split, ImageFiles)}
-    for name, split_files in loaded.items():
-        loaded[name] = _decoded(split_files, config, name, ranks)
     return loaded, contents, classes, (imagefolder.MEAN, imagefolder.STD)
+
+
+def _shards_of(split: Split | None) -> torch.Tensor | None:
+    paths = split.paths if isinstance(split, ImageFiles) else None
+    return paths.shards() if isinstance(paths, Members) else None
 
 
 def _decoded(files: Split, config: Config, split: str, ranks: Ranks) -> Split:
