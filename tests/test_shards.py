@@ -281,20 +281,22 @@ def test_few_shards_are_read_at_a_time_and_in_order(root: Path, monkeypatch: pyt
 
 
 def test_what_is_announced_is_read_ahead_whole(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = index_shards(root, "train")
-    advised = []
-    monkeypatch.setattr(
-        os, "posix_fadvise", lambda fd, *rest: advised.append((os.readlink(f"/proc/self/fd/{fd}"), *rest))
-    )
-    batches(shard_config(root, **{"data.shuffle_shards": 2}), 5)
-    assert sorted(advised) == [(path, 0, 0, os.POSIX_FADV_WILLNEED) for path in index.paths.files.paths]
+    config, advised = shard_config(root, **{"data.shuffle_shards": 2, "data.in_memory": False}), []
+    files = index_shards(root, "train").paths.files
+    loader = build_train_loader(config, load_data(config, Ranks()), CPU, Ranks())
+
+    def noted(descriptor: int, start: int, length: int, advice: int) -> None:
+        advised.append((os.readlink(f"/proc/self/fd/{descriptor}"), start, length, advice))
+
+    monkeypatch.setattr(os, "posix_fadvise", noted)
+    list(itertools.islice(loader, 5))
+    assert sorted(advised) == [(path, 0, 0, os.POSIX_FADV_WILLNEED) for path in files.paths]
     # Where two would not fit into an eighth of the memory, one is asked for.
-    monkeypatch.setattr(
-        os, "sysconf", lambda name: {"SC_PHYS_PAGES": 12 * index.paths.files.sizes[0], "SC_PAGE_SIZE": 1}[name]
-    )
+    memory = {"SC_PHYS_PAGES": 12 * files.sizes[0], "SC_PAGE_SIZE": 1}
+    monkeypatch.setattr(os, "sysconf", memory.__getitem__)
     advised.clear()
-    index.paths.read_ahead([3, 4])
-    assert [path for path, *_ in advised] == [index.paths.files.paths[3]]
+    files.read_ahead([3, 4])
+    assert [path for path, *_ in advised] == [files.paths[3]]
 
 
 def test_no_more_files_are_open_than_are_allowed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,6 +504,14 @@ def test_classes_of_another_split_are_the_trainings(root: Path) -> None:
     edit(listed, lambda content: content.update(classes=["light", "twilight"]))
     with pytest.raises(DataError, match=r"test/shards\.json: classes: 'twilight' is not a class of the training"):
         load_data(shard_config(root), Ranks())
+
+
+def test_an_evaluation_asks_for_no_training_shard(root: Path) -> None:
+    for path in (root / "train").glob("*.tar"):
+        path.unlink()
+    data = load_data(shard_config(root), Ranks(), ("test",))
+    assert data.classes == ("dark", "light")
+    assert len(data.splits["test"]) == 12
 
 
 def blot(root: Path) -> str:

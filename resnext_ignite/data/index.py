@@ -67,6 +67,11 @@ def index_images(root: Path, split: str, classes: tuple[str, ...] | None = None)
     return ImageIndex(Paths(str(folder), letters, starts), torch.from_numpy(np.repeat(places, counts)), known)
 
 
+def folder_classes(root: Path, split: str) -> tuple[str, ...]:
+    """The classes of `root/split`, without a look at the pictures; raises DataError where there are none."""
+    return tuple(_class_folders(root / split, split))
+
+
 # Where each name starts int64 (N + 1,), the names' letters uint8, and how many each class has int64 (C,).
 _PARTS = ("starts", "letters", "counts")
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import time
 import weakref
@@ -23,9 +24,10 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from resnext_ignite.data.kept import SETTLED_S, Array, keep, kept_path, read_kept
-from resnext_ignite.data.tar import BLOCK, Member, Tar, header_name
+from resnext_ignite.data.tar import BLOCK, Tar, header_name
 from resnext_ignite.errors import DataError
 
+log = logging.getLogger(__name__)
 LIST_NAME = "shards.json"
 _VERSION = 1
 # Fewer pictures are found faster than a person would notice.
@@ -103,6 +105,11 @@ def index_shards(root: Path, split: str, classes: tuple[str, ...] | None = None)
     return ShardIndex(Members(files, firsts, offsets, sizes, digest), torch.from_numpy(places[labels]), known)
 
 
+def shard_classes(root: Path, split: str) -> tuple[str, ...]:
+    """The classes that `shards.json` of `root/split` lists, without a look at the shards; raises as `index_shards`."""
+    return _read_list(root / split / LIST_NAME).classes
+
+
 def _read_list(path: Path) -> _ShardList:
     try:
         content = path.read_bytes()
@@ -143,28 +150,26 @@ def _state_of(folder: Path, listed: _ShardList) -> tuple[float, str]:
 
 
 def _walk(folder: Path, listed: _ShardList) -> list[Array]:
-    offsets: list[int] = []
-    sizes: list[int] = []
-    labels: list[int] = []
-    firsts = [0]
+    total = sum(shard.images for shard in listed.shards)
+    if total >= _WORTH_KEEPING:
+        log.info(f"{folder}: looking for its {total} images in {len(listed.shards)} shards")
+    firsts, rows = [0], []
     for shard in listed.shards:
         with Tar(folder / shard.name) as tar:
-            for picture, label in _samples(tar, firsts[-1], len(listed.classes)):
-                offsets.append(picture.offset)
-                sizes.append(picture.size)
-                labels.append(label)
-        firsts.append(len(offsets))
-        found = firsts[-1] - firsts[-2]
-        if found != shard.images:
+            found = np.array(list(_samples(tar, firsts[-1], len(listed.classes))), np.int64).reshape(-1, 3)
+        if len(found) != shard.images:
             raise DataError(
-                f"{folder / shard.name}: holds {found} images, where {LIST_NAME} has {shard.images}; "
+                f"{folder / shard.name}: holds {len(found)} images, where {LIST_NAME} has {shard.images}; "
                 "pack or copy it again"
             )
-    return [np.array(part, np.int64) for part in (firsts, offsets, sizes, labels)]
+        firsts.append(firsts[-1] + len(found))
+        rows.append(found)
+    # (N, 3) -> (3, N): each column an array of its own, as it is kept.
+    return [np.array(firsts, np.int64), *np.ascontiguousarray(np.concatenate(rows).T)]
 
 
-def _samples(tar: Tar, first: int, classes: int) -> Iterator[tuple[Member, int]]:
-    """Each picture of a shard and its label; names are checked to count on from `first`."""
+def _samples(tar: Tar, first: int, classes: int) -> Iterator[tuple[int, int, int]]:
+    """Offset, size and label of each picture of a shard; names are checked to count on from `first`."""
     members = tar.members()
     for number, one in enumerate(members, start=first):
         pair = (one, next(members, one))
@@ -181,7 +186,7 @@ def _samples(tar: Tar, first: int, classes: int) -> Iterator[tuple[Member, int]]
             raise DataError(
                 f"{tar.path}:{label.name}: {text!r} is no class from 0 to {classes - 1}; pack the data again"
             )
-        yield picture, int(text)
+        yield picture.offset, picture.size, int(text)
 
 
 class _Descriptor:

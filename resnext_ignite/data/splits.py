@@ -12,10 +12,10 @@ from resnext_ignite.config import Config
 from resnext_ignite.data import cifar, imagefolder, shapes
 from resnext_ignite.data.imagefolder import ImageFiles, decode_into_memory
 from resnext_ignite.data.images import Images, whole_color
-from resnext_ignite.data.index import index_images
+from resnext_ignite.data.index import folder_classes, index_images
 from resnext_ignite.data.loaders import Split
 from resnext_ignite.data.sampling import Purpose, permutation
-from resnext_ignite.data.shards import Members, index_shards
+from resnext_ignite.data.shards import Members, index_shards, shard_classes
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, DataError
 
@@ -105,9 +105,10 @@ def _load_tensors(config: Config, root: Path, splits: tuple[str, ...] | None, ra
 
 
 def _load_folder(config: Config, root: Path, size: int, splits: tuple[str, ...] | None) -> Loaded:
-    find, kind = (index_shards, "a set of shards") if config.data.name == "shards" else (index_images, "an imagefolder")
+    in_shards = config.data.name == "shards"
     there = {name for name in ("train", "val", "test") if (root / name).is_dir()}
     if not there:
+        kind = "a set of shards" if in_shards else "an imagefolder"
         raise DataError(f"{root}: not {kind}: neither train/, val/ nor test/ is there; set data.root")
     both = {"val", "test"} <= there
     if both and config.data.val_size:
@@ -121,14 +122,15 @@ def _load_folder(config: Config, root: Path, size: int, splits: tuple[str, ...] 
     classes: tuple[str, ...] | None = None
     files: dict[str, Split] = {}
     for split, folder in folders.items():
-        # The training folder is listed whatever is asked for: its classes are the classes.
-        if split in needed or split == "train":
-            index = find(root, folder, classes)
+        if split in needed:
+            index = index_shards(root, folder, classes) if in_shards else index_images(root, folder, classes)
             classes = index.classes
-            if split in needed:
-                count = torch.arange(len(index.labels))
-                images = ImageFiles(index.paths, index.labels, count, size, config.data.eval_crop)
-                files[split] = images.subset(_subset(len(images), limits.get(split), f"data.{split}_size"))
+            count = torch.arange(len(index.labels))
+            images = ImageFiles(index.paths, index.labels, count, size, config.data.eval_crop)
+            files[split] = images.subset(_subset(len(images), limits.get(split), f"data.{split}_size"))
+        elif split == "train":
+            # Whatever is asked for, the training images' classes are the classes.
+            classes = shard_classes(root, folder) if in_shards else folder_classes(root, folder)
     if classes is None:
         raise DataError(f"{root}: has no {' or '.join(sorted(wanted))} split; it holds {', '.join(sorted(there))}")
     loaded = _hold_out(config, files, wanted)
