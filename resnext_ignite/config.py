@@ -43,7 +43,9 @@ class Config(Section):
     def image_size(self) -> int:
         """Height and width in pixels: `data.image_size`, or what stands for null."""
         # ImageNet layouts were published at 224 pixels, those with a 3x3 stem at 32.
-        photographs = self.data.name == "imagefolder" and parse_model_name(self.model.name).layout == "imagenet"
+        photographs = (
+            self.data.name in ("imagefolder", "shards") and parse_model_name(self.model.name).layout == "imagenet"
+        )
         return self.data.image_size or (224 if photographs else 32)
 
     @model_validator(mode="after")
@@ -66,8 +68,10 @@ class Config(Section):
             raise ValueError(f"train.freeze: {self.train.freeze} keeps random weights; set model.pretrained, or none")
         if ghost and self.train.sync_bn:
             raise ValueError("train.sync_bn: and train.ghost_batch exclude each other; set one of them to 0 or false")
-        if self.augment.random_resized_crop and self.data.name != "imagefolder":
-            raise ValueError("augment.random_resized_crop: needs data.name=imagefolder; CIFAR and shapes are 32x32")
+        if self.augment.random_resized_crop and self.data.name not in ("imagefolder", "shards"):
+            raise ValueError(
+                "augment.random_resized_crop: needs data.name=imagefolder or shards; CIFAR and shapes are 32x32"
+            )
         if self.data.decode == "device" and not self.augment.random_resized_crop:
             raise ValueError("data.decode: device makes random-resized crops; set augment.random_resized_crop=true")
         if self.optimizer.nesterov and self.optimizer.momentum == 0:

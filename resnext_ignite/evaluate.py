@@ -120,7 +120,7 @@ def _loader(
     config: Config, data: Data, split: str, device: torch.device, ranks: Ranks, views: str
 ) -> EvalLoader | CropsLoader:
     from resnext_ignite.data import build_eval_loader
-    from resnext_ignite.data.decoding import FIVE_CROPS
+    from resnext_ignite.data.cropping import FIVE_CROPS
     from resnext_ignite.data.imagefolder import ImageFiles
     from resnext_ignite.data.loaders import CropsLoader
 

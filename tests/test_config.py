@@ -151,7 +151,7 @@ def test_a_wrong_override_names_the_command_line(override: str, line: str) -> No
         ("optim", "optimizer"),
         # The section alone makes nothing alike.
         *((key, None) for key in ("evaluation.foo", "checkpoint.dir", "optimizer.beta", "logging.level", "train.x")),
-        *((key, None) for key in ("data.shuffle", "schedule.t_max", "model.dropout", "debug", "zzz", "_", "a.b.c")),
+        *((key, None) for key in ("data.persistent", "schedule.t_max", "model.dropout", "debug", "zzz", "_", "a.b.c")),
     ],
 )
 def test_a_wrong_key_is_answered_with_a_near_one_or_none(tmp_path: Path, key: str, right: str | None) -> None:

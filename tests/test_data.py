@@ -20,8 +20,9 @@ from PIL import Image
 from resnext_ignite.config import Config, with_values
 from resnext_ignite.data import build_eval_loader, build_loaders, build_train_loader, load_data, shapes
 from resnext_ignite.data.augment import Augment
-from resnext_ignite.data.decoding import random_box, resized, square_crop
-from resnext_ignite.data.imagefolder import ImageFiles, crop_draws
+from resnext_ignite.data.cropping import crop_draws, random_box, square_crop
+from resnext_ignite.data.decoding import resized
+from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.index import index_images
 from resnext_ignite.data.loaders import EvalLoader, TrainLoader
@@ -195,7 +196,7 @@ def test_a_folder_is_decoded_resized_and_cropped(picture_folder: Path) -> None:
     pictures = data.splits["train"].load(torch.tensor([0, 20]))
     assert pictures.shape == (2, 16, 16, 3)
     assert pictures[0].max() <= 128 <= pictures[1].min()
-    path = data.splits["train"].paths[0]
+    path = str(data.splits["train"].paths[0])
     with Image.open(path) as image:
         # 36x32, as published: the shorter side to 16, then the central 16x16.
         expected = np.asarray(image.resize((18, 16), Image.Resampling.BILINEAR).crop((1, 0, 17, 16)))

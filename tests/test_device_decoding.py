@@ -74,9 +74,13 @@ def train_loader(root: Path, decode_on: torch.device | None, size: int = 64, **v
     return TrainLoader(files, order, AUGMENT, CPU, random_resized_crop=True, decode_on=decode_on, **values)
 
 
+def jpegs_of(files: ImageFiles) -> list[str]:
+    return [str(files.paths[position]) for position in range(JPEGS)]
+
+
 def read(reader: JpegReader) -> tuple[torch.Tensor, list[Part], dict[int, str]]:
     """All files in one batch of the first epoch."""
-    batch = reader[1, list(range(len(reader.files)))]
+    batch = reader[1, list(range(len(reader.files))), []]
     assert not isinstance(batch, DataError)
     (content, parts), epoch, _, unreadable = batch
     assert epoch == 1
@@ -110,7 +114,7 @@ def test_only_plain_jpegs_are_left_to_the_device(root: Path) -> None:
     assert not unreadable
     # A picture takes its own pixels: 64 x 64 of three colours.
     assert [part.length for part in parts[JPEGS:]] == [12288] * 6
-    assert [part.length for part in parts[:JPEGS]] == [os.path.getsize(path) for path in files.paths[:JPEGS]]
+    assert [part.length for part in parts[:JPEGS]] == [os.path.getsize(path) for path in jpegs_of(files)]
 
 
 def test_large_pictures_differ_little_from_those_decoded_at_a_fraction(tmp_path: Path) -> None:
@@ -202,7 +206,7 @@ class Choosy(JpegDecoder):
 
 def test_what_the_device_refuses_is_decoded_without_it(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = files_of(root)
-    refused = [path for path in files.paths[:JPEGS] if os.path.getsize(path) % 2 == 0]
+    refused = [path for path in jpegs_of(files) if os.path.getsize(path) % 2 == 0]
     assert 1 < len(refused) < JPEGS
     reader, positions = JpegReader(files, 5), torch.arange(len(files))
     content, parts, unreadable = read(reader)
@@ -265,7 +269,7 @@ def test_a_gpu_decodes_to_what_a_cpu_does(root: Path) -> None:
     """Within what libjpeg-turbo's two ways to enlarge halved colours differ by, and a level; the same each time."""
     gpu = torch.device("cuda", 0)
     files = files_of(root)
-    contents = [Path(path).read_bytes() for path in files.paths[:JPEGS]]
+    contents = [Path(path).read_bytes() for path in jpegs_of(files)]
     encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
     for content, there in zip(contents, JpegDecoder(gpu).decode(encoded), strict=True):
         smooth, plain = (simplejpeg.decode_jpeg(content, "RGB", False, fast).astype(int) for fast in (False, True))

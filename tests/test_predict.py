@@ -20,7 +20,8 @@ from torch import nn
 
 from resnext_ignite import evaluate, predict
 from resnext_ignite.checkpoint import load_model
-from resnext_ignite.data.decoding import open_rgb, resized, square_crop
+from resnext_ignite.data.cropping import square_crop
+from resnext_ignite.data.decoding import open_rgb, resized
 from resnext_ignite.data.shapes import CLASSES, load_shapes
 from resnext_ignite.errors import CheckpointError, ConfigError, DataError
 from resnext_ignite.handlers.pictures import draw_mistakes

@@ -46,9 +46,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The pictures."""
 
-    name: Literal["cifar10", "cifar100", "imagefolder", "shapes"] = "shapes"
+    name: Literal["cifar10", "cifar100", "imagefolder", "shards", "shapes"] = "shapes"
     """`shapes` is drawn from a seed, without any file; `imagefolder` reads `root`'s `train/<class>/*` and
-    `val/<class>/*` or `test/<class>/*`."""
+    `val/<class>/*` or `test/<class>/*`; `shards` reads tar files of pictures in `train/` and `val/` or `test/`, and
+    what is said of an `imagefolder` goes for them."""
     root: str = "data"
     """Folder of the data (`~` is expanded); not used by `shapes`."""
     download: bool = True
@@ -75,6 +76,9 @@ class DataConfig(Section):
     """`imagefolder`: end on a training picture that cannot be read (exit 3), or skip it: warned of, not counted."""
     max_skipped: Annotated[int, Field(ge=0)] = 100
     """Pictures an epoch that may be skipped; one more ends the run (exit 3)."""
+    shuffle_shards: Annotated[int, Field(ge=1)] = 16
+    """`shards`: shards that are read at a time in training, whose images are shuffled together; the shards come in
+    another order each epoch."""
     mean: PerChannel | None = None
     """Mean of red, green and blue, 0 to 1; null: that of `model.pretrained`, else the data set's published one
     (ImageNet's for a folder)."""

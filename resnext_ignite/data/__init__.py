@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from resnext_ignite.data.sampling import TrainOrder
 from resnext_ignite.data.splits import Data, load_data
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "Data",
@@ -92,6 +95,8 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
         )
     if isinstance(split, Images):
         split = split.to(device)
+    if data.shards is not None and ranks.rank == 0:
+        _warn_of_sorted_shards(split.labels, data.shards, config.data.shuffle_shards)
     order = TrainOrder(
         seed=config.seed,
         count=len(split),
@@ -100,6 +105,8 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
         world_size=ranks.world_size,
         accumulate=config.train.accumulate,
         device=split.labels.device,
+        groups=data.shards,
+        window=config.data.shuffle_shards,
     )
     return TrainLoader(
         split,
@@ -113,6 +120,16 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
         skip_unreadable=config.data.on_error == "skip",
         decode_on=device if on_device else None,
     )
+
+
+def _warn_of_sorted_shards(labels: torch.Tensor, shards: torch.Tensor, window: int) -> None:
+    shares = torch.bincount(labels[labels >= 0]) / len(labels)
+    alike, by_chance = (labels[1:] == labels[:-1]).float().mean(), (shares**2).sum()
+    if window <= int(shards.max()) and alike > (1 + by_chance) / 2:
+        log.warning(
+            f"the shards are sorted by class, and only the images of {window} at a time are shuffled: "
+            "pack them in random order, or raise data.shuffle_shards"
+        )
 
 
 def build_eval_loader(config: Config, data: Data, split: str, device: torch.device, ranks: Ranks) -> EvalLoader:

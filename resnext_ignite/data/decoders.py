@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ Decoded = tuple[Tensor, int, Tensor, dict[int, str]]
 
 
 class PictureReader(Dataset[Any]):
-    """A batch at a time, in a worker process: (epoch, positions) -> (pictures, epoch, positions, unreadable).
+    """A batch at a time, in a worker process: (epoch, positions, ahead) -> (pictures, epoch, positions, unreadable).
 
-    Positions are plain numbers: each tensor travels through shared memory, a file descriptor each.
+    Positions are plain numbers: each tensor travels through shared memory, a file descriptor each. `ahead` are groups
+    of files that later batches will ask for.
 
     Args:
         files: the split.
@@ -43,8 +45,11 @@ class PictureReader(Dataset[Any]):
     ) -> None:
         self.files, self.crop_seed, self.fill, self.sizes, self.augment = files, crop_seed, fill, sizes, augment
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Tensor, int, list[int], dict[int, str]] | DataError:
-        epoch, positions = key
+    def __getitem__(
+        self, key: tuple[int, list[int], list[int]]
+    ) -> tuple[Tensor, int, list[int], dict[int, str]] | DataError:
+        epoch, positions, ahead = key
+        self.files.paths.read_ahead(ahead)
         crop_key = None if self.crop_seed is None else (self.crop_seed, epoch)
         files = self.files if self.sizes is None else replace(self.files, size=self.sizes.at(epoch))
         places = torch.tensor(positions, dtype=torch.int64)
@@ -60,9 +65,16 @@ class PictureReader(Dataset[Any]):
 
 
 def decoded(
-    reader: Dataset[Any], batches: Iterable[tuple[int, Tensor]], workers: int, device: torch.device
+    reader: Dataset[Any],
+    batches: Iterable[tuple[int, Tensor]],
+    workers: int,
+    device: torch.device,
+    ahead: Iterable[list[int]] | None = None,
 ) -> Generator[tuple[Any, int, Tensor, dict[int, str]], None, None]:
     """What a reader makes of (epoch, positions int64 (n,)), in as many workers; for a GPU in pinned memory.
+
+    Args:
+        ahead: beside each batch, groups of files that later ones will ask for; None: not told.
 
     Raises:
         DataError: the reader gave one, or a worker is dead.
@@ -70,7 +82,10 @@ def decoded(
     loader = DataLoader(
         reader,
         batch_size=None,
-        sampler=((epoch, positions.tolist()) for epoch, positions in batches),
+        sampler=(
+            (epoch, positions.tolist(), soon)
+            for (epoch, positions), soon in zip(batches, ahead or repeat([]), strict=False)
+        ),
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,

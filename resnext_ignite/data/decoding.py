@@ -11,8 +11,9 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 import simplejpeg
@@ -21,17 +22,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional
 
+from resnext_ignite.data.cropping import Box, Crop
+from resnext_ignite.data.paths import Source
 from resnext_ignite.errors import DataError
 
 Pixels = NDArray[np.uint8]
-Box = tuple[float, float, float, float]
-_AREA = (0.08, 1.0)
-_ASPECT = (3 / 4, 4 / 3)
-ATTEMPTS = 10
-"""Draws of a random box before the centre is taken instead, as torchvision has it."""
-CENTRE = (0.5, 0.5)
-FIVE_CROPS = (CENTRE, (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
-"""Anchors of the centre and the corners; with their mirror images, the ten crops of AlexNet, section 4.1."""
 _ORIENTATION = 0x0112
 # What makes pixels (H, W, 3) of EXIF's orientations upright (CIPA DC-008, table 6); those that lie on their side.
 _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
@@ -48,7 +43,7 @@ _MOST_SHRUNK = 64
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-def open_rgb(path: str) -> Image.Image:
+def open_rgb(source: Source) -> Image.Image:
     """A picture as a person sees it, in RGB: turned as its EXIF orientation says, on white where it is transparent.
 
     Of 16 bits a channel the upper 8 are kept; of a film the first picture.
@@ -56,7 +51,7 @@ def open_rgb(path: str) -> Image.Image:
     Raises:
         DataError: it cannot be read, or has more pixels than PIL thinks harmless; the line names it.
     """
-    with _opened(path) as picture:
+    with _opened(source) as picture:
         pixels = picture.width * picture.height
         # PIL itself warns here, and refuses at twice as many.
         if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
@@ -73,26 +68,30 @@ def open_rgb(path: str) -> Image.Image:
         return picture.convert("RGB")
 
 
-def has_size(path: str, size: int) -> bool:
+def has_size(source: Source, size: int) -> bool:
     """Whether a picture is a square of `size` pixels; true of what cannot be read, which is met when it is decoded."""
-    with contextlib.suppress(DataError), _opened(path) as picture:
+    with contextlib.suppress(DataError), _opened(source) as picture:
         return picture.size == (size, size)
     return True
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
+def _opened(source: Source) -> Iterator[Image.Image]:
     try:
-        with open(path, "rb", opener=_without_waiting) as file, Image.open(file) as picture:
+        with _file(source) as file, Image.open(file) as picture:
             yield picture
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{path}: not a picture; remove or replace it") from None
+        raise DataError(f"{source}: not a picture; remove or replace it") from None
     except Exception as error:
         # Whatever it is: PIL's readers answer damaged files with a dozen types, TypeError among them.
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-        raise DataError(f"{path}: cannot be read: {reason or type(error).__name__}; remove or replace it") from None
+        raise DataError(f"{source}: cannot be read: {reason or type(error).__name__}; remove or replace it") from None
+
+
+def _file(source: Source) -> IO[bytes]:
+    return open(source, "rb", opener=_without_waiting) if isinstance(source, str) else source.open()
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -111,11 +110,7 @@ def no_warnings() -> Iterator[None]:
         yield
 
 
-Crop = Callable[[int, int], Box]
-"""A part of a picture of some width and height: left, top, right, bottom, in pixels."""
-
-
-def read_crop(path: str, size: int, crop: Crop, *, training: bool = False) -> Pixels:
+def read_crop(source: Source, size: int, crop: Crop, *, training: bool = False) -> Pixels:
     """A part of a picture file, resized to a square with antialiasing: uint8 (size, size, 3).
 
     In evaluation as torchvision's Resize before its CenterCrop, where pixels beyond the part weigh in at its edge. In
@@ -125,7 +120,7 @@ def read_crop(path: str, size: int, crop: Crop, *, training: bool = False) -> Pi
     Raises:
         DataError: as `open_rgb`.
     """
-    plain, pixels = _PlainJpeg.of(path), None
+    plain, pixels = _PlainJpeg.of(source), None
     if plain is not None:
         box = crop(plain.width, plain.height)
         pixels = plain.decode(_halvings(min(box[2] - box[0], box[3] - box[1]) / size) if training else 0)
@@ -133,7 +128,7 @@ def read_crop(path: str, size: int, crop: Crop, *, training: bool = False) -> Pi
             across, down = pixels.shape[1] / plain.width, pixels.shape[0] / plain.height
             box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
     if pixels is None:
-        pixels = np.array(open_rgb(path))
+        pixels = np.array(open_rgb(source))
         box = crop(pixels.shape[1], pixels.shape[0])
     # At a fraction, a crop rarely begins with a pixel; rounded, it would move by up to half of one.
     cut = training and _of_pixels(box)
@@ -150,13 +145,13 @@ class WholeJpeg:
     box: Box
 
 
-def undecoded(path: str, size: int, crop: Crop) -> WholeJpeg | None:
+def undecoded(source: Source, size: int, crop: Crop) -> WholeJpeg | None:
     """A JPEG file in YCbCr, upright and with an end, of which whole pixels are to be cut out; None: `read_crop` it.
 
     What is cut off ends without the marker of an end, and decoders differ in what they make of it. A part of many times
     `size` is smaller work where it is decoded at a fraction.
     """
-    plain = _PlainJpeg.of(path)
+    plain = _PlainJpeg.of(source)
     if plain is None or plain.space != "YCbCr" or plain.orientation != 1 or plain.content[-2:] != b"\xff\xd9":
         return None
     box = crop(plain.width, plain.height)
@@ -184,12 +179,12 @@ class _PlainJpeg:
     space: str = "YCbCr"
 
     @classmethod
-    def of(cls, path: str) -> _PlainJpeg | None:
+    def of(cls, source: Source) -> _PlainJpeg | None:
         """None where it is none, or cannot be read: PIL says why."""
         try:
-            content = _content(path)
+            content = _content(source)
             height, width, space, _ = simplejpeg.decode_jpeg_header(content)
-        except (OSError, ValueError):
+        except (OSError, EOFError, ValueError):
             return None
         if space not in ("YCbCr", "Gray", "RGB") or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             return None
@@ -212,9 +207,13 @@ class _PlainJpeg:
         return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
-def _content(path: str) -> bytes:
+def _content(source: Source) -> bytes:
     """A file's bytes, in one read; none where it is no JPEG."""
-    descriptor = _without_waiting(path, os.O_RDONLY | os.O_CLOEXEC)
+    if not isinstance(source, str):
+        with source.open() as file:
+            content = file.read()
+        return content if content[:2] == b"\xff\xd8" else b""
+    descriptor = _without_waiting(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(descriptor).st_size
         return os.read(descriptor, size) if os.pread(descriptor, 2, 0) == b"\xff\xd8" else b""
@@ -240,32 +239,6 @@ def _orientation(content: bytes) -> int:
         return 1
 
 
-def square_crop(size: int, share: float = 1.0, anchor: tuple[float, float] = CENTRE) -> Crop:
-    """What torchvision's Resize to `size` / `share` and a crop of `size` pixels leave of a picture.
-
-    Its rounding to whole pixels included: half a pixel more or less would change every pixel of the crop.
-
-    Args:
-        share: side of the square over the shorter side.
-        anchor: where it lies, across and down: 0 at the left and upper edge, 1 at the right and lower.
-    """
-    short = round(size / share)
-
-    def crop(width: int, height: int) -> Box:
-        across, down = (short * side // min(width, height) for side in (width, height))
-        left, top = round((across - size) * anchor[0]), round((down - size) * anchor[1])
-        # Rounding must not lead out of the picture.
-        right, bottom = min((left + size) * width / across, width), min((top + size) * height / down, height)
-        return left * width / across, top * height / down, right, bottom
-
-    return crop
-
-
-def random_crop(draws: Iterable[Sequence[float]]) -> Crop:
-    """`random_box`, of uniform numbers (attempts, 4), which may be asked for more than once."""
-    return lambda width, height: random_box(width, height, draws)
-
-
 def resized(pixels: Pixels, size: int, box: Box) -> Pixels:
     """A part of a picture (H, W, 3) as (size, size, 3), as if the whole were resized first."""
     if pixels.shape[:2] == (size, size) and box == (0, 0, size, size):
@@ -283,23 +256,3 @@ def cut_and_resized(pixels: Pixels, size: int, box: Box) -> Pixels:
     # the view changes.
     planes = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right])).permute(2, 0, 1)[None]
     return functional.resize(planes, [size, size], antialias=True)[0].permute(1, 2, 0).numpy()
-
-
-def random_box(width: int, height: int, draws: Iterable[Sequence[float]]) -> Box:
-    """A box of random area and aspect (left, top, right, bottom), from uniform numbers (attempts, 4).
-
-    As torchvision's RandomResizedCrop and fb.resnext.torch's RandomSizedCrop: the first attempt that fits, else the
-    central box of the nearest allowed aspect.
-    """
-    for area_draw, aspect_draw, top_draw, left_draw in draws:
-        area = width * height * (_AREA[0] + area_draw * (_AREA[1] - _AREA[0]))
-        # Uniform in the logarithm, so that portrait and landscape are equally likely.
-        low, high = np.log(_ASPECT)
-        aspect = float(np.exp(low + aspect_draw * (high - low)))
-        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            top, left = int(top_draw * (height - h + 1)), int(left_draw * (width - w + 1))
-            return left, top, left + w, top + h
-    aspect = min(max(width / height, _ASPECT[0]), _ASPECT[1])
-    w, h = min(width, height * aspect), min(height, width / aspect)
-    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
-from resnext_ignite.data.decoding import Box, no_warnings, undecoded
+from resnext_ignite.data.cropping import Box
+from resnext_ignite.data.decoding import no_warnings, undecoded
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.resizing import GrowingSize
 from resnext_ignite.data.workers import shared_room
@@ -44,7 +45,9 @@ class Part(NamedTuple):
 
 
 class JpegReader(Dataset[Any]):
-    """A batch's files at a time, in a worker: (epoch, positions) -> ((bytes, parts), epoch, positions, unreadable).
+    """A batch's files at a time, in a worker, as `PictureReader` its pictures.
+
+    (epoch, positions, ahead) -> ((bytes, parts), epoch, positions, unreadable).
 
     One tensor uint8 (bytes,) holds the batch: each travels through shared memory, a file descriptor each.
 
@@ -69,9 +72,10 @@ class JpegReader(Dataset[Any]):
         return self.files if self.sizes is None else replace(self.files, size=self.sizes.at(epoch))
 
     def __getitem__(
-        self, key: tuple[int, list[int]]
+        self, key: tuple[int, list[int], list[int]]
     ) -> tuple[tuple[Tensor, list[Part]], int, list[int], dict[int, str]] | DataError:
-        epoch, positions = key
+        epoch, positions, ahead = key
+        self.files.paths.read_ahead(ahead)
         try:
             content, parts, unreadable = self._read(torch.tensor(positions, dtype=torch.int64), epoch)
             return (content, parts), epoch, positions, unreadable

@@ -1,10 +1,9 @@
-"""Folders of pictures: `<split>/<class>/*`, read in the workers or once into memory. How one is, is `decoding.py`'s."""
+"""Pictures in files, read in the workers or once into memory. How one is, is `decoding.py`'s; which, `index.py`'s."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,20 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from resnext_ignite.data.decoding import (
-    ATTEMPTS,
-    CENTRE,
-    Box,
-    Crop,
-    has_size,
-    no_warnings,
-    random_crop,
-    read_crop,
-    square_crop,
-)
+from resnext_ignite.data.cropping import CENTRE, Box, Crop, crop_draws, random_crop, square_crop
+from resnext_ignite.data.decoding import has_size, no_warnings, read_crop
 from resnext_ignite.data.images import UNREADABLE, Images
-from resnext_ignite.data.paths import Paths
-from resnext_ignite.data.sampling import Purpose, uniform
+from resnext_ignite.data.paths import Sources
 from resnext_ignite.data.workers import shared_room
 from resnext_ignite.errors import DataError
 
@@ -41,7 +30,7 @@ _PROBES = 64
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """A split as files.
+    """A split as files, by themselves or in shards.
 
     Args:
         paths: N files.
@@ -52,7 +41,7 @@ class ImageFiles:
         anchor: where that lies, as for `square_crop`.
     """
 
-    paths: Paths
+    paths: Sources
     labels: Tensor
     indices: Tensor
     size: int
@@ -68,8 +57,8 @@ class ImageFiles:
         return replace(self, paths=paths, labels=self.labels[positions], indices=self.indices[positions])
 
     def contents(self) -> str:
-        """How many pictures, and the hash of their names: class/file, in order."""
-        return f"{len(self)} images, sha256 of names {self.paths.digest()[:16]}"
+        """How many pictures, and what tells them from others."""
+        return f"{len(self)} images, {self.paths.identity()}"
 
     def load(self, positions: Tensor) -> Tensor:
         """Decode, crop and resize: int64 (n,) -> uint8 (n, size, size, 3); raises as `read`."""
@@ -93,7 +82,9 @@ class ImageFiles:
         crops = self.crops(positions, crop_key)
         unreadable: dict[int, str] = {}
         with no_warnings():
-            for place, (position, crop) in enumerate(zip(positions.tolist(), crops, strict=True)):
+            # As they lie: of a shard, one pass over its bytes.
+            for place in positions.argsort().tolist():
+                position, crop = int(positions[place]), crops[place]
                 try:
                     pictures[place] = read_crop(self.paths[position], self.size, crop, training=crop_key is not None)
                 except DataError as error:
@@ -107,32 +98,6 @@ class ImageFiles:
         if crop_key is None:
             return [square_crop(self.size, self.crop_share, self.anchor)] * len(positions)
         return [random_crop(draws) for draws in crop_draws(*crop_key, self.indices[positions])]
-
-
-@dataclass(frozen=True)
-class _CropDraws:
-    """Uniform numbers of a picture's keyed random crop, four an attempt; the first is at hand, and mostly enough."""
-
-    seed: int
-    epoch: int
-    index: Tensor
-    first: list[float]
-
-    def __iter__(self) -> Iterator[list[float]]:
-        yield self.first
-        for number in range(1, ATTEMPTS):
-            yield _attempt(self.seed, self.epoch, self.index, number)[0]
-
-
-def _attempt(seed: int, epoch: int, indices: Tensor, number: int) -> list[list[float]]:
-    purposes = range(Purpose.RESIZED_CROP + 4 * number, Purpose.RESIZED_CROP + 4 * number + 4)
-    return torch.stack([uniform(seed, epoch, indices, purpose) for purpose in purposes], dim=1).tolist()
-
-
-def crop_draws(seed: int, epoch: int, indices: Tensor) -> list[_CropDraws]:
-    """Of each picture's keyed random crop, int64 (n,), what `random_crop` takes."""
-    firsts = _attempt(seed, epoch, indices, 0)
-    return [_CropDraws(seed, epoch, *each) for each in zip(indices.split(1), firsts, strict=True)]
 
 
 class _OtherSizeError(Exception):
@@ -185,7 +150,8 @@ def decode_into_memory(
     with no_warnings():
         # A look at a few headers spares large pictures a decoding in vain.
         step = max(1, len(files) // _PROBES)
-        if not any_size and not all(has_size(path, files.size) for path in files.paths[::step]):
+        probes = range(0, len(files), step)
+        if not any_size and not all(has_size(files.paths[position], files.size) for position in probes):
             return None
         bar: Any = tqdm(total=len(files), desc="decoding", unit=" images", disable=None if report else True)
         # Threads: PIL decodes outside the interpreter's lock.

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from resnext_ignite.data.kept import SETTLED_S, Array, keep, kept_path, read_kept
 from resnext_ignite.data.paths import Paths
 from resnext_ignite.errors import DataError
-from resnext_ignite.storage import replace_durably
 
-log = logging.getLogger(__name__)
 _VERSION = 1
 # Fewer files are listed faster than a person would notice.
 _WORTH_KEEPING = 20_000
-# A file that comes within a tick of a folder's clock may leave its time as it was: what is that young is not believed.
-_SETTLED_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -63,20 +55,25 @@ def index_images(root: Path, split: str, classes: tuple[str, ...] | None = None)
     if unknown:
         raise DataError(f"{folder / unknown[0]}: not a class of the training images")
     known = classes or tuple(found)
-    kept, now = _cache_path(folder), time.time()
+    kept, now = kept_path("images", folder), time.time()
     changed_s, state = _state_of(folder, found)
-    listed = _read(kept, state)
+    listed = read_kept(kept, state, _PARTS)
     if listed is None:
         listed = _list_files(folder, split, found)
-        if len(listed[0]) - 1 >= _WORTH_KEEPING and changed_s < now - _SETTLED_S:
-            _write(kept, state, listed)
+        if len(listed[0]) - 1 >= _WORTH_KEEPING and changed_s < now - SETTLED_S:
+            keep(kept, state, dict(zip(_PARTS, listed, strict=True)))
     starts, letters, counts = listed
     places = np.array([known.index(name) for name in found], np.int64)
     return ImageIndex(Paths(str(folder), letters, starts), torch.from_numpy(np.repeat(places, counts)), known)
 
 
+def folder_classes(root: Path, split: str) -> tuple[str, ...]:
+    """The classes of `root/split`, without a look at the pictures; raises DataError where there are none."""
+    return tuple(_class_folders(root / split, split))
+
+
 # Where each name starts int64 (N + 1,), the names' letters uint8, and how many each class has int64 (C,).
-_Listed = tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]
+_PARTS = ("starts", "letters", "counts")
 
 
 def _class_folders(folder: Path, split: str) -> list[str]:
@@ -91,7 +88,7 @@ def _class_folders(folder: Path, split: str) -> list[str]:
     return found
 
 
-def _list_files(folder: Path, split: str, classes: list[str]) -> _Listed:
+def _list_files(folder: Path, split: str, classes: list[str]) -> list[Array]:
     names: list[str] = []
     counts = []
     for name in classes:
@@ -102,7 +99,7 @@ def _list_files(folder: Path, split: str, classes: list[str]) -> _Listed:
         names += [f"{name}/{file}" for file in files]
         counts.append(len(files))
     paths = Paths.of(names)
-    return paths.starts, paths.letters, np.array(counts, np.int64)
+    return [paths.starts, paths.letters, np.array(counts, np.int64)]
 
 
 def _entries(folder: Path, split: str) -> list[os.DirEntry[str]]:
@@ -111,13 +108,6 @@ def _entries(folder: Path, split: str) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}; an imagefolder holds {split}/<class>/*.jpg") from None
-
-
-def _cache_path(folder: Path) -> Path:
-    # Without a home it stays "~", where nothing can be kept.
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    return home / "resnext_ignite" / f"images-{name}.safetensors"
 
 
 def _state_of(folder: Path, classes: list[str]) -> tuple[float, str]:
@@ -132,38 +122,3 @@ def _state_of(folder: Path, classes: list[str]) -> tuple[float, str]:
     ]
     text = json.dumps([_VERSION, os.fsdecode(folder.resolve()), IMG_EXTENSIONS, folders])
     return max(fact.st_ctime_ns for fact in facts) / 1e9, hashlib.sha256(os.fsencode(text)).hexdigest()
-
-
-def _read(path: Path, state: str) -> _Listed | None:
-    """What was kept, if it is whole and of this state."""
-    try:
-        arrays = load_file(path)
-        starts, letters, counts = (arrays[name] for name in ("starts", "letters", "counts"))
-        if bytes(arrays["seal"]).decode() == _seal(state, (starts, letters, counts)):
-            return starts, letters, counts
-    except (OSError, SafetensorError, KeyError, ValueError):
-        pass
-    return None
-
-
-def _write(path: Path, state: str, listed: _Listed) -> None:
-    starts, letters, counts = listed
-    seal = np.frombuffer(_seal(state, listed).encode(), np.uint8)
-    content = save({"starts": starts, "letters": letters, "counts": counts, "seal": seal})
-
-    def write(file: IO[bytes]) -> None:
-        file.write(content)
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_durably(path, write)
-    except OSError as error:
-        log.debug(f"the list of pictures is not kept: {error}")
-
-
-def _seal(state: str, listed: _Listed) -> str:
-    # A letter that changed would be a missing file; a count, wrong labels that nobody notices.
-    seal = hashlib.sha256(state.encode())
-    for part in listed:
-        seal.update(part.tobytes())
-    return seal.hexdigest()

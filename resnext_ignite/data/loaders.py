@@ -106,13 +106,14 @@ class TrainLoader:
 
     def _decoded(self, files: ImageFiles, batches: Iterable[tuple[int, Tensor]]) -> Iterator[Decoded]:
         seed, fill = self.augment.seed, whole_color(self.augment.mean) if self.skip_unreadable else None
+        ahead = self.order.announcements(self.start_iteration)
         if self.decode_on is not None:
             reader = JpegReader(files, seed, fill, self.sizes)
-            read = decoded(reader, batches, self.workers, self.device)
+            read = decoded(reader, batches, self.workers, self.device, ahead)
             return DeviceDecoding(reader, JpegDecoder(self.decode_on)).finished(read)
         seeded, sizes = (seed, self.sizes) if self.random_resized_crop else (None, None)
         augment = self.augment if self._by_workers else None
-        return decoded(PictureReader(files, seeded, fill, sizes, augment), batches, self.workers, self.device)
+        return decoded(PictureReader(files, seeded, fill, sizes, augment), batches, self.workers, self.device, ahead)
 
     def _warn(self, reasons: dict[int, str]) -> None:
         for position in sorted(set(reasons) - self._warned):

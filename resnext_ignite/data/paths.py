@@ -1,4 +1,7 @@
-"""Many file names in two arrays: what a million of them cost is their letters, and workers share them untouched."""
+"""What pictures are read from; and many file names in two arrays.
+
+What a million names cost is their letters, and workers share them untouched.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,38 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import IO, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 _BETWEEN = b"\n"
+
+
+class Stored(Protocol):
+    """A picture's file inside another; its string names it."""
+
+    def open(self) -> IO[bytes]:
+        """Its bytes; raises OSError or EOFError."""
+
+
+Source = str | Stored
+"""A picture's file: where it lies, or what opens it."""
+
+
+class Sources(Protocol):
+    """Many pictures' files."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, position: int) -> Source: ...
+    def take(self, positions: NDArray[np.int64]) -> Sources:
+        """Some of them, int64 (n,)."""
+
+    def identity(self) -> str:
+        """What tells them from others, in a few words."""
+
+    def read_ahead(self, groups: Sequence[int]) -> None:
+        """Prepare groups of them (`TrainOrder`'s) to be read soon; by themselves files have none."""
 
 
 @dataclass(frozen=True)
@@ -65,3 +94,10 @@ class Paths(Sequence[str]):
         """The sha256 of the names below the folder, a line feed between two, in hexadecimal."""
         names = self.letters.tobytes() if self.chosen is None else _BETWEEN.join(map(self._name, range(len(self))))
         return hashlib.sha256(names).hexdigest()
+
+    def identity(self) -> str:
+        """The hash of the names below the folder, in order."""
+        return f"sha256 of names {self.digest()[:16]}"
+
+    def read_ahead(self, groups: Sequence[int]) -> None:
+        """Nothing: each is read once an epoch, from wherever it lies."""

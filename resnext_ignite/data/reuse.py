@@ -27,9 +27,10 @@ def loaded_or_kept(config: Config, load: Callable[[], Data]) -> Data:
     """What `load` gives, all splits of a config; inside a `data_kept` block the last ones, if they are the same."""
     if _kept is None:
         return load()
-    # All that load_data reads: the seed chooses the held-out images, the layout a size, crops whether files are read.
+    # All that load_data reads: the seed chooses the held-out images, crops whether files are read.
     held_out = config.seed if config.data.val_size else None
-    key = (config.data, held_out, config.model.name, config.augment.random_resized_crop)
+    sizes = (config.image_size, config.evaluation.image_size)
+    key = (config.data, held_out, sizes, config.augment.random_resized_crop)
     if key not in _kept:
         # Before the next is loaded, so that two never lie in memory.
         _kept.clear()

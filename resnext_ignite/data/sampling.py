@@ -44,6 +44,7 @@ class Purpose(IntEnum):
     ERASE = 64  # to 68: whether, area, aspect, top, left
     TRIVIAL = 70  # to 72: operation, strength, sign
     PACKED = 75
+    SHARDS = 76
     SHAPES = 100  # to 199
 
 
@@ -105,6 +106,9 @@ class TrainOrder:
         rank, world_size: this rank takes a contiguous run of each micro-batch.
         accumulate: micro-batches, contiguous runs of a global batch.
         device: where the orders are computed.
+        groups: int64 (count,), the group (from 0) of each image, one that is read at once: groups come in a keyed
+            order, `window` of them at a time, whose images are shuffled together; None: all images are.
+        window: groups.
 
     Raises:
         ValueError: an epoch would hold no batch, or the ranks cannot share one evenly.
@@ -120,6 +124,8 @@ class TrainOrder:
         world_size: int = 1,
         accumulate: int = 1,
         device: torch.device | str = "cpu",
+        groups: Tensor | None = None,
+        window: int = 1,
     ) -> None:
         if batch_size % (world_size * accumulate):
             raise ValueError(
@@ -131,15 +137,48 @@ class TrainOrder:
         self.seed, self.count, self.batch_size, self.device = seed, count, batch_size, device
         self.accumulate, self.share = accumulate, rank_share(batch_size // accumulate, rank, world_size)
         self.iterations_per_epoch = count // batch_size
+        self.groups, self.window = None if groups is None else groups.to(device), window
 
     def batches(self, start_iteration: int) -> Iterator[tuple[int, Tensor]]:
         """(epoch from 1, positions int64 (n,)) of every iteration after the first `start_iteration`."""
         epoch, first = divmod(start_iteration, self.iterations_per_epoch)
         while True:
             epoch += 1
-            order = permutation(self.seed, epoch, self.count, Purpose.ORDER, self.device)
+            order = self.epoch_order(epoch)
             for index in range(first, self.iterations_per_epoch):
                 batch = order[index * self.batch_size : (index + 1) * self.batch_size]
                 # (accumulate * m,) -> (accumulate, m), and a run of each: the same BatchNorm on any number of ranks.
                 yield epoch, batch.view(self.accumulate, -1)[:, self.share.start : self.share.stop].flatten()
+            first = 0
+
+    def epoch_order(self, epoch: int) -> Tensor:
+        """The images of an epoch (from 1), those that its incomplete last batch would hold included: int64 (count,)."""
+        order = permutation(self.seed, epoch, self.count, Purpose.ORDER, self.device)
+        if self.groups is None:
+            return order
+        windows = self._group_order(epoch).argsort() // self.window
+        # A stable sort leaves the images of a window in their keyed order.
+        return order[windows[self.groups[order]].argsort(stable=True)]
+
+    def _group_order(self, epoch: int) -> Tensor:
+        groups = 0 if self.groups is None else int(self.groups.max()) + 1
+        return permutation(self.seed, epoch, groups, Purpose.SHARDS, self.device)
+
+    def announcements(self, start_iteration: int) -> Iterator[list[int]]:
+        """Beside each of `batches`: groups that will be needed soon, a window or so ahead, each once an epoch.
+
+        A few at a time, so that no process that is told of them is kept from its batch for long. They are told as if
+        all groups were alike: a hint, no promise.
+        """
+        epoch, first = divmod(start_iteration, self.iterations_per_epoch)
+        while True:
+            epoch += 1
+            order = self._group_order(epoch).tolist()
+            at_once = 1 + -(-len(order) // self.iterations_per_epoch)
+            told = first * len(order) // self.iterations_per_epoch // self.window * self.window
+            for index in range(first, self.iterations_per_epoch):
+                needed = (index + 1) * len(order) // self.iterations_per_epoch + self.window
+                upto = min(needed, told + at_once, len(order))
+                yield order[told:upto]
+                told = upto
             first = 0

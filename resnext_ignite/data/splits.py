@@ -11,9 +11,10 @@ from resnext_ignite.config import Config
 from resnext_ignite.data import cifar, imagefolder, shapes
 from resnext_ignite.data.imagefolder import ImageFiles, decode_into_memory
 from resnext_ignite.data.images import Images, whole_color
-from resnext_ignite.data.index import index_images
+from resnext_ignite.data.index import folder_classes, index_images
 from resnext_ignite.data.loaders import Split
 from resnext_ignite.data.sampling import Purpose, permutation
+from resnext_ignite.data.shards import Members, index_shards, shard_classes
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, DataError
 
@@ -26,7 +27,8 @@ class Data:
 
     `selection` is the split on which the best weights are chosen: the held-out images where there are any, else the
     test split. Training images are `image_size` pixels wide and high, all others `evaluation_size`. `contents` says of
-    each split how many images it has, and which, as far as that could change.
+    each split how many images it has, and which, as far as that could change. `shards`,
+    int64 (N,), is the shard that each training image lies in, where the data is in shards.
     """
 
     splits: dict[str, Split]
@@ -37,6 +39,7 @@ class Data:
     evaluation_size: int
     workers: int
     contents: dict[str, str]
+    shards: torch.Tensor | None = None
 
     @property
     def selection(self) -> str:
@@ -62,13 +65,16 @@ def load_data(config: Config, ranks: Ranks, splits: tuple[str, ...] | None = Non
     workers = config.data.workers
     if workers is None:
         workers = min(8, ranks.cores())
-    if config.data.name == "imagefolder":
-        loaded, contents, classes, moments = _load_folder(config, root, sizes, splits, ranks)
+    lie_in = None
+    if config.data.name in ("imagefolder", "shards"):
+        loaded, contents, classes, moments = _load_folder(config, root, sizes, splits)
+        lie_in = _shards_of(loaded.get("train"))
+        loaded = {name: _decoded(split, config, name, ranks) for name, split in loaded.items()}
     else:
         loaded, contents, classes, moments = _load_tensors(config, root, splits, ranks)
         loaded = {name: split.resized(sizes[name]) for name, split in loaded.items() if isinstance(split, Images)}
     mean, std = (config.data.mean, config.data.std) if config.data.mean and config.data.std else moments
-    return Data(loaded, classes, mean, std, size, evaluation_size, workers, contents)
+    return Data(loaded, classes, mean, std, size, evaluation_size, workers, contents, lie_in)
 
 
 Moments = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -96,12 +102,12 @@ def _load_tensors(config: Config, root: Path, splits: tuple[str, ...] | None, ra
     return loaded, {name: f"{len(split)} images" for name, split in loaded.items()}, classes, moments
 
 
-def _load_folder(
-    config: Config, root: Path, sizes: dict[str, int], splits: tuple[str, ...] | None, ranks: Ranks
-) -> Loaded:
+def _load_folder(config: Config, root: Path, sizes: dict[str, int], splits: tuple[str, ...] | None) -> Loaded:
+    in_shards = config.data.name == "shards"
     there = {name for name in ("train", "val", "test") if (root / name).is_dir()}
     if not there:
-        raise DataError(f"{root}: not an imagefolder: neither train/, val/ nor test/ is there; set data.root")
+        kind = "a set of shards" if in_shards else "an imagefolder"
+        raise DataError(f"{root}: not {kind}: neither train/, val/ nor test/ is there; set data.root")
     both = {"val", "test"} <= there
     if both and config.data.val_size:
         raise ConfigError(f"data.val_size: {root} has a val/ folder to choose on already; set it to 0")
@@ -114,23 +120,28 @@ def _load_folder(
     classes: tuple[str, ...] | None = None
     files: dict[str, Split] = {}
     for split, folder in folders.items():
-        # The training folder is listed whatever is asked for: its classes are the classes.
-        if split in needed or split == "train":
-            index = index_images(root, folder, classes)
+        if split in needed:
+            index = index_shards(root, folder, classes) if in_shards else index_images(root, folder, classes)
             classes = index.classes
-            if split in needed:
-                count = torch.arange(len(index.labels))
-                images = ImageFiles(index.paths, index.labels, count, sizes[split], config.data.eval_crop)
-                files[split] = images.subset(_subset(len(images), limits.get(split), f"data.{split}_size"))
+            count = torch.arange(len(index.labels))
+            images = ImageFiles(index.paths, index.labels, count, sizes[split], config.data.eval_crop)
+            files[split] = images.subset(_subset(len(images), limits.get(split), f"data.{split}_size"))
+        elif split == "train":
+            # Whatever is asked for, the training images' classes are the classes.
+            classes = shard_classes(root, folder) if in_shards else folder_classes(root, folder)
     if classes is None:
         raise DataError(f"{root}: has no {' or '.join(sorted(wanted))} split; it holds {', '.join(sorted(there))}")
     loaded = _hold_out(config, files, wanted)
     contents = {name: split.contents() for name, split in loaded.items() if isinstance(split, ImageFiles)}
-    for name, split_files in loaded.items():
+    for name, files_of in loaded.items():
         # Held-out images are of the training folder, but evaluated.
-        sized = replace(split_files, size=sizes[name]) if isinstance(split_files, ImageFiles) else split_files
-        loaded[name] = _decoded(sized, config, name, ranks)
+        loaded[name] = replace(files_of, size=sizes[name]) if isinstance(files_of, ImageFiles) else files_of
     return loaded, contents, classes, (imagefolder.MEAN, imagefolder.STD)
+
+
+def _shards_of(split: Split | None) -> torch.Tensor | None:
+    paths = split.paths if isinstance(split, ImageFiles) else None
+    return paths.shards() if isinstance(paths, Members) else None
 
 
 def _decoded(files: Split, config: Config, split: str, ranks: Ranks) -> Split:

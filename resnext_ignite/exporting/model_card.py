@@ -23,6 +23,7 @@ _DATA = {
     "cifar100": "CIFAR-100",
     "shapes": "`shapes`, pictures that resnext_ignite draws from a seed",
     "imagefolder": "a folder of pictures; say here which",
+    "shards": "pictures in tar shards; say here which",
 }
 
 

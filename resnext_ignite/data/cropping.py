@@ -1,0 +1,95 @@
+"""Which part of a picture is kept: the square of an evaluation, or a random box, keyed by the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resnext_ignite.data.sampling import Purpose, uniform
+
+Box = tuple[float, float, float, float]
+Crop = Callable[[int, int], Box]
+"""A part of a picture of some width and height: left, top, right, bottom, in pixels."""
+_AREA = (0.08, 1.0)
+_ASPECT = (3 / 4, 4 / 3)
+ATTEMPTS = 10
+"""Draws of a random box before the centre is taken instead, as torchvision has it."""
+CENTRE = (0.5, 0.5)
+FIVE_CROPS = (CENTRE, (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
+"""Anchors of the centre and the corners; with their mirror images, the ten crops of AlexNet, section 4.1."""
+
+
+def square_crop(size: int, share: float = 1.0, anchor: tuple[float, float] = CENTRE) -> Crop:
+    """What torchvision's Resize to `size` / `share` and a crop of `size` pixels leave of a picture.
+
+    Its rounding to whole pixels included: half a pixel more or less would change every pixel of the crop.
+
+    Args:
+        share: side of the square over the shorter side.
+        anchor: where it lies, across and down: 0 at the left and upper edge, 1 at the right and lower.
+    """
+    short = round(size / share)
+
+    def crop(width: int, height: int) -> Box:
+        across, down = (short * side // min(width, height) for side in (width, height))
+        left, top = round((across - size) * anchor[0]), round((down - size) * anchor[1])
+        # Rounding must not lead out of the picture.
+        right, bottom = min((left + size) * width / across, width), min((top + size) * height / down, height)
+        return left * width / across, top * height / down, right, bottom
+
+    return crop
+
+
+def random_crop(draws: Iterable[Sequence[float]]) -> Crop:
+    """`random_box`, of uniform numbers (attempts, 4), which may be asked for more than once."""
+    return lambda width, height: random_box(width, height, draws)
+
+
+def random_box(width: int, height: int, draws: Iterable[Sequence[float]]) -> Box:
+    """A box of random area and aspect (left, top, right, bottom), from uniform numbers (attempts, 4).
+
+    As torchvision's RandomResizedCrop and fb.resnext.torch's RandomSizedCrop: the first attempt that fits, else the
+    central box of the nearest allowed aspect.
+    """
+    for area_draw, aspect_draw, top_draw, left_draw in draws:
+        area = width * height * (_AREA[0] + area_draw * (_AREA[1] - _AREA[0]))
+        # Uniform in the logarithm, so that portrait and landscape are equally likely.
+        low, high = np.log(_ASPECT)
+        aspect = float(np.exp(low + aspect_draw * (high - low)))
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(top_draw * (height - h + 1)), int(left_draw * (width - w + 1))
+            return left, top, left + w, top + h
+    aspect = min(max(width / height, _ASPECT[0]), _ASPECT[1])
+    w, h = min(width, height * aspect), min(height, width / aspect)
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+@dataclass(frozen=True)
+class _CropDraws:
+    """Uniform numbers of a picture's keyed random crop, four an attempt; the first is at hand, and mostly enough."""
+
+    seed: int
+    epoch: int
+    index: Tensor
+    first: list[float]
+
+    def __iter__(self) -> Iterator[list[float]]:
+        yield self.first
+        for number in range(1, ATTEMPTS):
+            yield _attempt(self.seed, self.epoch, self.index, number)[0]
+
+
+def _attempt(seed: int, epoch: int, indices: Tensor, number: int) -> list[list[float]]:
+    purposes = range(Purpose.RESIZED_CROP + 4 * number, Purpose.RESIZED_CROP + 4 * number + 4)
+    return torch.stack([uniform(seed, epoch, indices, purpose) for purpose in purposes], dim=1).tolist()
+
+
+def crop_draws(seed: int, epoch: int, indices: Tensor) -> list[_CropDraws]:
+    """Of each picture's keyed random crop, int64 (n,), what `random_crop` takes."""
+    firsts = _attempt(seed, epoch, indices, 0)
+    return [_CropDraws(seed, epoch, *each) for each in zip(indices.split(1), firsts, strict=True)]

@@ -1,0 +1,102 @@
+"""Where the files lie in a plain tar archive: a walk along its headers (POSIX.1-1988 ustar), strict about each.
+
+The standard library's takes a damaged header for the end of the archive; here it is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from resnext_ignite.errors import DataError
+
+BLOCK = 512
+_END = bytes(BLOCK)
+# Of small members, as labels are, one read fetches several blocks.
+_AHEAD = 8 * BLOCK
+_PLAIN, _EXTENDED = (b"0", b"\0"), (b"x", b"g")
+# Of what an extended header (POSIX.1-2001 pax) says, all but this leaves a member what and where it is.
+_DECISIVE = (b" path=", b" size=", b" linkpath=", b" GNU.sparse")
+
+
+class Member(NamedTuple):
+    """A file in an archive: its name, where its bytes begin, and how many they are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def header_name(header: bytes) -> str:
+    """The name that a member's header (512 bytes) gives it."""
+    name, prefix = (os.fsdecode(part.split(b"\0")[0]) for part in (header[:100], header[345:500]))
+    return f"{prefix}/{name}" if prefix else name
+
+
+class Tar:
+    """An archive that is read in parts; to be closed as a file is.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+        self.path, self.bytes = path, os.fstat(self._file.fileno()).st_size
+        self._start, self._held = 0, b""
+        with contextlib.suppress(OSError):
+            # Where a read takes long, one pass over all bytes takes less time than a read of each header.
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def __enter__(self) -> Tar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Some bytes.
+
+        Raises:
+            DataError: there are not so many, or they cannot be read.
+        """
+        if not self._start <= offset <= offset + length <= self._start + len(self._held):
+            if offset + length > self.bytes:
+                raise DataError(f"{self.path}: cut short: ends at byte {self.bytes}; pack or copy it again")
+            try:
+                self._start, self._held = offset, os.pread(self._file.fileno(), max(length, _AHEAD), offset)
+            except OSError as error:
+                raise DataError(f"{self.path}: cannot be read at byte {offset}: {error.strerror}") from None
+        return self._held[offset - self._start : offset - self._start + length]
+
+    def members(self) -> Iterator[Member]:
+        """All files, as they lie.
+
+        Raises:
+            DataError: a header is damaged or of something else than a file, or the end is missing.
+        """
+        offset = 0
+        while (header := self.read(offset, BLOCK)) != _END:
+            kind = header[156:157]
+            try:
+                size, checksum = (int(part.strip(b"\0 "), 8) for part in (header[124:136], header[148:156]))
+            except ValueError:
+                size, checksum = -1, -1
+            # The checksum counts its own place as blanks.
+            if size < 0 or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+                raise DataError(f"{self.path}: damaged: no header at byte {offset}; pack or copy it again")
+            offset += BLOCK
+            if kind in _PLAIN:
+                yield Member(header_name(header), offset, size)
+            elif kind not in _EXTENDED or size > _AHEAD or any(key in self.read(offset, size) for key in _DECISIVE):
+                raise DataError(f"{self.path}:{header_name(header)}: not a plain file; pack the data again")
+            offset += -(-size // BLOCK) * BLOCK
