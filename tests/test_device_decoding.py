@@ -328,4 +328,4 @@ def test_waiting_for_slow_files_is_what_is_measured(tmp_path: Path, monkeypatch:
     result = measure_end_to_end(tmp_path, work, decoders=("workers",), rounds=1, iterations=2)
     (share,) = result["ratios"].values()
     assert 0.3 < share < 1
-    assert result["samples"]["from files, decoded by the workers"][0] < 8 / 0.15
+    assert result["samples"]["resnext_ignite, decoded by the workers"][0] < 8 / 0.15

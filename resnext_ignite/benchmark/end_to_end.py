@@ -10,7 +10,7 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
-from resnext_ignite.benchmark.photographs import jpegs_in, linked
+from resnext_ignite.benchmark.photographs import OURS, jpegs_in, linked
 from resnext_ignite.benchmark.setup import Training, build_training
 from resnext_ignite.benchmark.training import Work
 from resnext_ignite.config import with_values
@@ -62,6 +62,7 @@ def measure_end_to_end(
     middle = medians(seconds)
     return {
         "unit": "images/s",
+        "model": work.model,
         "files": len(files),
         "workers": workers,
         "batch_size": work.batch_size,
@@ -75,7 +76,7 @@ def measure_end_to_end(
 
 
 def _from_files(decoder: str) -> str:
-    return f"from files, decoded by the {decoder}"
+    return f"{OURS}, decoded by the {decoder}"
 
 
 def _loader(training: Training, data: Data, decoder: str) -> TrainLoader:

@@ -16,7 +16,7 @@ _BARS = {
     "data": "input, pictures of CIFAR",
     "train": "training",
     "eval": "evaluation",
-    "photographs": "input, crops of photographs",
+    "photographs": "from photographs",
     "folders": "opening a folder of pictures",
     "export": "exported",
 }

@@ -84,22 +84,23 @@ class JpegReader(Dataset[Any]):
             return error
 
     def _read(self, positions: Tensor, epoch: int) -> tuple[Tensor, list[Part], dict[int, str]]:
+        files, key = self.files_of(epoch), (self.crop_seed, epoch)
+        with no_warnings():
+            jpegs = [
+                undecoded(files.paths[position], files.size, crop)
+                for position, crop in zip(positions.tolist(), files.crops(positions, key), strict=True)
+            ]
+        others = [place for place, jpeg in enumerate(jpegs) if jpeg is None]
+        pixels, reasons = files.read(positions[others], key, self.fill)
+        decoded = iter(pixels.numpy())
         contents = bytearray()
-        parts: list[Part] = []
-        unreadable: dict[int, str] = {}
-        key, files = (self.crop_seed, epoch), self.files_of(epoch)
-        for place, crop in enumerate(files.crops(positions, key)):
-            with no_warnings():
-                jpeg = undecoded(files.paths[int(positions[place])], files.size, crop)
-            if jpeg is not None:
-                content, part = jpeg.content, Part(len(jpeg.content), jpeg.width, jpeg.height, jpeg.box)
-            else:
-                pixels, reasons = files.read(positions[place : place + 1], key, self.fill)
-                content, part = pixels.numpy().tobytes(), Part(pixels.numel())
-                if reasons:
-                    unreadable[place] = reasons[0]
+        parts = []
+        for jpeg in jpegs:
+            content = next(decoded).tobytes() if jpeg is None else jpeg.content
+            size_and_box = () if jpeg is None else (jpeg.width, jpeg.height, jpeg.box)
             contents += content
-            parts.append(part)
+            parts.append(Part(len(content), *size_and_box))
+        unreadable = {others[place]: reason for place, reason in reasons.items()}
         return shared_room(len(contents)).copy_(torch.frombuffer(contents, dtype=torch.uint8)), parts, unreadable
 
 
