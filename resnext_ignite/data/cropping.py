@@ -92,4 +92,4 @@ def _attempt(seed: int, epoch: int, indices: Tensor, number: int) -> list[list[f
 def crop_draws(seed: int, epoch: int, indices: Tensor) -> list[_CropDraws]:
     """Of each picture's keyed random crop, int64 (n,), what `random_crop` takes."""
     firsts = _attempt(seed, epoch, indices, 0)
-    return [_CropDraws(seed, epoch, *each) for each in zip(indices.split(1), firsts, strict=True)]
+    return [_CropDraws(seed, epoch, indices[k : k + 1], first) for k, first in enumerate(firsts)]
