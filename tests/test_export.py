@@ -178,7 +178,7 @@ def test_safetensors_come_back_whole(averaged_run: Path, tmp_path: Path, capsys:
         ({"resnext_ignite": "2"}, "its metadata are of version '2', not '1'"),
         ({"classes": '["one", "two"]'}, "names 2 classes, and its network has 10"),
         ({"classes": "nonsense"}, "its metadata: classes: Invalid JSON"),
-        ({"image_size": "100000"}, "its metadata: image_size: Input should be less than or equal to 512"),
+        ({"image_size": "100000"}, "its metadata: image_size: Input should be less than or equal to 1024"),
         ({"mean": "[1]"}, "its metadata: mean: Field required"),
         ({"config": '{"model": {"nam": 1}}'}, "its config is not one of this version"),
     ],
