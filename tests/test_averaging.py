@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, TINY, Command, at_iteration, digest, tensors, train_tiny
 from ignite.engine import Engine, Events
 from test_train import killed_at
+from test_world_sizes import assert_alike, run_logged, train_in_float64
 from torch import Tensor, nn
 
 from resnext_ignite import evaluate
@@ -299,20 +300,24 @@ def test_ranks_evaluate_one_average(tmp_path: Path) -> None:
 
 
 def test_pictures_are_read_by_workers_of_their_own(picture_folder: Path, tmp_path: Path) -> None:
-    files = [
-        "data.name=imagefolder",
-        f"data.root={picture_folder}",
-        "data.image_size=32",
-        "data.train_size=null",
-        "data.test_size=null",
-    ]
+    files = ["data.name=imagefolder", f"data.root={picture_folder}", "data.image_size=32", "train.epochs=1"]
+    values = [*files, "data.train_size=null", "data.test_size=null", *ALL, "train.ema_start=0", "train.ema_horizon=1"]
     losses = []
     for workers in (0, 2):
         folder = tmp_path / str(workers)
-        assert train_tiny(folder, *files, *ALL, "train.ema_horizon=1", f"data.workers={workers}") == 0
+        assert train_tiny(folder, *values, f"data.workers={workers}") == 0
         losses.append([record["loss"] for record in RunFolder(folder).read_metrics()])
     assert losses[0] == losses[1]
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_ranks_train_as_one(tmp_path: Path) -> None:
+    # In float64, each rank a ghost batch; statistics taken anew are of whole shares, which differ.
+    values = [*ALL, "train.ema_reestimate_bn=0", "train.ema_horizon=1", "train.ghost_batch=8", "data.val_size=20"]
+    for ranks in (1, 2):
+        run_logged(tmp_path / str(ranks), *values, ranks=ranks, patch=train_in_float64)
+    assert_alike(tmp_path / "1", tmp_path / "2", loss=1e-6, state=1e-10)
 
 
 @pytest.mark.parametrize(
