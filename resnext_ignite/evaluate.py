@@ -80,7 +80,8 @@ def evaluate(
         raise ConfigError("data.image_size: this run is evaluated at evaluation.image_size; set that")
     if config.train.device == "cuda" and not torch.cuda.is_available():
         config = with_values(config, {"train.device": "cpu"})
-    # Whatever the run did while training: an evaluation leaves no picture out.
+    # Whatever the run did while training: an evaluation has one size, any, and leaves no picture out.
+    config = with_values(config, {"augment.progressive_from": None})
     config = with_values(override_config(config, overrides), {"data.on_error": "fail", "logging.images": keep_mistakes})
     if views != "one" and config.evaluation.flip_tta:
         log.info(f"evaluation.flip_tta: left out, since --views {views} is a mean already")

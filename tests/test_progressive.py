@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -15,6 +16,7 @@ from ignite.engine import Engine
 from torch import Tensor, nn
 from torch.nn import functional
 
+from resnext_ignite import evaluate
 from resnext_ignite.config_files import load_config
 from resnext_ignite.data import build_loaders, build_sizes
 from resnext_ignite.data.augment import Augment, normalize
@@ -25,6 +27,7 @@ from resnext_ignite.data.sampling import TrainOrder
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError
 from resnext_ignite.replicas import wrap_for_ranks
+from resnext_ignite.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
@@ -195,6 +198,20 @@ def test_a_run_cut_inside_an_epoch_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert again.code == 0, again.stderr
     assert "iteration 6" in again.stderr
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+
+def test_a_run_that_grew_is_evaluated_at_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert train_tiny(folder, "train.epochs=1", "augment.progressive_from=20") == 0
+    last = RunFolder(folder).read_metrics()[-1]
+    counted = {}
+    # Its own; one below the first epoch's; and one of steps of 16 pixels, which 20 is none of.
+    for size in (32, 16, 128):
+        capsys.readouterr()
+        assert evaluate.main(["--checkpoint", str(folder), "--json", f"data.image_size={size}"]) == 0
+        counted[size] = json.loads(capsys.readouterr().out)
+    assert (counted[32]["correct"], counted[32]["loss"]) == (last["correct"], last["loss"])
+    assert len({figures["loss"] for figures in counted.values()}) == 3
 
 
 def test_a_run_of_two_ranks_grows_with_its_first_sheet_drawn(tmp_path: Path) -> None:
