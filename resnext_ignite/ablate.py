@@ -64,7 +64,8 @@ def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
                 done += 1
                 print(f"run {done} of {len(results)}: {_described(result)}", file=sys.stderr)
                 write_results(plan, list(results.values()), output_dir)
-                if signal := stop():
+                # One that came to a run in its last moments has not stopped it.
+                if done < len(results) and (signal := stop()):
                     raise PreemptedError(signal)
         except (PreemptedError, KeyboardInterrupt) as error:
             raise PreemptedError(
