@@ -87,8 +87,8 @@ class TrainLoader:
             return
         seed = self.augment.seed if self.random_resized_crop else None
         fill = whole_color(self.augment.mean) if self.skip_unreadable else None
-        # TrivialAugment is work for many processes. What comes before it goes along: mirrored only afterwards, a picture
-        # would be sheared about its right edge, which is never done to one that was not.
+        # TrivialAugment is work for many processes. What comes before it goes along: mirrored only afterwards, a
+        # picture would be sheared about its right edge, which is never done to one that was not.
         in_workers = self.augment if self.augment.trivial else None
         decoder = _Decoder(self.split, seed, fill, in_workers)
         for pictures, epoch, positions, unreadable in _decoded(decoder, batches, self.workers, self.device):
