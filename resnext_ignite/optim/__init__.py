@@ -56,8 +56,8 @@ def parameter_groups(
 def hidden_convolutions(model: nn.Module) -> dict[str, int]:
     """The trained convolutions that Muon is for, by their weights' names, each with its number of groups.
 
-    Not the stem, of which its author excludes the like: most of what a picture's windows hold is their mean brightness,
-    and an orthogonal step would give the noise of all other directions as much.
+    Not the stem, as its author leaves first layers to another optimizer: most of what a picture's windows hold is their
+    mean brightness, and an orthogonal step would give the noise of all other directions as much.
     """
     return {
         f"{name}.weight": module.groups
