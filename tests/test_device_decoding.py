@@ -6,8 +6,7 @@ import io
 import itertools
 import multiprocessing
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from test_decoding import KINDS, photograph
 
 from resnext_ignite.benchmark import photographs
 from resnext_ignite.benchmark.end_to_end import measure_end_to_end
+from resnext_ignite.benchmark.setup import Training
 from resnext_ignite.benchmark.training import Work
 from resnext_ignite.data import device_decoding
 from resnext_ignite.data.augment import Augment
@@ -313,19 +313,20 @@ def test_training_from_files_is_measured(tmp_path: Path, monkeypatch: pytest.Mon
         measure_end_to_end(tmp_path / "empty", work)
 
 
-def test_waiting_for_slow_files_is_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One worker that takes 0.15 s a batch, for a network that takes a few hundredths."""
+def test_what_the_workers_are_ahead_is_taken_before_a_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker is two batches ahead: the third is the first that a turn may wait for."""
     work = Work(photographs_in(tmp_path, 3), "cifar_resnext11_2x8d", 8, 32, 2)
     monkeypatch.setattr(photographs, "_IMAGES", 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
-    read = ImageFiles.read
+    firsts = []
 
-    def slow(*arguments: Any) -> Any:
-        time.sleep(0.15)
-        return read(*arguments)
+    def run(training: Training, source: Iterator[Batch], iterations: int) -> float:
+        firsts.append(next(source).indices.tolist())
+        return 1.0
 
-    monkeypatch.setattr(ImageFiles, "read", slow)
-    result = measure_end_to_end(tmp_path, work, decoders=("workers",), rounds=1, iterations=2)
-    (share,) = result["ratios"].values()
-    assert 0.3 < share < 1
-    assert result["samples"]["resnext_ignite, decoded by the workers"][0] < 8 / 0.15
+    monkeypatch.setattr(Training, "run", run)
+    measure_end_to_end(tmp_path, work, decoders=("workers",), rounds=1)
+    order = TrainOrder(seed=1, count=16, batch_size=8)
+    first, third = (next(order.batches(start))[1].tolist() for start in (0, 2))
+    # The batch that lies ready, and the one from files; the first round is the warm-up.
+    assert firsts == [first, third] * 2
