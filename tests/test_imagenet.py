@@ -170,6 +170,11 @@ def test_folders_of_what_the_archives_hold_do_as_well(archives: Path, tmp_path: 
     whole = tmp_path / "whole"
     assert imagenet.main(arguments(archives, whole)) == 0
     assert files_below(outputs[0]) == files_below(outputs[1]) == files_below(whole)
+    kept = unpacked / "ILSVRC2012_img_train/n01440764/n01440764_0.JPEG"
+    kept.rename(kept.with_name("n01440764_0.kept"))
+    kept.symlink_to("n01440764_0.lost")
+    with pytest.raises(DataError, match=r"n01440764_0.JPEG: is a link to nothing"):
+        imagenet.main([*given, "--output", str(tmp_path / "c"), *SIZES])
     (val / "n02100735/ILSVRC2012_val_00000001.JPEG").rename(val / "n02100735/ILSVRC2012_val_00000002.JPEG")
     (val / "ILSVRC2012_val_00000002.JPEG").unlink()
     with pytest.raises(DataError, match=r"val_00000002.JPEG: the development kit says that it shows n02119789"):

@@ -169,6 +169,7 @@ def _place(picture: Picture, target: Path, encoding: Encoding) -> None:
     """Put a picture into a folder, shrunk where that is asked for."""
     try:
         if isinstance(picture, bytes):
+            # Fails where there is one of that name.
             with target.open("xb") as file:
                 file.write(picture)
             picture = target
@@ -181,6 +182,10 @@ def _place(picture: Picture, target: Path, encoding: Encoding) -> None:
             _link(picture, target)
     except FileExistsError:
         raise DataError(f"{target.parent.name}/{target.name}: is twice there") from None
+    except FileNotFoundError:
+        raise DataError(
+            f"{target.parent.name}/{target.name}: is a link to nothing, or was there a moment ago"
+        ) from None
     except OSError as error:
         # A write to an open file does not know its name.
         error.filename = error.filename or str(target)
