@@ -9,9 +9,8 @@ import argparse
 from pathlib import Path
 
 from resnext_ignite.errors import PreemptedError, run_command
-from resnext_ignite.packing.options import add_arguments, at_least, encoding_of, require, workers_of
+from resnext_ignite.packing.options import IMAGES_PER_SHARD, add_arguments, at_least, encoding_of, require, workers_of
 
-_IMAGES_PER_SHARD = 2000
 # ILSVRC2012's, of Russakovsky et al., 'ImageNet Large Scale Visual Recognition Challenge', IJCV 2015, table 2.
 _CLASSES, _TRAIN_IMAGES, _VAL_IMAGES = 1000, 1_281_167, 50_000
 
@@ -66,7 +65,7 @@ def _pack(output: Path, workers: int) -> None:
     if is_packed(shards, ("train", "val")):
         print(f"{shards}: is packed already")
         return
-    for split in pack_folder(output, shards, Limit(_IMAGES_PER_SHARD), Encoding(), workers):
+    for split in pack_folder(output, shards, Limit(IMAGES_PER_SHARD), Encoding(), workers):
         print(split)
 
 

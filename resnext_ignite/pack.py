@@ -9,9 +9,7 @@ import argparse
 from pathlib import Path
 
 from resnext_ignite.errors import ConfigError, run_command
-from resnext_ignite.packing.options import add_arguments, at_least, encoding_of, require, workers_of
-
-_IMAGES_PER_SHARD = 2000
+from resnext_ignite.packing.options import IMAGES_PER_SHARD, add_arguments, at_least, encoding_of, require, workers_of
 
 
 def main(arguments: list[str]) -> int:
@@ -23,7 +21,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="holds train/, val/ or test/")
     parser.add_argument("--output", metavar="DIR", help="where the shards go")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--images-per-shard", type=int, metavar="N", help=f"default: {_IMAGES_PER_SHARD}")
+    size.add_argument("--images-per-shard", type=int, metavar="N", help=f"default: {IMAGES_PER_SHARD}")
     size.add_argument("--shard-mb", type=int, metavar="N", help="instead: a shard's size at most, in megabytes")
     add_arguments(parser)
     parser.add_argument("--check", metavar="DIR", help="pack nothing: check the shards in there")
@@ -41,7 +39,7 @@ def main(arguments: list[str]) -> int:
     if parsed.check is not None:
         splits = check_folder(Path(parsed.check))
     else:
-        images = parsed.images_per_shard or (None if parsed.shard_mb else _IMAGES_PER_SHARD)
+        images = parsed.images_per_shard or (None if parsed.shard_mb else IMAGES_PER_SHARD)
         limit = Limit(images, parsed.shard_mb and parsed.shard_mb * 10**6)
         splits = pack_folder(Path(parsed.folder), Path(parsed.output), limit, encoding, workers)
     for split in splits:

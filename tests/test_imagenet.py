@@ -170,6 +170,15 @@ def test_folders_of_what_the_archives_hold_do_as_well(archives: Path, tmp_path: 
     whole = tmp_path / "whole"
     assert imagenet.main(arguments(archives, whole)) == 0
     assert files_below(outputs[0]) == files_below(outputs[1]) == files_below(whole)
+    # A farm of relative links, as subsets are made: what they lead to is taken.
+    lent = tmp_path / "lent"
+    for picture in sorted((unpacked / "ILSVRC2012_img_train/n01440764").iterdir()):
+        lent.mkdir(exist_ok=True)
+        picture.rename(lent / picture.name)
+        picture.symlink_to(Path("../../../lent") / picture.name)
+    assert imagenet.main([*given, "--output", str(tmp_path / "linked"), *SIZES]) == 0
+    assert files_below(tmp_path / "linked") == files_below(whole)
+    assert not any(path.is_symlink() for path in (tmp_path / "linked").rglob("*"))
     kept = unpacked / "ILSVRC2012_img_train/n01440764/n01440764_0.JPEG"
     kept.rename(kept.with_name("n01440764_0.kept"))
     kept.symlink_to("n01440764_0.lost")

@@ -119,7 +119,7 @@ class AugmentConfig(Section):
     """Put a box of its neighbour into each image, of a share drawn likewise; with `mixup`, each gets one of them."""
     progressive_from: Annotated[int, Field(ge=8, le=512, multiple_of=4)] | None = None
     """Side in pixels of the training images in the first epoch; it grows linearly, in steps of 4 pixels (of 16 where
-    the image size is 128 or more), to the image size, at which every evaluation is made; null: that size throughout."""
+    the image size is 128 or more), to `data.image_size`; evaluations have one size; null: training, too."""
     progressive_until: Fraction = 0.5
     """Share of the epochs after which training images have their full size."""
 

@@ -18,7 +18,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
 from resnext_ignite.data.cropping import Box
-from resnext_ignite.data.decoding import no_warnings, undecoded
+from resnext_ignite.data.decoding import WholeJpeg, no_warnings, undecoded
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.resizing import GrowingSize
 from resnext_ignite.data.workers import shared_room
@@ -85,11 +85,12 @@ class JpegReader(Dataset[Any]):
 
     def _read(self, positions: Tensor, epoch: int) -> tuple[Tensor, list[Part], dict[int, str]]:
         files, key = self.files_of(epoch), (self.crop_seed, epoch)
+        crops = files.crops(positions, key)
+        jpegs: list[WholeJpeg | None] = [None] * len(positions)
         with no_warnings():
-            jpegs = [
-                undecoded(files.paths[position], files.size, crop)
-                for position, crop in zip(positions.tolist(), files.crops(positions, key), strict=True)
-            ]
+            # As they lie: of a shard, one pass over its bytes.
+            for place in positions.argsort().tolist():
+                jpegs[place] = undecoded(files.paths[int(positions[place])], files.size, crops[place])
         others = [place for place, jpeg in enumerate(jpegs) if jpeg is None]
         pixels, reasons = files.read(positions[others], key, self.fill)
         decoded = iter(pixels.numpy())

@@ -31,8 +31,8 @@ Split = Images | ImageFiles
 class Batch:
     """Images float32 (n, 3, H, W), labels int64 (n,), and the images' indices in their whole split int64 (n,).
 
-    The label of a training image that could not be read is UNREADABLE; the image is the mean colour. Of mixed images
-    `shares`, float32 (n,), say how much of each is its own; the rest is its neighbour (0 and 1, 2 and 3, ...).
+    The label of a training image that could not be read is UNREADABLE; the image is made of the mean colour. Of mixed
+    images `shares`, float32 (n,), say how much of each is its own; the rest is its neighbour (0 and 1, 2 and 3, ...).
     """
 
     images: Tensor

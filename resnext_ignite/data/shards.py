@@ -10,25 +10,23 @@ import logging
 import os
 import time
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Annotated, Literal
+from typing import IO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from resnext_ignite.data.kept import SETTLED_S, Array, keep, kept_path, read_kept
+from resnext_ignite.data.shard_list import LIST_NAME, ShardList, read_shard_list
 from resnext_ignite.data.tar import BLOCK, Tar, header_name
 from resnext_ignite.errors import DataError
 
 log = logging.getLogger(__name__)
-LIST_NAME = "shards.json"
 _VERSION = 1
 # Fewer pictures are found faster than a person would notice.
 _WORTH_KEEPING = 5_000
@@ -38,23 +36,6 @@ _LONGEST_LABEL = 20
 _OPEN = 32
 # What is read ahead at once must not push out what is being read.
 _SHARE_OF_MEMORY = 0.125
-
-
-class _Shard(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    name: Annotated[str, Field(pattern=r"^[^/\x00]+\.tar$")]
-    bytes: Annotated[int, Field(gt=0)]
-    images: Annotated[int, Field(gt=0)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class _ShardList(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    format: Literal[1]
-    classes: Annotated[tuple[str, ...], Field(min_length=1)]
-    shards: Annotated[tuple[_Shard, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -85,7 +66,7 @@ def index_shards(root: Path, split: str, classes: tuple[str, ...] | None = None)
             know; the line names it.
     """
     folder = root / split
-    listed = _read_list(folder / LIST_NAME)
+    listed = read_shard_list(folder / LIST_NAME)
     unknown = sorted(set(listed.classes) - set(classes or listed.classes))
     if unknown:
         raise DataError(f"{folder / LIST_NAME}: classes: '{unknown[0]}' is not a class of the training images")
@@ -107,28 +88,10 @@ def index_shards(root: Path, split: str, classes: tuple[str, ...] | None = None)
 
 def shard_classes(root: Path, split: str) -> tuple[str, ...]:
     """The classes that `shards.json` of `root/split` lists, without a look at the shards; raises as `index_shards`."""
-    return _read_list(root / split / LIST_NAME).classes
+    return read_shard_list(root / split / LIST_NAME).classes
 
 
-def _read_list(path: Path) -> _ShardList:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; a folder of shards has one beside them") from None
-    try:
-        listed = _ShardList.model_validate_json(content)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        key = ".".join(map(str, fault["loc"]))
-        raise DataError(f"{path}: {key + ': ' if key else ''}{fault['msg']}; pack the data again") from None
-    for key, names in (("classes", listed.classes), ("shards", [shard.name for shard in listed.shards])):
-        name, times = Counter(names).most_common(1)[0]
-        if times > 1:
-            raise DataError(f"{path}: {key}: '{name}' stands there {times} times; pack the data again")
-    return listed
-
-
-def _state_of(folder: Path, listed: _ShardList) -> tuple[float, str]:
+def _state_of(folder: Path, listed: ShardList) -> tuple[float, str]:
     """When a shard was last changed, and all that would tell other pictures from these; sizes are checked."""
     facts = []
     for shard in listed.shards:
@@ -149,7 +112,7 @@ def _state_of(folder: Path, listed: _ShardList) -> tuple[float, str]:
     return max(fact.st_ctime_ns for fact in facts) / 1e9, hashlib.sha256(os.fsencode(text)).hexdigest()
 
 
-def _walk(folder: Path, listed: _ShardList) -> list[Array]:
+def _walk(folder: Path, listed: ShardList) -> list[Array]:
     total = sum(shard.images for shard in listed.shards)
     if total >= _WORTH_KEEPING:
         log.info(f"{folder}: looking for its {total} images in {len(listed.shards)} shards")

@@ -194,7 +194,8 @@ def _place(picture: Picture, target: Path, encoding: Encoding) -> None:
 
 def _link(source: Path, target: Path) -> None:
     try:
-        os.link(source, target)
+        # What a link leads to: a relative one leads elsewhere from there.
+        os.link(os.path.realpath(source), target)
     except FileExistsError:
         raise
     except OSError:

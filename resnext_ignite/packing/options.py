@@ -13,6 +13,7 @@ from pathlib import Path
 from resnext_ignite.errors import ConfigError, RunFolderError
 
 _QUALITY = 95
+IMAGES_PER_SHARD = 2000
 
 
 @dataclass(frozen=True)

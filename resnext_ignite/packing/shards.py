@@ -8,13 +8,10 @@ The tar files are what WebDataset reads, and equal byte for byte whenever the sa
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import tarfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -26,14 +23,14 @@ from webdataset import TarWriter
 
 from resnext_ignite.data.index import ImageIndex, index_images
 from resnext_ignite.data.sampling import Purpose, permutation
+from resnext_ignite.data.shard_list import LIST_NAME, Shard, ShardList, read_shard_list
+from resnext_ignite.data.shards import index_shards
 from resnext_ignite.errors import ConfigError, DataError, RunFolderError
 from resnext_ignite.packing.options import Encoding, locked
 from resnext_ignite.packing.pictures import read_picture
 from resnext_ignite.packing.workers import in_workers, storage_error
 from resnext_ignite.storage import HashingFile, replace_durably, sha256_of
 
-FORMAT = 1
-MANIFEST = "shards.json"
 SPLITS = ("train", "val", "test")
 # The order of a training split is that of the packed data, not of a run.
 _ORDER_SEED = 0
@@ -56,29 +53,12 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A shard as `shards.json` has it.
-
-    Attributes:
-        name: of its file.
-        bytes: its size.
-        images: how many pictures it holds.
-        sha256: of the file, in hexadecimal.
-    """
-
-    name: str
-    bytes: int
-    images: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Split:
     """A packed split: its folder, classes in order, shards in order, and the seconds that it took to pack or check."""
 
     folder: Path
-    classes: list[str]
-    shards: list[Shard]
+    classes: tuple[str, ...]
+    shards: tuple[Shard, ...]
     seconds: float
 
     def __str__(self) -> str:
@@ -129,20 +109,28 @@ def pack_folder(source: Path, output: Path, limit: Limit, encoding: Encoding, wo
     indices: dict[str, ImageIndex] = {}
     for split in there:
         indices[split] = index_images(source, split, indices["train"].classes if "train" in indices else None)
+    _check_names(source, next(iter(indices.values())).classes)
     with locked(output):
         _clear(output)
         try:
             packed = [_pack(split, index, output, limit, encoding, workers) for split, index in indices.items()]
             for done in packed:
-                _write_manifest(done)
+                _write_list(done)
         except OSError as error:
             raise storage_error(error) from None
     return packed
 
 
+def _check_names(source: Path, classes: tuple[str, ...]) -> None:
+    # Of a folder any bytes may be the name; of a list, which other programs read too, they may not.
+    for name in classes:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise DataError(f"{source}: the class {name!a} is no text that a list can hold; rename its folder")
+
+
 def is_packed(output: Path, splits: tuple[str, ...]) -> bool:
     """Whether a folder holds some splits, packed to the end."""
-    return all((output / split / MANIFEST).exists() for split in splits)
+    return all((output / split / LIST_NAME).exists() for split in splits)
 
 
 def _clear(output: Path) -> None:
@@ -151,7 +139,8 @@ def _clear(output: Path) -> None:
     for split in SPLITS:
         folder = output / split
         for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if entry.name == MANIFEST:
+            if entry.name == LIST_NAME:
+                # So is what was stopped between the lists of two splits: it may as well be another folder's.
                 raise RunFolderError(f"{folder}: is packed already; choose another --output, or remove it")
             if _REMAINS.fullmatch(entry.name) is None:
                 raise RunFolderError(f"{entry}: is in the way, and no shard; choose another --output")
@@ -173,7 +162,7 @@ def _pack(split: str, index: ImageIndex, output: Path, limit: Limit, encoding: E
         _write_shard(folder / f"{number:06d}.tar", (sample for _, sample in group))
         for number, group in groupby(bar, key=itemgetter(0))
     ]
-    return Split(folder, list(index.classes), shards, time.perf_counter() - start)
+    return Split(folder, index.classes, tuple(shards), time.perf_counter() - start)
 
 
 def _read(index: ImageIndex, encoding: Encoding, workers: int, *, shuffled: bool) -> Iterator[_Sample]:
@@ -210,19 +199,20 @@ def _write_shard(path: Path, samples: Iterator[_Sample]) -> Shard:
         with TarWriter(hashing, user="", group="", mtime=0, encoder=False) as tar:
             for images, sample in enumerate(samples, start=1):  # noqa: B007
                 tar.write(sample.as_webdataset())
-        shards.append(Shard(path.name, file.tell(), images, hashing.hash.hexdigest()))
+        sha256 = hashing.hash.hexdigest()
+        shards.append(Shard(name=path.name, bytes=file.tell(), images=images, sha256=sha256))
 
     replace_durably(path, write)
     return shards[0]
 
 
-def _write_manifest(split: Split) -> None:
-    content = {"format": FORMAT, "classes": split.classes, "shards": [asdict(shard) for shard in split.shards]}
+def _write_list(split: Split) -> None:
+    listed = ShardList(classes=split.classes, shards=split.shards)
+    replace_durably(split.folder / LIST_NAME, lambda file: _write(file, listed.model_dump_json(indent=1) + "\n"))
 
-    def write(file: IO[bytes]) -> None:
-        file.write(json.dumps(content, indent=1).encode() + b"\n")
 
-    replace_durably(split.folder / MANIFEST, write)
+def _write(file: IO[bytes], text: str) -> None:
+    file.write(text.encode())
 
 
 def check_folder(root: Path) -> list[Split]:
@@ -236,37 +226,19 @@ def check_folder(root: Path) -> list[Split]:
         raise DataError(f"{root}: holds no packed split: neither train/, val/ nor test/ is there")
     checked = []
     for folder in folders:
-        start, (classes, shards) = time.perf_counter(), _read_manifest(folder)
-        for shard in tqdm(shards, desc=f"checking {folder.name}", unit=" shards", disable=None):
-            _check_shard(folder / shard.name, shard)
-        checked.append(Split(folder, classes, shards, time.perf_counter() - start))
+        start, listed = time.perf_counter(), read_shard_list(folder / LIST_NAME)
+        # Their sizes, and each picture's place, as training looks for them.
+        index_shards(root, folder.name)
+        for shard in tqdm(listed.shards, desc=f"checking {folder.name}", unit=" shards", disable=None):
+            _check_sum(folder / shard.name, shard.sha256)
+        checked.append(Split(folder, listed.classes, listed.shards, time.perf_counter() - start))
     return checked
 
 
-def _read_manifest(folder: Path) -> tuple[list[str], list[Shard]]:
-    path = folder / MANIFEST
+def _check_sum(path: Path, expected: str) -> None:
     try:
-        content = json.loads(path.read_bytes())
-        if content["format"] != FORMAT:
-            raise DataError(f"{path}: of format {content['format']}; this version reads {FORMAT}")
-        return list(content["classes"]), [Shard(**shard) for shard in content["shards"]]
-    except FileNotFoundError:
-        raise DataError(f"{path}: is not there: the packing was stopped; pack the folder again") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; pack the folder again") from None
-
-
-def _check_shard(path: Path, shard: Shard) -> None:
-    try:
-        size = path.stat().st_size
-        if size != shard.bytes:
-            raise DataError(f"{path}: has {size} bytes, not the {shard.bytes} that were written; pack again")
-        if sha256_of(path) != shard.sha256:
-            raise DataError(f"{path}: is damaged: its sha256 is not that of {MANIFEST}; pack again")
-        with tarfile.open(path, "r:") as tar:
-            labels = sum(name.endswith(f".{_LABEL}") for name in tar.getnames())
-    except (OSError, tarfile.TarError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        raise DataError(f"{path}: cannot be read: {reason}; pack again") from None
-    if labels != shard.images:
-        raise DataError(f"{path}: holds {labels} pictures, not the {shard.images} that {MANIFEST} says; pack again")
+        found = sha256_of(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; pack again") from None
+    if found != expected:
+        raise DataError(f"{path}: is damaged: its sha256 is not that of {LIST_NAME}; pack again")
