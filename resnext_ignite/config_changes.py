@@ -7,7 +7,8 @@ from typing import Any
 
 from resnext_ignite.config import Config, flatten, with_values
 
-# A run may be continued with other values of these: none changes what an iteration computes from its state.
+# A run may be continued with other values of these: none changes what an iteration computes from its state, but for
+# `train.epochs`, at whose new number whatever depends on it (learning rate, growing images) is evaluated from there on.
 SAFE_ON_RESUME = (
     "train.epochs",
     "train.max_hours",

@@ -43,7 +43,7 @@ def tuned(config: Config, data: Data, device: torch.device, ranks: Ranks) -> Con
         if "auto" in train.grouped_conv:
             values["train.grouped_conv"] = grouped_conv_for(config, data.image_size, device, ranks.world_size)
         if evaluation.inference == "auto":
-            times = train.epochs // evaluation.every + len(evaluation.early)
+            times = train.epochs // evaluation.every + len(evaluation.early) + len(evaluation.abandon)
             in_all = times * len(data.splits[data.selection]) // ranks.world_size
             model, arithmetic = _plain_model(config), _arithmetic(config, device)
             batch = evaluation.batch_size

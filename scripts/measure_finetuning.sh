@@ -9,6 +9,11 @@ set -euo pipefail
 pictures="$(realpath "${1:?PICTURES: a folder that holds train and test}")"
 mkdir -p "${2:-runs/finetuning}"
 out="$(realpath "${2:-runs/finetuning}")"
+if [ -f "$out/pictures.txt" ] && [ "$(cat "$out/pictures.txt")" != "$pictures" ]; then
+    echo "error: $out: holds an experiment on $(cat "$out/pictures.txt"); choose another OUT" >&2
+    exit 7
+fi
+echo "$pictures" >"$out/pictures.txt"
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 read -ra base <<<"${BASE:-}"
@@ -29,7 +34,7 @@ for name in cat truck; do
     ln -sfn "$pictures/test/$name" "$out/two/test/$name"
     mkdir -p "$out/two/train/$name"
     # The first by name, the same for all seeds.
-    find "$pictures/train/$name" -name '*.jpg' | sort | awk 'NR <= 200' | while IFS= read -r picture; do
+    find "$pictures/train/$name" -name '*.jpg' | LC_ALL=C sort | awk 'NR <= 200' | while IFS= read -r picture; do
         ln -sf "$picture" "$out/two/train/$name/"
     done
 done

@@ -14,16 +14,16 @@ if [ $# -gt 0 ] && [[ "$1" != *=* ]]; then
     shift
 fi
 out="${OUT:-runs/time_to_error/$(date +%Y-%m-%d_%H-%M-%S)}"
-seeds="${SEEDS:-1 2 3}"
+read -ra seeds <<<"${SEEDS:-1 2 3}"
 mkdir -p "$out"
 : >"$out/seconds.txt"
 # As ablate names the folders of a plan's runs: it finds them made, and has them only to compare.
 {
     echo "config: '${config//\'/\'\'}'"
-    echo "seeds: [${seeds// /, }]"
+    echo "seeds: [$(IFS=,; echo "${seeds[*]}")]"
     echo "variants: {recipe: {}}"
 } >"$out/plan.yaml"
-for seed in $seeds; do
+for seed in "${seeds[@]}"; do
     began="$(date +%s.%N)"
     "$python" -m resnext_ignite.train --config "$config" --output-dir "$out/recipe/seed_$seed" "$@" "seed=$seed" >&2
     echo "$seed $began $(date +%s.%N)" >>"$out/seconds.txt"

@@ -96,6 +96,16 @@ def test_verdicts_by_hand(errors: list[float], stops_at: int | None, reason: Sto
     assert again.hopeless == ""
 
 
+def test_the_last_epoch_leaves_nothing_to_abandon() -> None:
+    stop = StopAgreement(Ranks())
+    handler = BestRecord("test", stop, abandon={2: 60})
+    engine = Engine(lambda engine, batch: None)
+    engine.state.max_epochs = 2
+    engine.state.record = {"top1_error": 99.0, "epoch": 2, "split": "test"}
+    handler(engine)
+    assert (stop.reason, handler.verdict(), handler.hopeless) == (StopReason.NONE, StopReason.NONE, "")
+
+
 def abandoned(epoch: int) -> float:
     return 62.1 if epoch == 2 else 80.0
 

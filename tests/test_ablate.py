@@ -364,6 +364,10 @@ def test_one_seed_shows_no_standard_error() -> None:
             "train.batch_size: 7 cannot be shared",
         ),
         (PLAN.replace("label_smoothing: 0.1", "max_hours: 1"), ":7: variants.Smoothed, 0.1: train.max_hours would cut"),
+        (
+            PLAN.replace("train.label_smoothing: 0.1", "evaluation.patience: 3"),
+            ":7: variants.Smoothed, 0.1: evaluation.patience would cut",
+        ),
         ("seeds: [1]\nvariants: {a: {}}\n", ": config: None; a config's file, beside the plan or relative to it"),
         (f"config: {ROOT / 'configs/quickstart.yaml'}\nseeds: [1]\n", ": variants: at least one, as in "),
         ("- 1\n", ": a config is keys with values, not [1]"),
@@ -388,6 +392,23 @@ def test_a_wrong_command_line_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="2 ranks: an ablation is one process"):
         ablate_tiny(tmp_path)
+
+
+def test_an_abandoned_run_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # As it is written in a config, with numbers for keys.
+    text = PLAN.replace("train.label_smoothing: 0.1", "evaluation.abandon: {1: 0}").replace("[1, 2]", "[1]")
+    assert ablate_tiny(tmp_path, "train.epochs=2", text=text) == 0
+    row = results_in(tmp_path)["variants"][1]
+    assert (row["completed"], row["failed"], row["error"], row["pairs"]) == (0, 1, None, 0)
+    # Once is enough.
+    capsys.readouterr()
+    assert ablate_tiny(tmp_path, "train.epochs=2", text=text) == 0
+    assert "2 of 2 runs are there already" in capsys.readouterr().err
+
+
+def test_runs_on_other_data_are_not_compared(whole: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"the plan has changed since this run: data.root data -> elsewhere"):
+        ablate_tiny(whole, "data.root=elsewhere")
 
 
 def test_a_wrong_plan_is_refused_before_torch(tmp_path: Path) -> None:

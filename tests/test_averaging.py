@@ -182,6 +182,18 @@ def test_statistics_do_not_depend_on_those_before() -> None:
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+def test_no_more_than_the_epoch_that_was_trained_is_seen() -> None:
+    config, loaders = tiny({"augment.progressive_from": 16})
+    model = build_model(config)
+    sizes = []
+    model.register_forward_pre_hook(lambda module, images: sizes.append(images[0].shape[-1]))
+    engine = Engine(lambda engine, batch: None)
+    engine.state.epoch = 1
+    FreshStatistics(model, loaders.train, 10, torch.float32)(engine)
+    # Of its 4 iterations; those of the next epoch have larger images.
+    assert sizes == [16] * 4
+
+
 def test_frozen_statistics_stay() -> None:
     config, loaders = tiny({"train.freeze": "stem", "model.pretrained": "x"})
     model = build_model(config).eval()

@@ -89,6 +89,17 @@ def test_the_saved_config_repeats_the_run(finished_run: Path, tmp_path: Path) ->
     assert digest(tmp_path / "again") == digest(finished_run)
 
 
+def test_tensorboard_has_what_came_before_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(engine: Engine) -> None:
+        raise NonFiniteError("iteration 9: the loss is not finite")
+
+    at_iteration(9, fail, monkeypatch)
+    with pytest.raises(NonFiniteError):
+        train_tiny(tmp_path / "run", "logging.tensorboard=true", "logging.images=0")
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert max(event.step for event in events.Scalars("train/loss")) == 8
+
+
 def test_tensorboard_has_every_tag(finished_run: Path) -> None:
     events = EventAccumulator(str(finished_run)).Reload()
     tags = events.Tags()

@@ -1,4 +1,7 @@
-"""The plan of an ablation: a YAML file that names a recipe, its variants and seeds, checked whole before any run."""
+"""The plan of an ablation: a YAML file that names a recipe, its variants and seeds.
+
+All configs are checked before any run begins.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +70,10 @@ def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
         same = next((other for other, known in configs.items() if known == config), None)
         if same is not None:
             reader.refuse(("variants", name), f"changes nothing: its config is that of '{same}'")
-        if config.train.max_hours is not None:
-            reader.refuse(("variants", name), "train.max_hours would cut a run short; an ablation compares whole ones")
+        for key in ("train.max_hours", "evaluation.patience", "evaluation.target_error"):
+            section, _, field = key.partition(".")
+            if getattr(getattr(config, section), field):
+                reader.refuse(("variants", name), f"{key} would cut a run short; an ablation compares whole ones")
         try:
             check_shares(config, world_size=1)
         except ConfigError as error:
@@ -120,7 +125,8 @@ class _Reader:
         for key, value in values.items():
             if key == "seed":
                 self.refuse((*place, key), "the plan's seeds are the runs'; leave it out")
-            if not DOTTED_KEY.fullmatch(key) or isinstance(value, dict):
+            # A section by itself would be laid over the whole of the recipe's.
+            if not DOTTED_KEY.fullmatch(key) or (isinstance(value, dict) and "." not in key):
                 self.refuse((*place, key), "a config's key with its value, as train.epochs: 4")
             source.put(tuple(key.split(".")), value, self.source.places[(*place, key)])
 

@@ -13,14 +13,16 @@ from resnext_ignite.ablation.results import Result, as_json, compare, table
 from resnext_ignite.config_changes import SAFE_ON_RESUME, adopt_resolved, changed_values
 from resnext_ignite.errors import NonFiniteError, RunFolderError
 from resnext_ignite.pictures import save_figure
-from resnext_ignite.run_folder import ENDED, RunFolder
+from resnext_ignite.run_folder import RunFolder
 from resnext_ignite.storage import replace_durably
+
+_SAME_IN_ALL = ("train.epochs", "data.root", "data.on_error", "data.max_skipped")
 
 
 def result_of(run: PlannedRun, path: Path) -> Result:
     """How a run stands, by what lies in its folder.
 
-    A run that met a number that is not finite would meet it again: it has failed for good.
+    A run that met a number that is not finite would meet it again: it has failed for good, as one that was hopeless.
 
     Raises:
         RunFolderError: the run was made with another config.
@@ -30,16 +32,17 @@ def result_of(run: PlannedRun, path: Path) -> Result:
     if saved is None:
         return Result(run.variant, run.seed, "unfinished")
     changes = changed_values(adopt_resolved(run.config, saved), saved)
-    # More epochs would be another run than its pairs.
-    refused = [key for key in changes if key not in SAFE_ON_RESUME or key == "train.epochs"]
+    # A run may go on with these; what is compared must agree in them.
+    refused = [key for key in changes if key not in SAFE_ON_RESUME or key in _SAME_IN_ALL]
     if refused:
         listed = ", ".join(f"{key} {changes[key][0]} -> {changes[key][1]}" for key in refused)
         raise RunFolderError(f"{path}: the plan has changed since this run: {listed}; choose another --output-dir")
     status, records = folder.read_status(), folder.read_metrics()
-    if status.get("state") == "failed" and status.get("exit_code") == NonFiniteError.exit_code:
+    diverged = status.get("state") == "failed" and status.get("exit_code") == NonFiniteError.exit_code
+    if diverged or status.get("state") == "stopped_early":
         return Result(run.variant, run.seed, "failed")
     tested = [record for record in records if record["split"] == "test"]
-    if status.get("state") not in ENDED or not tested:
+    if status.get("state") != "completed" or not tested:
         return Result(run.variant, run.seed, "unfinished")
     return Result(
         run.variant,

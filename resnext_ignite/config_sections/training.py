@@ -93,8 +93,8 @@ class TrainConfig(Section):
     ema_start: Annotated[float, Field(ge=0)] = 0.0
     """Epochs after which the average begins; until then it is the weights themselves."""
     ema_reestimate_bn: Annotated[int, Field(ge=0)] = 0
-    """Training batches (the epoch's first) from which the average's BatchNorm statistics are taken anew before each
-    evaluation; 0: they are averaged as the weights are."""
+    """Training batches (the epoch's first, at most all) from which the average's BatchNorm statistics are taken anew
+    before each evaluation; 0: they are averaged as the weights are."""
     lookahead: Annotated[int, Field(ge=0)] = 0
     """Iterations between two steps of Lookahead's slow weights, from which the others then go on, and on which the last
     epoch ends; 0: none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 
 from resnext_ignite.config import Config
 from resnext_ignite.data import Loaders
@@ -180,6 +180,13 @@ def _attach_pictures(
         trainer.add_event_handler(RunEvents.EVALUATED, sheets)
         trainer.add_event_handler(Events.COMPLETED, sheets.draw)
     trainer.add_event_handler(Events.COMPLETED, lambda engine: board.close())
+
+    def close_and_raise(engine: Engine, error: BaseException) -> None:
+        # What was said before a run failed is what tells why.
+        board.close()
+        raise error
+
+    trainer.add_event_handler(Events.EXCEPTION_RAISED, close_and_raise)
 
 
 def _evaluation_pends(state: dict[str, Any], evaluation: Evaluation, max_epochs: int) -> bool:

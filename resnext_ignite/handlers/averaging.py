@@ -90,9 +90,10 @@ class WeightAverage(EMAHandler):
 class FreshStatistics:
     """Takes the BatchNorm statistics of an averaged model anew: those of averaged weights are not averaged statistics.
 
-    They become the mean, over the micro-batches of the first `batches` iterations of the epoch that was just trained,
-    of this rank's share of each; ghost batches are not told apart, what is frozen keeps its own. They depend on the
-    weights, the seed and the epoch alone, and are still to be averaged over ranks. Call it right before an evaluation.
+    They become the mean, over the micro-batches of the first `batches` iterations of the epoch that was just trained
+    (all, where it has fewer), of this rank's share of each; ghost batches are not told apart, what is frozen keeps its
+    own. They depend on the weights, the seed and the epoch alone, and are still to be averaged over ranks. Call it
+    right before an evaluation.
 
     Args:
         model: is never trained itself.
@@ -121,7 +122,8 @@ class FreshStatistics:
             norm.train()
         autocast = torch.autocast(loader.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with contextlib.closing(iter(loader)) as batches, autocast:
-            for batch in itertools.islice(batches, self.batches):
+            # No further: of the next epoch's images none is trained on yet.
+            for batch in itertools.islice(batches, min(self.batches, len(loader))):
                 for images in batch.images.chunk(loader.order.accumulate):
                     self.model(images)
         self.model.eval()

@@ -84,19 +84,20 @@ class Evaluation:
 
     def __call__(self, engine: Engine) -> None:
         if self.pending(engine):
+            began = time.monotonic()
             if self.before is not None:
                 self.before(engine)
-            self.evaluate(engine, self.loader, self.split)
+            self.evaluate(engine, self.loader, self.split, began)
 
-    def evaluate(self, engine: Engine, loader: EvalLoader, split: str) -> None:
-        """Evaluate a split now.
+    def evaluate(self, engine: Engine, loader: EvalLoader, split: str, began: float | None = None) -> None:
+        """Evaluate a split now; it is told as having taken the time since `began` (None: now).
 
         Raises:
             NonFiniteError: the loss is not finite.
         """
         for model in self.models:
             average_statistics(model, self.stop.ranks)
-        began = time.monotonic()
+        began = time.monotonic() if began is None else began
         self._pace.start(0)
         self._common_batches = loader.common_batches
         try:
@@ -191,7 +192,8 @@ class BestRecord:
         else:
             self._without += 1
         limit = self.abandon.get(record["epoch"])
-        if limit is not None and error > limit:
+        # The last epoch leaves nothing to abandon: the run may be continued with more.
+        if limit is not None and error > limit and record["epoch"] != engine.state.max_epochs:
             self.hopeless = (
                 f"abandoned: {error:.4g} % after epoch {record['epoch']}, above the {limit:g} % of evaluation.abandon"
             )
