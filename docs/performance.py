@@ -19,7 +19,7 @@ MODELS = {
     "resnext101_64x4d": (224, 1000, 64),
 }
 # bf16 products/s and bytes/s: two cores of the CPU of the page's figures, as it measured them; an H200, as sustained.
-RATES = {"CPU": (412e9, 37e9), "H200": (790e12, 4.3e12)}
+RATES = {"CPU": (844e9, 75e9), "H200": (790e12, 4.3e12)}
 
 
 def floors(cost: Cost, flop_per_s: float, bytes_per_s: float) -> tuple[float, float]:
