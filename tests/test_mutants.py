@@ -190,7 +190,7 @@ MUTANTS = [
     ),
     (
         "the schedule begins anew",
-        "optim.py",
+        "optim/schedules.py",
         "self.event_index = engine.state.iteration - 1",
         "self.event_index = self.calls = getattr(self, 'calls', -1) + 1",
         KILLED,
