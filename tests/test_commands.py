@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, command, train_tiny
 from PIL import Image
+from test_imports import LEVELS
 
 from resnext_ignite import convert, evaluate, predict, report
 from resnext_ignite.config_changes import SAFE_ON_RESUME
@@ -26,20 +27,7 @@ from resnext_ignite.errors import (
 )
 from resnext_ignite.run_folder import RunFolder
 
-COMMANDS = (
-    "train",
-    "evaluate",
-    "predict",
-    "report",
-    "verify",
-    "convert",
-    "export",
-    "pack",
-    "imagenet",
-    "summary",
-    "ablate",
-    "benchmark",
-)
+COMMANDS = sorted(LEVELS[0])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
