@@ -20,7 +20,7 @@ from torch import nn
 from resnext_ignite.config import Config, config_of
 from resnext_ignite.errors import CheckpointError, DamagedError, ForeignFileError
 from resnext_ignite.models import build_model
-from resnext_ignite.storage import HashingFile, replace_durably, sha256_of
+from resnext_ignite.storage import HashingFile, replace_durably, sha256_of, write_durably
 
 log = logging.getLogger(__name__)
 FORMAT = "resnext_ignite/1"
@@ -67,11 +67,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def _write_sums(path: Path, digests: list[str]) -> None:
     # The lines of sha256sum, so that `sha256sum -c` checks it too.
     text = "".join(f"{digest}  {path.name}\n" for digest in digests)
-    replace_durably(checksum_path(path), lambda file: _write_text(file, text))
-
-
-def _write_text(file: IO[bytes], text: str) -> None:
-    file.write(text.encode())
+    write_durably(checksum_path(path), text)
 
 
 def _read_sums(path: Path) -> list[str]:

@@ -24,7 +24,7 @@ from resnext_ignite.pictures import (
     pyplot,
 )
 from resnext_ignite.run_folder import Record, RunFolder
-from resnext_ignite.storage import replace_durably
+from resnext_ignite.storage import write_durably
 
 # More cells than that are a picture.
 _MOST_CELLS_A_SIDE = 20
@@ -36,12 +36,8 @@ _DESKTOP, _PHONE = (8, 8), (4.4, 7)
 def save_page(runs: dict[str, dict[str, Any]], path: Path) -> None:
     """Write the page of runs, as `report.summarize` gives them, by their names."""
     page = build_page(runs)
-    replace_durably(path, lambda file: _write(file, page))
-
-
-def _write(file: Any, text: str) -> None:
     # A file name may hold bytes that are no text.
-    file.write(text.encode("utf-8", errors="replace"))
+    write_durably(path, page.encode(errors="replace"))
 
 
 def build_page(runs: dict[str, dict[str, Any]]) -> str:

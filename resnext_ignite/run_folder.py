@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
@@ -30,7 +30,7 @@ from resnext_ignite.config_files import dump_config, load_config
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import PreemptedError, RunFolderError, StorageError, as_resnext_error
 from resnext_ignite.run_records import EvaluationInDetail, MetricsLine, Status
-from resnext_ignite.storage import append_durably, replace_durably, temporary_path
+from resnext_ignite.storage import append_durably, temporary_path, write_durably
 
 ENDED = ("completed", "stopped_early")
 _PACKAGES = ("torch", "torchvision", "pytorch-ignite", "tensorboard")
@@ -108,7 +108,7 @@ class RunFolder:
         # No more than what is a run's own: a user may have chosen a folder with files of his.
         for file in (self._config, self._metrics, self._status, self._evaluation, self.curves, self.mistakes):
             temporary_path(file).unlink(missing_ok=True)
-        replace_durably(self._config, lambda file: _write(file, dump_config(config)))
+        write_durably(self._config, dump_config(config))
 
     def saved_config(self) -> Config | None:
         """The config of the run that lies here."""
@@ -140,11 +140,11 @@ class RunFolder:
             log.warning(f"{self._metrics}: only {len(kept)} of the run's {count} evaluations are still there")
         if kept or self._metrics.exists():
             text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
-            replace_durably(self._metrics, lambda file: _write(file, text))
+            write_durably(self._metrics, text)
 
     def write_evaluation(self, evaluation: Record) -> None:
         """Write `evaluation.json`: what the last line of `metrics.jsonl` counts, in detail."""
-        replace_durably(self._evaluation, lambda file: _write(file, json.dumps(evaluation, allow_nan=False) + "\n"))
+        write_durably(self._evaluation, json.dumps(evaluation, allow_nan=False) + "\n")
 
     def read_evaluation(self) -> Record:
         """What `evaluation.json` says; empty where it is not there, or damaged."""
@@ -159,7 +159,7 @@ class RunFolder:
             "versions": {"resnext_ignite": __version__, "python": platform.python_version(), **versions},
         }
         text = json.dumps(status, indent=2, allow_nan=False) + "\n"
-        replace_durably(self._status, lambda file: _write(file, text))
+        write_durably(self._status, text)
 
     def read_status(self) -> Record:
         """What `status.json` says; empty where it is not there, or damaged."""
@@ -173,10 +173,6 @@ def _read_object(path: Path, kind: type[BaseModel]) -> Record:
     except (OSError, ValueError, RecursionError):
         return {}
     return found
-
-
-def _write(file: IO[bytes], text: str) -> None:
-    file.write(text.encode())
 
 
 @dataclass(frozen=True)

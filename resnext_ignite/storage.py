@@ -50,6 +50,16 @@ def replace_durably(
     _sync_folder(path.parent)
 
 
+def write_durably(path: Path, content: str | bytes, before_rename: Callable[[Path], None] | None = None) -> None:
+    """`replace_durably` with a content that is at hand; text as UTF-8."""
+    written = content.encode() if isinstance(content, str) else content
+
+    def write(file: IO[bytes]) -> None:
+        file.write(written)
+
+    replace_durably(path, write, before_rename)
+
+
 def append_durably(path: Path, line: str) -> None:
     """Add a line to a text file; once this returns it survives a power failure.
 

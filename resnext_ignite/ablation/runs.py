@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 from resnext_ignite.ablation.picture import draw_ablation
 from resnext_ignite.ablation.plan import Plan, PlannedRun
@@ -14,7 +13,7 @@ from resnext_ignite.config_changes import SAFE_ON_RESUME, adopt_resolved, change
 from resnext_ignite.errors import NonFiniteError, RunFolderError
 from resnext_ignite.pictures import save_figure
 from resnext_ignite.run_folder import RunFolder
-from resnext_ignite.storage import replace_durably
+from resnext_ignite.storage import write_durably
 
 _SAME_IN_ALL = ("train.epochs", "data.root", "data.on_error", "data.max_skipped")
 
@@ -62,9 +61,5 @@ def write_results(plan: Plan, results: Sequence[Result], folder: Path) -> None:
     save_figure(draw_ablation(results, rows, plan.baseline), folder / "ablation.png")
     page = f"# {plan.name}\n\n{table(rows, plan.baseline)}\n![The same as a picture](ablation.png)\n"
     text = json.dumps(as_json(results, rows, plan.baseline), indent=2) + "\n"
-    replace_durably(folder / "ablation.md", lambda file: _write(file, page))
-    replace_durably(folder / "ablation.json", lambda file: _write(file, text))
-
-
-def _write(file: IO[bytes], text: str) -> None:
-    file.write(text.encode())
+    write_durably(folder / "ablation.md", page)
+    write_durably(folder / "ablation.json", text)

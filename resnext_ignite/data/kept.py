@@ -7,14 +7,14 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from resnext_ignite.storage import replace_durably
+from resnext_ignite.storage import write_durably
 
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
@@ -45,14 +45,9 @@ def read_kept(path: Path, state: str, names: Sequence[str]) -> list[Array] | Non
 def keep(path: Path, state: str, arrays: dict[str, Array]) -> None:
     """Keep arrays for a state; where that is not possible, say so in the log of details."""
     seal = np.frombuffer(_seal(state, list(arrays.values())).encode(), np.uint8)
-    content = save({**arrays, "seal": seal})
-
-    def write(file: IO[bytes]) -> None:
-        file.write(content)
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_durably(path, write)
+        write_durably(path, save({**arrays, "seal": seal}))
     except OSError as error:
         log.debug(f"the list of pictures is not kept: {error}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO
 
 from torch import nn
 
@@ -19,7 +18,7 @@ from resnext_ignite.exporting.formats import (
     write_weights,
 )
 from resnext_ignite.exporting.model_card import Leaving, model_card
-from resnext_ignite.storage import replace_durably
+from resnext_ignite.storage import write_durably
 
 __all__ = ["OPSET", "Options", "export_model", "onnx_logits", "write_onnx"]
 _WRITTEN_WITH = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime"), "torch-export": ("torch",)}
@@ -47,12 +46,8 @@ def export_model(
     versions = {"resnext_ignite": __version__, **{name: version(name) for name in packages}}
     try:
         text = model_card(metadata, Leaving(output.name, format, options, difference, versions))
-        replace_durably(card, lambda file: _write(file, text))
+        write_durably(card, text)
     except BaseException:
         output.unlink()
         raise
     return difference
-
-
-def _write(file: IO[bytes], text: str) -> None:
-    file.write(text.encode())

@@ -17,7 +17,7 @@ from resnext_ignite.checkpoint import ModelMetadata
 from resnext_ignite.errors import CheckpointError
 from resnext_ignite.exporting.networks import prepared, program_of, reference, traced_images
 from resnext_ignite.foreign.stated import strings_of
-from resnext_ignite.storage import replace_durably
+from resnext_ignite.storage import replace_durably, write_durably
 
 # The one that torch's exporter writes itself; others it converts. Runtimes read it since 2023.
 OPSET = 18
@@ -73,7 +73,7 @@ def write_onnx(path: Path, model: nn.Module, metadata: ModelMetadata, options: O
         onnx.checker.check_model(temporary, full_check=True)
         difference = _checked(path, onnx_logits(temporary), model, metadata, options)
 
-    replace_durably(path, lambda file: _write(file, proto.SerializeToString()), before_rename=check)
+    write_durably(path, proto.SerializeToString(), before_rename=check)
     return difference
 
 
@@ -128,7 +128,7 @@ def write_weights(path: Path, model: nn.Module, metadata: ModelMetadata) -> None
         if found.keys() != weights.keys() or not all(torch.equal(found[name], weights[name]) for name in weights):
             raise CheckpointError(f"{path}: read back with other weights than were written; the storage is failing")
 
-    replace_durably(path, lambda file: _write(file, save(weights, strings_of(metadata))), before_rename=check)
+    write_durably(path, save(weights, strings_of(metadata)), before_rename=check)
 
 
 def facts(metadata: ModelMetadata, options: Options) -> dict[str, str]:
@@ -175,10 +175,6 @@ def _checked(
             f"at most {TOLERANCE:.0e} is let pass, and nothing is written: try --no-fold"
         )
     return difference
-
-
-def _write(file: IO[bytes], content: bytes) -> None:
-    file.write(content)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
 
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ from resnext_ignite.packing.options import Encoding, locked
 from resnext_ignite.packing.pictures import content_of, shrunk
 from resnext_ignite.packing.sources import Picture, TrainClass, ValPicture, contents_of, train_classes, val_pictures
 from resnext_ignite.packing.workers import in_workers, storage_error
-from resnext_ignite.storage import replace_durably
+from resnext_ignite.storage import write_durably
 
 _RECORD, _UNPACKING = "prepared.json", ".unpacking"
 _CHUNK = 250
@@ -75,7 +74,7 @@ def prepare(sources: Sources, output: Path, expected: Expected, encoding: Encodi
             _check_images(output / "train", expected.train_images, devkit)
             _check_images(output / "val", expected.val_images, devkit)
             lines = (f"{wnid} {devkit.synsets[wnid].words}\n" for wnid in sorted(classes))
-            _write(output / "classes.txt", "".join(lines))
+            write_durably(output / "classes.txt", "".join(lines))
         except OSError as error:
             raise storage_error(error) from None
 
@@ -119,7 +118,7 @@ def _begin(output: Path, encoding: Encoding) -> None:
         for split in ("train", "val"):
             if (output / split).exists():
                 raise RunFolderError(f"{output / split}: is there already, and not from here; choose another --output")
-        _write(record, json.dumps(asked) + "\n")
+        write_durably(record, json.dumps(asked) + "\n")
     shutil.rmtree(output / _UNPACKING, ignore_errors=True)
     for folder in (output / _UNPACKING, output / "train"):
         folder.mkdir(exist_ok=True)
@@ -224,10 +223,3 @@ def _first_odd(folder: Path, counts: dict[str, int], devkit: Devkit) -> str:
         if count != stated:
             return f": {wnid} has {count}, the development kit says {stated}; mend it, remove that folder and run again"
     return "; each class has as many as the development kit says"
-
-
-def _write(path: Path, text: str) -> None:
-    def write(file: IO[bytes]) -> None:
-        file.write(text.encode())
-
-    replace_durably(path, write)

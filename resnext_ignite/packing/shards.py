@@ -29,7 +29,7 @@ from resnext_ignite.errors import ConfigError, DataError, RunFolderError
 from resnext_ignite.packing.options import Encoding, locked
 from resnext_ignite.packing.pictures import read_picture
 from resnext_ignite.packing.workers import in_workers, storage_error
-from resnext_ignite.storage import HashingFile, replace_durably, sha256_of
+from resnext_ignite.storage import HashingFile, replace_durably, sha256_of, write_durably
 
 SPLITS = ("train", "val", "test")
 # The order of a training split is that of the packed data, not of a run.
@@ -208,11 +208,7 @@ def _write_shard(path: Path, samples: Iterator[_Sample]) -> Shard:
 
 def _write_list(split: Split) -> None:
     listed = ShardList(classes=split.classes, shards=split.shards)
-    replace_durably(split.folder / LIST_NAME, lambda file: _write(file, listed.model_dump_json(indent=1) + "\n"))
-
-
-def _write(file: IO[bytes], text: str) -> None:
-    file.write(text.encode())
+    write_durably(split.folder / LIST_NAME, listed.model_dump_json(indent=1) + "\n")
 
 
 def check_folder(root: Path) -> list[Split]:
