@@ -14,11 +14,11 @@ import torch
 from conftest import Command, train_tiny
 from test_shards import Samples, batches, describe, on, pack, shard_config, write_shard
 
-from resnext_ignite.data import load_data, shards
+from resnext_ignite.data import load_data
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import UNREADABLE
-from resnext_ignite.data.shards import Members, index_shards
-from resnext_ignite.data.tar import Tar
+from resnext_ignite.data.shards import Members, index, index_shards
+from resnext_ignite.data.shards.tar import Tar
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import DataError
 
@@ -224,18 +224,18 @@ def test_damage_ends_the_command_with_3(tmp_path: Path, root: Path) -> None:
 
 def test_the_walk_is_kept_until_a_shard_changes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     walks = []
-    real = shards._walk
+    real = index._walk
 
     def noted(*given: Any) -> Any:
         walks.append(given)
         return real(*given)
 
-    monkeypatch.setattr(shards, "_walk", noted)
-    monkeypatch.setattr(shards, "_WORTH_KEEPING", 40)
+    monkeypatch.setattr(index, "_walk", noted)
+    monkeypatch.setattr(index, "_WORTH_KEEPING", 40)
     first = index_shards(root, "train")
     # Young shards may change within a tick of the clock.
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(shards, "SETTLED_S", -1.0)
+    monkeypatch.setattr(index, "SETTLED_S", -1.0)
     index_shards(root, "train")
     assert len(walks) == 2
     again = index_shards(root, "train")

@@ -19,12 +19,12 @@ from conftest import Command, at_iteration, digest, rank, train_tiny
 from test_data import folder_config
 
 from resnext_ignite.config import Config
-from resnext_ignite.data import build_eval_loader, build_train_loader, load_data, shards
+from resnext_ignite.data import build_eval_loader, build_train_loader, load_data
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.loaders import Batch
 from resnext_ignite.data.sampling import Purpose, permutation
-from resnext_ignite.data.shards import OpenFiles, index_shards
+from resnext_ignite.data.shards import index_shards, members
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, RunFolderError
 
@@ -185,13 +185,13 @@ def test_shards_that_are_sorted_by_class_are_warned_of(
 
 def test_few_shards_are_read_at_a_time_and_in_order(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[tuple[int, int]] = []
-    real = OpenFiles.read
+    real = members.OpenFiles.read
 
-    def noted(self: OpenFiles, file: int, offset: int, size: int) -> bytes:
+    def noted(self: members.OpenFiles, file: int, offset: int, size: int) -> bytes:
         reads.append((file, offset))
         return real(self, file, offset, size)
 
-    monkeypatch.setattr(OpenFiles, "read", noted)
+    monkeypatch.setattr(members.OpenFiles, "read", noted)
     values = {"data.shuffle_shards": 2, "train.batch_size": 5, "data.in_memory": False}
     batches(shard_config(root, **values), 8)
     # Two batches of 5 are a window of two shards of 5: each batch one pass over it.
@@ -228,7 +228,7 @@ def test_no_more_files_are_open_than_are_allowed(root: Path, monkeypatch: pytest
         # Of these only: what another test has left in a cycle is closed when that is collected.
         return [link.readlink() for link in links if link.is_symlink() and root in link.readlink().parents]
 
-    monkeypatch.setattr(shards, "_OPEN", 3)
+    monkeypatch.setattr(members, "_OPEN", 3)
     files = ImageFiles(index_shards(root, "train").paths, torch.zeros(40), torch.arange(40), 16)
     assert opened() == []
     for _ in range(2):

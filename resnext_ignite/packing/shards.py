@@ -23,8 +23,7 @@ from webdataset import TarWriter
 
 from resnext_ignite.data.index import ImageIndex, index_images
 from resnext_ignite.data.sampling import Purpose, permutation
-from resnext_ignite.data.shard_list import LIST_NAME, Shard, ShardList, read_shard_list
-from resnext_ignite.data.shards import index_shards
+from resnext_ignite.data.shards import LIST_NAME, Shard, ShardList, index_shards, read_shard_list
 from resnext_ignite.errors import ConfigError, DataError, RunFolderError
 from resnext_ignite.packing.options import Encoding, locked
 from resnext_ignite.packing.pictures import read_picture
