@@ -29,7 +29,7 @@ MUTANTS = [
         "pass\n        if before",
         STEPS,
     ),
-    ("no fsync of the folder", "storage.py", "    _sync_folder(path.parent)\n\n\ndef append", "\n\ndef append", STEPS),
+    ("no fsync of the folder", "storage.py", "    _sync_folder(path.parent)\n\n\ndef write_durably", "\n\ndef write_durably", STEPS),
     (
         "written in place",
         "storage.py",
