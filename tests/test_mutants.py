@@ -29,7 +29,13 @@ MUTANTS = [
         "pass\n        if before",
         STEPS,
     ),
-    ("no fsync of the folder", "storage.py", "    _sync_folder(path.parent)\n\n\ndef write_durably", "\n\ndef write_durably", STEPS),
+    (
+        "no fsync of the folder",
+        "storage.py",
+        "    _sync_folder(path.parent)\n\n\ndef write_durably",
+        "\n\ndef write_durably",
+        STEPS,
+    ),
     (
         "written in place",
         "storage.py",
