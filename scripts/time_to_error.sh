@@ -18,17 +18,18 @@ read -ra seeds <<<"${SEEDS:-1 2 3}"
 mkdir -p "$out"
 : >"$out/seconds.txt"
 # As ablate names the folders of a plan's runs: it finds them made, and has them only to compare.
+plan="$out/$(basename "$config")"
 {
     echo "config: '${config//\'/\'\'}'"
     echo "seeds: [$(IFS=,; echo "${seeds[*]}")]"
     echo "variants: {recipe: {}}"
-} >"$out/plan.yaml"
+} >"$plan"
 for seed in "${seeds[@]}"; do
     began="$(date +%s.%N)"
     "$python" -m resnext_ignite.train --config "$config" --output-dir "$out/recipe/seed_$seed" "$@" "seed=$seed" >&2
     echo "$seed $began $(date +%s.%N)" >>"$out/seconds.txt"
 done
-"$python" -m resnext_ignite.ablate "$out/plan.yaml" --output-dir "$out" "$@"
+"$python" -m resnext_ignite.ablate "$plan" --output-dir "$out" "$@"
 "$python" - "$out" <<'END'
 import json
 import sys
