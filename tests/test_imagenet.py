@@ -371,6 +371,8 @@ def test_stopped_half_way_it_goes_on(
                 time.sleep(60)
 
         monkeypatch.setattr(ilsvrc, "_place", place_four)
+        # A shell's background job, as this may be, begins with it ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             imagenet.main(given)
         except PreemptedError as error:
