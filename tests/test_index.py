@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from resnext_ignite.data import index
+from resnext_ignite.data import index, kept
 from resnext_ignite.data.index import ImageIndex, index_images
 from resnext_ignite.data.paths import Paths
 
@@ -48,7 +48,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three classes of 4, 3 and 2 empty files, large enough to be kept, and unchanged for a minute."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(index, "_WORTH_KEEPING", 5)
-    monkeypatch.setattr(index, "time", Clock())
+    monkeypatch.setattr(kept, "time", Clock())
     for number, name in enumerate("abc"):
         folder = tmp_path / "data/train" / name
         folder.mkdir(parents=True)

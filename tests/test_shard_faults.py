@@ -14,7 +14,7 @@ import torch
 from conftest import Command, train_tiny
 from test_shards import Samples, batches, describe, on, pack, shard_config, write_shard
 
-from resnext_ignite.data import load_data
+from resnext_ignite.data import kept, load_data
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.shards import Members, index, index_shards
@@ -235,7 +235,7 @@ def test_the_walk_is_kept_until_a_shard_changes(root: Path, tmp_path: Path, monk
     first = index_shards(root, "train")
     # Young shards may change within a tick of the clock.
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(index, "SETTLED_S", -1.0)
+    monkeypatch.setattr(kept, "SETTLED_S", -1.0)
     index_shards(root, "train")
     assert len(walks) == 2
     again = index_shards(root, "train")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from resnext_ignite.data.kept import SETTLED_S, Array, keep, kept_path, read_kept
+from resnext_ignite.data.kept import Array, kept_or_found
 from resnext_ignite.data.paths import Paths
 from resnext_ignite.errors import DataError
 
@@ -55,14 +54,14 @@ def index_images(root: Path, split: str, classes: tuple[str, ...] | None = None)
     if unknown:
         raise DataError(f"{folder / unknown[0]}: not a class of the training images")
     known = classes or tuple(found)
-    kept, now = kept_path("images", folder), time.time()
-    changed_s, state = _state_of(folder, found)
-    listed = read_kept(kept, state, _PARTS)
-    if listed is None:
-        listed = _list_files(folder, split, found)
-        if len(listed[0]) - 1 >= _WORTH_KEEPING and changed_s < now - SETTLED_S:
-            keep(kept, state, dict(zip(_PARTS, listed, strict=True)))
-    starts, letters, counts = listed
+    starts, letters, counts = kept_or_found(
+        "images",
+        folder,
+        _PARTS,
+        lambda: _state_of(folder, found),
+        lambda: _list_files(folder, split, found),
+        lambda listed: len(listed[0]) - 1 >= _WORTH_KEEPING,
+    )
     places = np.array([known.index(name) for name in found], np.int64)
     return ImageIndex(Paths(str(folder), letters, starts), torch.from_numpy(np.repeat(places, counts)), known)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,35 @@ SETTLED_S = 2.0
 """Seconds after which a file's times are believed: one that changes within a tick of the clock may leave them alone."""
 
 
-def kept_path(kind: str, folder: Path) -> Path:
+def kept_or_found(
+    kind: str,
+    folder: Path,
+    names: Sequence[str],
+    state_of: Callable[[], tuple[float, str]],
+    find: Callable[[], list[Array]],
+    worth_keeping: Callable[[list[Array]], bool],
+) -> list[Array]:
+    """What is known of a folder, as it was kept for the folder's state, or found now and kept.
+
+    Args:
+        kind: of what is known, a part of the kept file's name.
+        names: of the arrays, in their order.
+        state_of: gives when what they are made from was last changed, in seconds, and all that would tell a change.
+        find: makes the arrays.
+        worth_keeping: whether they took long to find.
+    """
+    # Before the state: what changes while it is taken is then young.
+    path, now = _kept_path(kind, folder), time.time()
+    changed_s, state = state_of()
+    arrays = _read_kept(path, state, names)
+    if arrays is None:
+        arrays = find()
+        if worth_keeping(arrays) and changed_s < now - SETTLED_S:
+            _keep(path, state, dict(zip(names, arrays, strict=True)))
+    return arrays
+
+
+def _kept_path(kind: str, folder: Path) -> Path:
     """Where what is known of a folder is kept (below `XDG_CACHE_HOME`)."""
     # Without a home it stays "~", where nothing can be kept.
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
@@ -30,7 +59,7 @@ def kept_path(kind: str, folder: Path) -> Path:
     return home / "resnext_ignite" / f"{kind}-{name}.safetensors"
 
 
-def read_kept(path: Path, state: str, names: Sequence[str]) -> list[Array] | None:
+def _read_kept(path: Path, state: str, names: Sequence[str]) -> list[Array] | None:
     """The arrays of these names, if they are whole and of this state."""
     try:
         arrays = load_file(path)
@@ -42,7 +71,7 @@ def read_kept(path: Path, state: str, names: Sequence[str]) -> list[Array] | Non
     return None
 
 
-def keep(path: Path, state: str, arrays: dict[str, Array]) -> None:
+def _keep(path: Path, state: str, arrays: dict[str, Array]) -> None:
     """Keep arrays for a state; where that is not possible, say so in the log of details."""
     seal = np.frombuffer(_seal(state, list(arrays.values())).encode(), np.uint8)
     try:

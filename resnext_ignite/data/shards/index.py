@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from resnext_ignite.data.kept import SETTLED_S, Array, keep, kept_path, read_kept
+from resnext_ignite.data.kept import Array, kept_or_found
 from resnext_ignite.data.shards.listing import LIST_NAME, ShardList, read_shard_list
 from resnext_ignite.data.shards.members import Members, OpenFiles
 from resnext_ignite.data.shards.tar import Tar
@@ -63,14 +62,14 @@ def index_shards(root: Path, split: str, classes: tuple[str, ...] | None = None)
     if unknown:
         raise DataError(f"{folder / LIST_NAME}: classes: '{unknown[0]}' is not a class of the training images")
     known = classes or listed.classes
-    kept, now = kept_path("shards", folder), time.time()
-    changed_s, state = _state_of(folder, listed)
-    parts = read_kept(kept, state, _PARTS)
-    if parts is None:
-        parts = _walk(folder, listed)
-        if len(parts[1]) >= _WORTH_KEEPING and changed_s < now - SETTLED_S:
-            keep(kept, state, dict(zip(_PARTS, parts, strict=True)))
-    firsts, offsets, sizes, labels = parts
+    firsts, offsets, sizes, labels = kept_or_found(
+        "shards",
+        folder,
+        _PARTS,
+        lambda: _state_of(folder, listed),
+        lambda: _walk(folder, listed),
+        lambda parts: len(parts[1]) >= _WORTH_KEEPING,
+    )
     names = tuple(shard.name for shard in listed.shards)
     digest = hashlib.sha256("".join(shard.sha256 for shard in listed.shards).encode()).hexdigest()
     files = OpenFiles([str(folder / name) for name in names], [shard.bytes for shard in listed.shards])
