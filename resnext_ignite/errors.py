@@ -102,7 +102,11 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
         return ConfigError(
             "out of device memory: lower train.batch_size, raise train.accumulate, or set train.precision=bf16"
         )
-    return None
+    # What fails while a stop unwinds the stack, as the release of a lock that it kept from being taken, comes of it.
+    behind = error.__context__
+    while behind is not None and not isinstance(behind, KeyboardInterrupt):
+        behind = behind.__context__
+    return as_resnext_error(behind) if behind is not None else None
 
 
 def report_error(error: BaseException) -> int:

@@ -17,12 +17,14 @@ import torch
 from conftest import Command, at_iteration, digest, rank, scalars, tensors
 from ignite.engine import Engine
 from torch import nn
+from tqdm import tqdm
 
 from resnext_ignite import distributed
 from resnext_ignite.checkpoint import iteration_checkpoints, load_checkpoint, verify_checkpoint
 from resnext_ignite.errors import DataError
 from resnext_ignite.handlers import checkpointing
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.signals import leave
 
 OFTEN = ["checkpoint.every_iterations=2", "logging.every_iterations=1"]
 
@@ -182,6 +184,25 @@ def test_a_signal_while_ranks_start_ends_them(tmp_path: Path) -> None:
     assert (outcome.code, outcome.left) == (75, []), outcome.stderr
     assert len(outcome.errors) == 1, outcome.stderr
     assert "SIGTERM before there was anything to save" in outcome.errors[0]
+    assert "Traceback" not in outcome.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_that_makes_a_cleanup_fail_is_still_a_stop(tmp_path: Path, ranks: int) -> None:
+    def patch() -> None:
+        real = tqdm.get_lock
+
+        def interrupted(kind: type[tqdm]) -> Any:
+            # Once a run answers signals; the lock is not taken then, and its release fails.
+            if rank() == 0 and signal.getsignal(signal.SIGTERM) is not leave:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real()
+
+        pytest.MonkeyPatch().setattr(tqdm, "get_lock", classmethod(interrupted))
+
+    outcome = Command(tmp_path / "run", ranks=ranks, patch=patch).wait()
+    assert (outcome.code, outcome.left) == (75, []), outcome.stderr
+    assert outcome.errors == ["error: stopped by SIGTERM before there was anything to save"]
     assert "Traceback" not in outcome.stderr
 
 
