@@ -137,4 +137,4 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     leave_on_signals()
-    run_command(main)
+    run_command(main, prints_result=False)

@@ -9,6 +9,7 @@ import logging
 import re
 import zipfile
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -158,6 +159,15 @@ def iteration_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def outdated_checkpoints(newest: Path, keep: int, unreadable: Collection[Path] = ()) -> list[Path]:
+    """The resume points that may go after `newest` was written and verified, so that `keep` are left.
+
+    Only what is older may go. A newer file, or one that could not be read, takes the place of none that can.
+    """
+    newest_first = [path for path in iteration_checkpoints(newest.parent) if path not in unreadable]
+    return newest_first[newest_first.index(newest) + keep :]
+
+
 def iteration_checkpoint_path(folder: Path, iteration: int) -> Path:
     """Where the resume point after an iteration lies."""
     return folder / f"iteration_{iteration:08d}.pt"
@@ -173,11 +183,12 @@ def resume_candidates(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A verified state, the file it is from, and those that should have served and are damaged."""
+    """A verified state, the file it is from, and those before it that are damaged or cannot be read today."""
 
     path: Path
     state: dict[str, Any]
-    damaged: tuple[Path, ...]
+    damaged: tuple[Path, ...] = ()
+    unreadable: tuple[Path, ...] = ()
 
 
 def newest_resume_point(folder: Path) -> ResumePoint | None:
@@ -202,7 +213,8 @@ def newest_resume_point(folder: Path) -> ResumePoint | None:
         if reasons:
             log.warning("%s; resuming from %s instead", reasons, path)
         # What could not be read today may be whole tomorrow.
-        return ResumePoint(path, state, tuple(p for p, e in unusable.items() if isinstance(e, DamagedError)))
+        damaged = tuple(p for p, e in unusable.items() if isinstance(e, DamagedError))
+        return ResumePoint(path, state, damaged, tuple(p for p in unusable if p not in damaged))
     if unusable:
         raise CheckpointError(
             f"no checkpoint in {folder} can be used: {'; '.join(map(str, unusable.values()))}; "

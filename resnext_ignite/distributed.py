@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from resnext_ignite.errors import RankError, ResnextError
+from resnext_ignite.console import tell_from_signal_handler
+from resnext_ignite.errors import RankError, ResnextError, as_resnext_error
 from resnext_ignite.launchers import by_srun
 from resnext_ignite.signals import STOP_SIGNALS, end_start, leave, orphaned
 
@@ -67,8 +68,10 @@ class Ranks:
         if self.local_rank == 0:
             try:
                 prepare()
-            except ResnextError as caught:
-                error = caught
+            except Exception as caught:
+                error = as_resnext_error(caught)
+                if error is None:
+                    raise
         # The all-reduce is the barrier too.
         failures = idist.all_reduce(int(error is not None)) if self.world_size > 1 else 0
         if error is not None:
@@ -84,8 +87,10 @@ class Ranks:
         if self.rank == 0:
             try:
                 made[0] = make()
-            except ResnextError as error:
-                made[1] = error
+            except Exception as error:
+                made[1] = as_resnext_error(error)
+                if made[1] is None:
+                    raise
         dist.broadcast_object_list(made, src=0)
         if made[1] is not None:
             raise made[1]
@@ -206,7 +211,7 @@ class Pace:
 
 @contextlib.contextmanager
 def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
-    """Turn SIGTERM, SIGUSR1 and Ctrl-C into a stop at the next exchange, inside the block.
+    """Turn SIGTERM, SIGUSR1, SIGHUP and Ctrl-C into a stop at the next exchange, inside the block.
 
     Until the yielded function is called - before the first iteration - there is nothing to save, and a signal ends the
     start at once. Any further signal changes nothing. The signal by which a rank hears of its parent's death
@@ -230,8 +235,7 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
         if not running:
             end_start(number, frame)
         if stop.ranks.rank == 0:
-            # Not through a logger or a file object, in the middle of which the signal may have come.
-            os.write(2, f"{signal.Signals(number).name}: saving, then leaving\n".encode())
+            tell_from_signal_handler(f"{signal.Signals(number).name}: saving, then leaving")
 
     before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:

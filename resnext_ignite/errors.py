@@ -6,11 +6,13 @@ How an error arises is said where it is raised; this module knows nothing of con
 from __future__ import annotations
 
 import errno
-import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
+
+from resnext_ignite.console import set_up_streams
 
 
 class ResnextError(Exception):
@@ -56,7 +58,7 @@ class NonFiniteError(ResnextError):
 
 
 class StorageError(ResnextError):
-    """A disk that is full or a folder that may not be written."""
+    """A file or folder of the run that the system cannot read, write or lock."""
 
     exit_code = 6
 
@@ -85,7 +87,33 @@ class PreemptedError(ResnextError):
     exit_code = 75
 
 
-_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
+# What torch says where a CPU has no memory left, whose error is a plain RuntimeError.
+_CPU_ALLOCATOR = re.compile(r"DefaultCPUAllocator: .*?(tried to allocate \d+ bytes|not enough memory)", re.DOTALL)
+
+
+def advice_for(number: int | None) -> str:
+    """What to do about an error number of the system that came from storage."""
+    if number in _NO_ROOM:
+        return "free some space or choose another --output-dir"
+    if number in _NOT_ALLOWED:
+        return "change its permissions or choose another --output-dir"
+    if number in _TOO_MANY_FILES:
+        return "raise `ulimit -n` or lower data.workers"
+    return "check that storage, then run the command again"
+
+
+def as_data_error(error: OSError, where: object) -> DataError:
+    """An error of the system that came from the data.
+
+    Args:
+        where: is named where the error does not name a file itself.
+    """
+    what = where if error.filename is None else error.filename
+    advice = advice_for(error.errno) if error.errno in _TOO_MANY_FILES else "check that it is there and can be read"
+    return DataError(f"{what}: {error.strerror or error}; {advice}")
 
 
 def as_resnext_error(error: BaseException) -> ResnextError | None:
@@ -94,19 +122,37 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
         return error
     if isinstance(error, KeyboardInterrupt):
         return PreemptedError(str(error) or "stopped by Ctrl-C before there was anything to save")
-    if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+    # What fails while a stop unwinds the stack, as the release of a lock that it kept from being taken, comes of it.
+    behind = error.__context__
+    while behind is not None and not isinstance(behind, KeyboardInterrupt):
+        behind = behind.__context__
+    if behind is not None:
+        return as_resnext_error(behind)
+    # Whatever number the system gives: every file system has others. Without one, or of a process, it is a bug.
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ChildProcessError | ProcessLookupError):
         where = error.filename if error.filename is not None else "the run folder"
-        return StorageError(f"{where}: {error.strerror}; free some space or choose another --output-dir")
+        return StorageError(f"{where}: {error.strerror}; {advice_for(error.errno)}")
     # By name, since torch may not be imported yet, and must not be for an error of the config.
     if type(error).__name__ == "OutOfMemoryError":
         return ConfigError(
             "out of device memory: lower train.batch_size, raise train.accumulate, or set train.precision=bf16"
         )
-    # What fails while a stop unwinds the stack, as the release of a lock that it kept from being taken, comes of it.
-    behind = error.__context__
-    while behind is not None and not isinstance(behind, KeyboardInterrupt):
-        behind = behind.__context__
-    return as_resnext_error(behind) if behind is not None else None
+    return _as_out_of_memory(error)
+
+
+def _as_out_of_memory(error: BaseException) -> ConfigError | None:
+    reason = ""
+    if isinstance(error, RuntimeError):
+        match = _CPU_ALLOCATOR.search(str(error))
+        if match is None:
+            return None
+        reason = f" ({match[1]})"
+    elif not isinstance(error, MemoryError):
+        return None
+    return ConfigError(
+        f"out of memory{reason}: lower train.batch_size or evaluation.batch_size, raise train.accumulate, or lower "
+        "data.workers"
+    )
 
 
 def report_error(error: BaseException) -> int:
@@ -125,17 +171,19 @@ def report_error(error: BaseException) -> int:
     return known.exit_code if known else 1
 
 
-def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """Run a command's `main` on the process's arguments and leave with the exit code of what happened."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names of files may be bytes that are no text: they leave as they came.
-        sys.stdout.reconfigure(errors="surrogateescape")
+def run_command(main: Callable[[list[str]], int | None], *, prints_result: bool = True) -> None:
+    """Run a command's `main` on the process's arguments and leave with the exit code of what happened.
+
+    Args:
+        prints_result: as for `console.set_up_streams`.
+    """
+    set_up_streams(prints_result=prints_result)
     try:
-        code = main(sys.argv[1:])
-    except BrokenPipeError:
-        # The reader of a pipe (`| head`) is gone: nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        try:
+            code = main(sys.argv[1:])
+        finally:
+            # Here and not when Python ends, which answers an error with exit code 120.
+            sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        sys.exit(report_error(error))
+        code = report_error(error)
     sys.exit(code or 0)

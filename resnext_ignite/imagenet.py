@@ -70,4 +70,4 @@ def _pack(output: Path, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, prints_result=False)

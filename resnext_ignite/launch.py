@@ -16,6 +16,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
+from resnext_ignite.console import set_up_streams
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.errors import ConfigError, PreemptedError, RankError, report_error
 from resnext_ignite.launchers import by_srun, by_torchrun, launched_on_this_machine, launched_world_size
@@ -182,6 +183,7 @@ def _spawned(
     timeout_s: float,
 ) -> None:
     try:
+        set_up_streams(prints_result=False)
         end_start_on_signals()
         die_with_parent(parent, signal.SIGTERM)
         let_through()

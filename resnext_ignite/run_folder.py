@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from resnext_ignite.storage import append_durably, temporary_path, write_durably
 
 ENDED = ("completed", "stopped_early")
 _PACKAGES = ("torch", "torchvision", "pytorch-ignite", "tensorboard")
+_SPARE_DESCRIPTORS = 4
 Record = dict[str, Any]
 log = logging.getLogger(__name__)
 
@@ -47,7 +50,9 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path / ".lock")
+        # Not the library's other kind of lock where the file system has none: a run that is killed would leave it shut.
+        self._lock = FileLock(path / ".lock", fallback_to_soft=False)
+        self._spare_descriptors: list[int] = []
 
     @property
     def checkpoints(self) -> Path:
@@ -86,7 +91,7 @@ class RunFolder:
 
         Raises:
             RunFolderError: another process has it.
-            StorageError: it cannot be made.
+            StorageError: it cannot be made or locked.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -96,10 +101,25 @@ class RunFolder:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise RunFolderError(f"{self.path}: another process trains here; choose another --output-dir") from None
+        except OSError as error:
+            reason = f"{error.filename or self._lock.lock_file}: {error.strerror}"
+            raise StorageError(
+                f"{reason}; a run folder needs a file system with locks: choose another --output-dir"
+            ) from None
+        # A process that has as many files open as it may can still write down why it fails.
+        self._spare_descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in range(_SPARE_DESCRIPTORS)]
+
+    def free_spare_descriptors(self) -> None:
+        """Make room for the files that are written when a run has failed."""
+        while self._spare_descriptors:
+            os.close(self._spare_descriptors.pop())
 
     def unlock(self) -> None:
         """Free the folder."""
-        self._lock.release()
+        self.free_spare_descriptors()
+        # What cannot be unlocked is free when this process ends.
+        with contextlib.suppress(OSError):
+            self._lock.release()
 
     def start(self, config: Config) -> None:
         """Write down a config and make room for checkpoints; what a killed process left half-written goes."""
@@ -152,18 +172,20 @@ class RunFolder:
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Write `status.json`: the state of the run, facts of it, and the versions it runs on."""
-        versions = {name: metadata.version(name) for name in _PACKAGES}
-        status = {
-            "state": state,
-            **facts,
-            "versions": {"resnext_ignite": __version__, "python": platform.python_version(), **versions},
-        }
+        status = {"state": state, **facts, "versions": _versions()}
         text = json.dumps(status, indent=2, allow_nan=False) + "\n"
         write_durably(self._status, text)
 
     def read_status(self) -> Record:
         """What `status.json` says; empty where it is not there, or damaged."""
         return _read_object(self._status, Status)
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    # Read once, at the start: when a run fails, its files may not be readable any more.
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    return {"resnext_ignite": __version__, "python": platform.python_version(), **versions}
 
 
 def _read_object(path: Path, kind: type[BaseModel]) -> Record:
@@ -179,13 +201,15 @@ def _read_object(path: Path, kind: type[BaseModel]) -> Record:
 class OpenRun:
     """A run folder that is locked for this run, the config to run with, and the state to continue from, if any.
 
-    `changes` are the resumes with other values, in order: the iteration, and by key (before, now).
+    `changes` are the resumes with other values, in order: the iteration, and by key (before, now). `unreadable` are
+    newer checkpoints that could not be read, and may be readable another day.
     """
 
     folder: RunFolder
     config: Config
     state: dict[str, Any] | None
     changes: list[Record]
+    unreadable: frozenset[Path] = frozenset()
 
     def check_data(self, contents: dict[str, str]) -> None:
         """Check that a continued run is given the images that it had before: all that is keyed by index rests on that.
@@ -236,7 +260,10 @@ def open_run(path: Path, config: Config, ranks: Ranks, *, resume: bool) -> Itera
         elif resume:
             log.info(f"nothing to resume in {path}: starting at iteration 0")
         try:
-            yield OpenRun(folder, config, None if point is None else point.state, changes)
+            if point is None:
+                yield OpenRun(folder, config, None, changes)
+            else:
+                yield OpenRun(folder, config, point.state, changes, frozenset(point.unreadable))
         except BaseException as error:
             if ranks.rank == 0:
                 _write_failure(folder, error)
@@ -256,6 +283,7 @@ def _refuse_changes(path: Path, changes: dict[str, tuple[Any, Any]]) -> None:
 
 def _write_failure(folder: RunFolder, error: BaseException) -> None:
     known = as_resnext_error(error)
+    folder.free_spare_descriptors()
     status = folder.read_status()
     if status.get("state") in ENDED:
         # It ended well, and nothing has been trained since: then it says "running".

@@ -8,10 +8,16 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
+from resnext_ignite.console import tell_from_signal_handler
 from resnext_ignite.errors import PreemptedError
 
 _PR_SET_PDEATHSIG = 1
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = tuple(
+    number
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    # `nohup` has a command ignore the end of its terminal.
+    if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+)
 _parent: int | None = None
 
 
@@ -27,7 +33,7 @@ def end_start(number: int, frame: object) -> None:
 
 def leave(number: int, frame: object) -> None:
     """The handler of a command that only imports yet: an exception could be lost in what catches them on import."""
-    os.write(2, f"error: stopped by {signal.Signals(number).name} before there was anything to save\n".encode())
+    tell_from_signal_handler(f"error: stopped by {signal.Signals(number).name} before there was anything to save")
     os._exit(PreemptedError.exit_code)
 
 

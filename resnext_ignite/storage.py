@@ -33,21 +33,21 @@ def replace_durably(
         OSError: what is under the name is then untouched.
     """
     temporary = temporary_path(path)
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if before_rename is not None:
-            before_rename(temporary)
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            # A write to an open file does not know its name; who reads the error wants it.
-            error.filename = str(path)
-        raise
-    _sync_folder(path.parent)
+    with _errors_named(path):
+        try:
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if before_rename is not None:
+                before_rename(temporary)
+            temporary.replace(path)
+        except BaseException:
+            # Storage that fails here too must not hide how it failed first.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
 
 
 def write_durably(path: Path, content: str | bytes, before_rename: Callable[[Path], None] | None = None) -> None:
@@ -66,13 +66,25 @@ def append_durably(path: Path, line: str) -> None:
     Raises:
         OSError: the line may stand there in part.
     """
-    new = not path.exists()
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    if new:
-        _sync_folder(path.parent)
+    with _errors_named(path):
+        new = not path.exists()
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    """Name a file in an error of the system: what fails on an open file does not know its name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 class HashingFile:
@@ -98,7 +110,7 @@ class HashingFile:
 
 def sha256_of(path: Path, *, from_disk: bool = False) -> str:
     """Of a file, in hexadecimal; `from_disk`: past what the system holds in memory, as far as it grants that."""
-    with path.open("rb") as file:
+    with _errors_named(path), path.open("rb") as file:
         if from_disk:
             # Else the system answers from its memory what the disk was told to keep; it is a request, not an order.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -185,4 +185,4 @@ def default_output_dir(config_path: Path) -> Path:
 
 if __name__ == "__main__":
     leave_on_signals()
-    run_command(main)
+    run_command(main, prints_result=False)

@@ -15,7 +15,7 @@ from resnext_ignite.handlers.averaging import build_average, build_fresh_statist
 from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints, Stateful
 from resnext_ignite.handlers.evaluation import BestRecord, Evaluation, FinalTest
 from resnext_ignite.handlers.loggers import EvaluationFile, MetricsFile, Progress, StatusFile, TensorBoard
-from resnext_ignite.handlers.session import AttachedRun, Parts
+from resnext_ignite.handlers.session import AttachedRun, EpochEnds, Parts
 from resnext_ignite.handlers.training import LogPoint
 from resnext_ignite.run_folder import OpenRun
 
@@ -54,7 +54,14 @@ def attach_handlers(
         target_error=config.evaluation.target_error,
         abandon=abandon,
     )
-    state = _run_state(config, parts, loaders, ranks, run, evaluation, best, log_point)
+    epoch_ends = EpochEnds(evaluation)
+    handlers: dict[str, Stateful] = {
+        "evaluation": evaluation,
+        "epoch_ends": epoch_ends,
+        "best": best,
+        "log_point": log_point,
+    }
+    state = _run_state(config, parts, loaders, ranks, run, handlers, best)
     saver = SaveCheckpoints(
         state,
         run.folder.checkpoints,
@@ -63,6 +70,7 @@ def attach_handlers(
         every_epochs=config.checkpoint.every_epochs,
         every_iterations=config.checkpoint.every_iterations,
         keep=config.checkpoint.keep,
+        unreadable=run.unreadable,
     )
     log_point.save_due = saver.due_inside_epoch
 
@@ -78,7 +86,7 @@ def attach_handlers(
     trainer.add_event_handler(Events.EPOCH_STARTED, log_point.begin_epoch)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, log_point)
     # Evaluation, with what follows from it: best and stops first, so that the logs can name them.
-    trainer.add_event_handler(Events.STARTED, evaluation)
+    trainer.add_event_handler(Events.STARTED, evaluation.before_training)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, evaluation)
     trainer.add_event_handler(RunEvents.EVALUATED, best)
     status = None
@@ -90,6 +98,7 @@ def attach_handlers(
 
     # The resume point comes last, when everything it has to remember has happened; only then the best one's file.
     trainer.add_event_handler(Events.ITERATION_COMPLETED, saver.at_iteration)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, epoch_ends)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.at_epoch_end)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.save_best)
     trainer.add_event_handler(Events.COMPLETED, lambda engine: saver.save_as("final.pt"))
@@ -97,8 +106,8 @@ def attach_handlers(
         final_test = FinalTest(evaluation, parts.evaluated, loaders.evaluation["test"], saver.best_weights)
         trainer.add_event_handler(Events.COMPLETED, final_test)
     if ranks.rank == 0:
-        _attach_pictures(config, parts, loaders, run, saver, evaluation)
-    return AttachedRun(parts, state, saver, evaluation, best, stop, status, run)
+        _attach_pictures(config, parts, loaders, run, saver, epoch_ends)
+    return AttachedRun(parts, state, saver, evaluation, epoch_ends, best, stop, status, run)
 
 
 def _run_state(
@@ -107,9 +116,8 @@ def _run_state(
     loaders: Loaders,
     ranks: Ranks,
     run: OpenRun,
-    evaluation: Evaluation,
+    handlers: dict[str, Stateful],
     best: BestRecord,
-    log_point: LogPoint,
 ) -> RunState:
     data = loaders.data
     saved: dict[str, Stateful | None] = {
@@ -129,7 +137,6 @@ def _run_state(
         "data": data.contents,
         "changes": run.changes,
     }
-    handlers: dict[str, Stateful] = {"evaluation": evaluation, "best": best, "log_point": log_point}
 
     def errors() -> dict[str, Any]:
         return {"last": getattr(parts.trainer.state, "record", None), "best": best.best}
@@ -150,7 +157,7 @@ def _attach_writers(config: Config, parts: Parts, loaders: Loaders, run: OpenRun
 
 
 def _attach_pictures(
-    config: Config, parts: Parts, loaders: Loaders, run: OpenRun, saver: SaveCheckpoints, evaluation: Evaluation
+    config: Config, parts: Parts, loaders: Loaders, run: OpenRun, saver: SaveCheckpoints, epoch_ends: EpochEnds
 ) -> None:
     """TensorBoard, `curves.png` and `mistakes.png`, on rank 0; after everything whose figures they show."""
     from resnext_ignite.handlers.pictures import AugmentedSheet, Curves, MistakeSheets, MistakesPicture
@@ -165,8 +172,8 @@ def _attach_pictures(
         return
     new = run.state is None
     resumed = -1 if run.state is None else run.state["trainer"]["iteration"]
-    pending = run.state is not None and _evaluation_pends(run.state, evaluation, config.train.epochs)
-    # A process that was killed may have written the points of an evaluation that is made again at this iteration.
+    pending = run.state is not None and epoch_ends.outstanding(run.state, config.train.epochs)
+    # A process that was killed may have written the points of an epoch's end that is made again at this iteration.
     board = TensorBoard(run.folder, resumed if pending else resumed + 1)
     board.attach(trainer, config, parts.model, loaders.data.selection, new=new)
     if run.state is not None and pending:
@@ -187,9 +194,3 @@ def _attach_pictures(
         raise error
 
     trainer.add_event_handler(Events.EXCEPTION_RAISED, close_and_raise)
-
-
-def _evaluation_pends(state: dict[str, Any], evaluation: Evaluation, max_epochs: int) -> bool:
-    iteration, length = state["trainer"]["iteration"], state["trainer"]["epoch_length"]
-    made = state["handlers"]["evaluation"]["last_iteration"] >= iteration
-    return iteration % length == 0 and not made and evaluation.due(iteration // length, max_epochs)

@@ -14,8 +14,8 @@ from torch import nn
 from resnext_ignite.checkpoint import (
     checksum_path,
     iteration_checkpoint_path,
-    iteration_checkpoints,
     load_checkpoint,
+    outdated_checkpoints,
     save_checkpoint,
 )
 from resnext_ignite.distributed import Ranks, StopAgreement, StopReason
@@ -96,8 +96,11 @@ class RunState:
         for name, part in self.parts.items():
             if part is not None:
                 part.load_state_dict(state[name])
+        # Files of before this key have the ends of all epochs behind them.
+        epochs = state["trainer"]["iteration"] // state["trainer"]["epoch_length"]
+        handlers = {"epoch_ends": {"last": epochs}, **state["handlers"]}
         for name, handler in self.handlers.items():
-            handler.load_state_dict(state["handlers"][name])
+            handler.load_state_dict(handlers[name])
         self.trainer.load_state_dict({**state["trainer"], "max_epochs": max_epochs})
         if len(state["generators"]) == self.ranks.world_size:
             for name, statistics in state["statistics"][self.ranks.rank].items():
@@ -146,6 +149,7 @@ class SaveCheckpoints:
     Args:
         folder: of the checkpoint files.
         every_epochs, every_iterations, keep: as the config keys.
+        unreadable: resume points that could not be read when the run was resumed; they are left, and not counted.
         stop: a stop by signal or time limit is saved at the iteration at which it was agreed, any other after its
             evaluation.
         best: whose improvements are saved too, and then kept as `best.pt`.
@@ -162,11 +166,12 @@ class SaveCheckpoints:
         every_epochs: int,
         every_iterations: int,
         keep: int,
+        unreadable: frozenset[Path] = frozenset(),
         before: Callable[[], None] = lambda: None,
     ) -> None:
         self.state, self.folder, self.stop, self.best = state, folder, stop, best
         self.every_epochs, self.every_iterations, self.keep = every_epochs, every_iterations, keep
-        self.before = before
+        self.unreadable, self.before = unreadable, before
 
     def due_inside_epoch(self, iteration: int) -> bool:
         """Whether an iteration is saved that does not end an epoch."""
@@ -245,8 +250,10 @@ class SaveCheckpoints:
         if self.state.ranks.rank != 0:
             return
         self.before()
-        save_checkpoint(iteration_checkpoint_path(self.folder, engine.state.iteration), content)
-        for old in iteration_checkpoints(self.folder)[self.keep :]:
+        newest = iteration_checkpoint_path(self.folder, engine.state.iteration)
+        save_checkpoint(newest, content)
+        self.unreadable -= {newest}
+        for old in outdated_checkpoints(newest, self.keep, self.unreadable):
             old.unlink()
             checksum_path(old).unlink(missing_ok=True)
 

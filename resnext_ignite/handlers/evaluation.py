@@ -29,10 +29,9 @@ class _AbandonedError(Exception):
 class Evaluation:
     """Evaluates when it is due and fires RunEvents.EVALUATED with `engine.state.evaluation`, a record.
 
-    Attach it to STARTED (before the first iteration, or where a run was cut between an epoch's last iteration and its
-    evaluation) and to EPOCH_COMPLETED. `state.record` is what `metrics.jsonl` holds; `state.evaluation` has the
-    confusion matrix and the worst mistakes besides. Where a signal asks for a stop it is given up, on all ranks at the
-    same batch, and the run ends; a resumed run makes it anew.
+    Attach it to EPOCH_COMPLETED, and `before_training` to STARTED. `state.record` is what `metrics.jsonl` holds;
+    `state.evaluation` has the confusion matrix and the worst mistakes besides. Where a signal asks for a stop it is
+    given up, on all ranks at the same batch, and the run ends; the resumed run makes it (`session.EpochEnds`).
 
     Args:
         evaluator: from `create_evaluator`.
@@ -81,6 +80,11 @@ class Evaluation:
         assert state.max_epochs is not None
         at_an_end = state.iteration % (state.epoch_length or 1) == 0
         return at_an_end and state.iteration > self.last_iteration and self.due(state.epoch, state.max_epochs)
+
+    def before_training(self, engine: Engine) -> None:
+        """Evaluate the weights that training starts with, if that is due; attach it to STARTED."""
+        if engine.state.iteration == 0:
+            self(engine)
 
     def __call__(self, engine: Engine) -> None:
         if self.pending(engine):

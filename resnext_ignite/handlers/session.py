@@ -49,6 +49,43 @@ class Parts:
         return self.model if self.average is None else self.average.ema_model
 
 
+class EpochEnds:
+    """Knows the last epoch whose end was answered by the handlers of EPOCH_COMPLETED.
+
+    A stop in the last iteration of an epoch is saved there and then, and a stop in an evaluation gives that up: either
+    way the run ends before its handlers have answered the end of the epoch. The resumed run fires EPOCH_COMPLETED for
+    it before it trains. Attach it to EPOCH_COMPLETED, right before the resume point is written.
+
+    Args:
+        evaluation: a part of the answer where it is due.
+    """
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self.evaluation = evaluation
+        self.last = 0
+
+    def __call__(self, engine: Engine) -> None:
+        self.last = engine.state.epoch
+
+    def outstanding(self, state: dict[str, Any], max_epochs: int) -> bool:
+        """Whether a run that goes on from a saved state begins with the end of an epoch."""
+        iteration, length = state["trainer"]["iteration"], state["trainer"]["epoch_length"]
+        epoch, handlers = iteration // length, state["handlers"]
+        if iteration == 0 or iteration % length:
+            return False
+        # Files of before this key say it of the evaluation alone.
+        answered = handlers["epoch_ends"]["last"] >= epoch if "epoch_ends" in handlers else True
+        evaluated = handlers["evaluation"]["last_iteration"] >= iteration
+        return not answered or (self.evaluation.due(epoch, max_epochs) and not evaluated)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch."""
+        return {"last": self.last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.last = state["last"]
+
+
 class AttachedRun:
     """What `attach_handlers` made of a trainer.
 
@@ -62,13 +99,14 @@ class AttachedRun:
         state: RunState,
         saver: SaveCheckpoints,
         evaluation: Evaluation,
+        epoch_ends: EpochEnds,
         best: BestRecord,
         stop: StopAgreement,
         status: StatusFile | None,
         run: OpenRun,
     ) -> None:
         self.parts, self.state, self.saver, self.evaluation, self.best = parts, state, saver, evaluation, best
-        self.stop, self.status, self.run = stop, status, run
+        self.epoch_ends, self.stop, self.status, self.run = epoch_ends, stop, status, run
 
     def resume(self, max_epochs: int) -> int:
         """Restore the run's saved state, if there is one; the iteration from which it continues."""
@@ -90,18 +128,22 @@ class AttachedRun:
         """
         trainer = self.parts.trainer
         started_at = trainer.state.iteration
+        outstanding = self.run.state is not None and self.epoch_ends.outstanding(self.run.state, max_epochs)
         if started_at >= epoch_length * max_epochs or self.best.verdict():
             if self._is_finished(started_at):
                 log.info(f"{self.run.folder.path} is finished already; nothing is left to do")
                 return self.state.ranks.from_rank_zero(lambda: self.run.folder.read_metrics()[-1])
             # It was cut after its last iteration was saved: what follows that is left.
             self._forget_lost_evaluations()
-            if self.evaluation.pending(trainer):
+            if outstanding:
                 trainer.fire_event(Events.EPOCH_COMPLETED)
             if not self.evaluation.abandoned:
                 trainer.fire_event(Events.COMPLETED)
         else:
             self._forget_lost_evaluations()
+            if outstanding:
+                # Inside the run, so that what it decides ends the run as it does elsewhere.
+                trainer.add_event_handler(Events.STARTED, lambda engine: engine.fire_event(Events.EPOCH_COMPLETED))
             trainer.run(loader, max_epochs=max_epochs, epoch_length=epoch_length)
         ended = trainer.state.iteration >= epoch_length * max_epochs and not self.evaluation.abandoned
         return self._finish(ended, started_at)

@@ -1,0 +1,97 @@
+"""Standard output and standard error, either of which may be closed, full or hung up at any moment. Torch-free."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from typing import Any, TextIO
+
+_STANDARD = {"stdout": 1, "stderr": 2}
+# Streams that were replaced: collected as garbage, they would close the descriptors that their successors write to.
+_replaced: list[Any] = []
+
+
+class _LossyFile(io.FileIO):
+    """A file whose bytes are lost where they cannot be written: a run must not end because nobody reads its log."""
+
+    def write(self, data: Any) -> int:
+        written: int | None = None
+        with contextlib.suppress(OSError):
+            written = super().write(data)
+        return len(data) if written is None else written
+
+
+class _ResultFile(io.FileIO):
+    """A file that holds the result of a command: an error of writing it ends the command.
+
+    Raises:
+        SystemExit: the reader of a pipe has left (`| head`) and has what it wanted: exit code 0.
+        OSError: any other error; it names standard output.
+    """
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            # What is still in the buffers has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if error.errno == errno.EPIPE:
+                raise SystemExit(0) from None
+            error.filename = "standard output"
+            raise
+
+
+def set_up_streams(*, prints_result: bool) -> None:
+    """Make the standard streams of this process safe to write to, whatever happens to whoever reads them.
+
+    Standard error is a log, which may be lost. Closed descriptors are opened on /dev/null: the next file that is opened
+    would else take the number 2, and get the error messages of this process into it.
+
+    Args:
+        prints_result: standard output holds the result of the command, and not only a word about what lies in files.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Takes the lowest number that is free: this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = _opened("stdout", _ResultFile if prints_result else _LossyFile, "surrogateescape")
+    sys.stderr = _opened("stderr", _LossyFile, "backslashreplace")
+
+
+def _opened(name: str, kind: type[io.FileIO], errors: str) -> TextIO:
+    before = getattr(sys, name)
+    if before is not None:
+        if _number_of(before) != _STANDARD[name]:
+            # Somebody has put a stream of their own there, as pytest does.
+            return before
+        with contextlib.suppress(OSError, ValueError):
+            before.flush()
+        _replaced.append(before)
+    raw = kind(_STANDARD[name], "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=getattr(before, "encoding", None) or "utf-8",
+        # Names of files may be bytes that are no text: they leave as they came.
+        errors=errors,
+        line_buffering=name == "stderr" or raw.isatty(),
+        write_through=bool(getattr(before, "write_through", False)),
+    )
+
+
+def _number_of(stream: Any) -> int | None:
+    try:
+        number: int = stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return None
+    return number
+
+
+def tell_from_signal_handler(line: str) -> None:
+    """Write a line to standard error from a signal handler, which may interrupt a stream in the middle of its work."""
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode() + b"\n")
