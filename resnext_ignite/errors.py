@@ -5,12 +5,13 @@ How an error arises is said where it is raised; this module knows nothing of con
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from resnext_ignite.console import set_up_streams
 
@@ -105,15 +106,22 @@ def advice_for(number: int | None) -> str:
     return "check that storage, then run the command again"
 
 
-def as_data_error(error: OSError, where: object) -> DataError:
-    """An error of the system that came from the data.
+@contextlib.contextmanager
+def errors_of_data(where: object) -> Iterator[None]:
+    """Let an error of the system inside the block be one of the data.
 
     Args:
         where: is named where the error does not name a file itself.
+
+    Raises:
+        DataError: in place of an OSError.
     """
-    what = where if error.filename is None else error.filename
-    advice = advice_for(error.errno) if error.errno in _TOO_MANY_FILES else "check that it is there and can be read"
-    return DataError(f"{what}: {error.strerror or error}; {advice}")
+    try:
+        yield
+    except OSError as error:
+        what = where if error.filename is None else error.filename
+        advice = advice_for(error.errno) if error.errno in _TOO_MANY_FILES else "check that it is there and can be read"
+        raise DataError(f"{what}: {error.strerror or error}; {advice}") from None
 
 
 def as_resnext_error(error: BaseException) -> ResnextError | None:

@@ -39,6 +39,7 @@ LEVELS = [
     {"config_sections"},
     {"launchers", "signals"},
     {"architecture", "errors", "storage", "timing"},
+    {"console"},
 ]
 # The one command that is made of another's runs, by `train.run`.
 RUNS_ANOTHER = {("ablate", "train")}

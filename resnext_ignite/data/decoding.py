@@ -7,6 +7,7 @@ about them, and all other kinds, is PIL's.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -87,7 +88,10 @@ def _opened(source: Source) -> Iterator[Image.Image]:
     except Exception as error:
         # Whatever it is: PIL's readers answer damaged files with a dozen types, TypeError among them.
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-        raise DataError(f"{source}: cannot be read: {reason or type(error).__name__}; remove or replace it") from None
+        # The picture is not at fault.
+        full = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+        advice = "raise `ulimit -n` or lower data.workers" if full else "remove or replace it"
+        raise DataError(f"{source}: cannot be read: {reason or type(error).__name__}; {advice}") from None
 
 
 def _file(source: Source) -> IO[bytes]:

@@ -16,7 +16,7 @@ from resnext_ignite.data.loaders import Split
 from resnext_ignite.data.sampling import Purpose, permutation
 from resnext_ignite.data.shards import Members, index_shards, shard_classes
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.errors import ConfigError, DataError
+from resnext_ignite.errors import ConfigError, DataError, errors_of_data
 
 _SUBSET_SEED = 0
 
@@ -66,13 +66,14 @@ def load_data(config: Config, ranks: Ranks, splits: tuple[str, ...] | None = Non
     if workers is None:
         workers = min(8, ranks.cores())
     lie_in = None
-    if config.data.name in ("imagefolder", "shards"):
-        loaded, contents, classes, moments = _load_folder(config, root, sizes, splits)
-        lie_in = _shards_of(loaded.get("train"))
-        loaded = {name: _decoded(split, config, name, ranks) for name, split in loaded.items()}
-    else:
-        loaded, contents, classes, moments = _load_tensors(config, root, splits, ranks)
-        loaded = {name: split.resized(sizes[name]) for name, split in loaded.items() if isinstance(split, Images)}
+    with errors_of_data(root):
+        if config.data.name in ("imagefolder", "shards"):
+            loaded, contents, classes, moments = _load_folder(config, root, sizes, splits)
+            lie_in = _shards_of(loaded.get("train"))
+            loaded = {name: _decoded(split, config, name, ranks) for name, split in loaded.items()}
+        else:
+            loaded, contents, classes, moments = _load_tensors(config, root, splits, ranks)
+            loaded = {name: split.resized(sizes[name]) for name, split in loaded.items() if isinstance(split, Images)}
     mean, std = (config.data.mean, config.data.std) if config.data.mean and config.data.std else moments
     return Data(loaded, classes, mean, std, size, evaluation_size, workers, contents, lie_in)
 

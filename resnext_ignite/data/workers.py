@@ -6,6 +6,7 @@ import atexit
 import errno
 import math
 import multiprocessing
+import re
 import signal
 from collections.abc import Iterator
 from multiprocessing.connection import wait
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from resnext_ignite.errors import DataError
+from resnext_ignite.errors import DataError, errors_of_data
 from resnext_ignite.signals import STOP_SIGNALS, die_with_parent, held_back
 
 _SHM_FULL = "/dev/shm is full: enlarge it (docker run --shm-size=8g) or set data.workers=0"
+# What torch says where a batch cannot be handed over for want of a file descriptor, by plain RuntimeErrors.
+_NO_DESCRIPTOR = re.compile(r"Too many open files|items of ancdata")
 _ADVICE = {
     signal.SIGKILL: "as when memory runs out; lower data.workers or give the machine more memory",
     signal.SIGBUS: "as when /dev/shm is full; enlarge it (docker run --shm-size=8g) or set data.workers=0",
@@ -79,10 +82,15 @@ def watched(loader: DataLoader[Any]) -> Iterator[Any]:
                 item = next(items)
             except StopIteration:
                 return
-            except (RuntimeError, OSError, EOFError):
+            except (RuntimeError, OSError, EOFError) as error:
                 # A broken connection may be seen a moment before the death that broke it.
                 _check(workers, patience=1.0)
-                raise
+                if _NO_DESCRIPTOR.search(str(error)):
+                    raise DataError(
+                        "data workers: too many open files; raise `ulimit -n` or lower data.workers"
+                    ) from None
+                with errors_of_data("data workers"):
+                    raise
             if isinstance(item, DataError):
                 raise item
             yield item
