@@ -69,9 +69,9 @@ def command(name: str, *arguments: str, flags: tuple[str, ...] = ()) -> subproce
     )
 
 
-def digest(folder: Path) -> dict[str, Any]:
+def digest(folder: Path, name: str = "final.pt") -> dict[str, Any]:
     """All of a finished run's state that must not depend on where it was cut: tensors as bytes, and the records."""
-    state = load_checkpoint(folder / "checkpoints/final.pt")
+    state = load_checkpoint(folder / "checkpoints" / name)
 
     def plain(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -229,7 +229,7 @@ class Command:
             if ranks > 1:
                 sys.argv += ["--nproc-per-node", str(ranks), "--backend", "gloo"]
             leave_on_signals()
-            run_command(train.main)
+            run_command(train.main, prints_result=False)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 70
         except BaseException:

@@ -196,7 +196,7 @@ def test_the_command_refuses_before_it_writes(
         tried += 1
         sys.argv = ["train", "--config", str(path), "--output-dir", str(tmp_path / "run"), *lines]
         with pytest.raises(SystemExit) as caught:
-            run_command(train.main)
+            run_command(train.main, prints_result=False)
         assert caught.value.code == ConfigError.exit_code
         printed = capsys.readouterr()
         assert printed.out == ""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import os
+import resource
 import shutil
 import signal
 import struct
@@ -12,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -26,6 +29,7 @@ from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.sampling import Purpose, permutation
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.engines import create_trainer
+from resnext_ignite.errors import ConfigError, DataError, as_resnext_error
 from resnext_ignite.run_folder import RunFolder
 
 IN_MEMORY = ["data.in_memory=true"]
@@ -318,3 +322,57 @@ def test_no_room_to_unpack_cifar_is_a_storage_error(tmp_path: Path, monkeypatch:
         outcome = Command(tmp_path / "run", *CIFAR, f"data.root={disk}").wait()
     assert outcome.code == 6
     assert outcome.errors == [f"error: {disk}: No space left on device; free some space or choose another data.root"]
+
+
+def test_too_many_open_files_between_workers_is_a_line(tmp_path: Path, root: Path) -> None:
+    # From few for the workers to start with, to enough for all.
+    codes = []
+    for limit in range(24, 200, 8):
+        folder = tmp_path / str(limit)
+
+        def patch(limit: int = limit) -> None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+        values = on(root, "data.in_memory=false", "data.workers=4", "train.epochs=1", "data.image_size=24")
+        outcome = Command(folder, *values, patch=patch).wait()
+        codes.append(outcome.code)
+        if outcome.code == 0:
+            break
+        assert outcome.code in (3, 6), outcome.stderr
+        (line,) = outcome.errors
+        assert "open files" in line
+        assert "data.workers" in line
+        assert outcome.left == []
+        if (folder / "status.json").exists():
+            assert RunFolder(folder).read_status()["state"] == "failed"
+    assert codes[-1] == 0
+    assert 3 in codes
+
+
+@pytest.mark.parametrize("name", ["ESTALE", "EIO", "ESHUTDOWN", "ENOTCONN"])
+def test_an_error_of_the_datas_storage_is_one_of_the_data(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    number = getattr(errno, name)
+    is_dir = os.path.exists
+
+    def gone(path: str) -> bool:
+        if str(path).startswith(str(root)):
+            raise OSError(number, os.strerror(number), path)
+        return is_dir(path)
+
+    (root / "train/link").symlink_to(root / "train/dark")
+    monkeypatch.setattr(os.path, "exists", gone)
+    with pytest.raises(DataError, match=f"{root}.*: {os.strerror(number)}; check that it is there"):
+        load_data(folder_config(root), Ranks())
+
+
+def test_no_memory_is_a_line() -> None:
+    for hungry in (lambda: torch.empty(2**50), lambda: bytearray(2**60), lambda: np.empty(2**60, np.uint8)):
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            hungry()
+        known = as_resnext_error(caught.value)
+        assert isinstance(known, ConfigError)
+        assert str(known).startswith("out of memory")
+        assert "lower train.batch_size or evaluation.batch_size" in str(known)
+    assert as_resnext_error(RuntimeError("shape mismatch")) is None

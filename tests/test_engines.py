@@ -64,6 +64,28 @@ def test_micro_batches_make_the_same_update() -> None:
         weights_after([batch(12)], accumulate=5)
 
 
+def test_a_first_update_that_fp16_skips_leaves_no_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Fresh memory is full of what was there before: here of ones.
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: empty_like(*args, **options).fill_(1))
+
+    def momenta(scale: float) -> list[torch.Tensor]:
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, fused=True)
+        trainer = create_trainer(model, optimizer, CPU, precision="fp16")
+        trainer.state.scaler.load_state_dict({**trainer.state.scaler.state_dict(), "scale": scale})
+        trainer.run([batch(12)])
+        return [optimizer.state[parameter]["momentum_buffer"] for parameter in model.parameters()]
+
+    assert all(not momentum.any() for momentum in momenta(scale=2.0**40))
+    # One that is not skipped gives the gradient itself, as SGD's own first update does.
+    model, one = network(), batch(12)
+    F.cross_entropy(model(one.images), one.labels).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    found = torch.cat([momentum.flatten() for momentum in momenta(scale=1024.0)])
+    assert (found - gradient).norm() < 0.1 * gradient.norm()
+
+
 def test_clipping_bounds_the_whole_gradient() -> None:
     before = [p.detach() for p in network().parameters()]
     after = weights_after([batch(12)], clip_grad_norm=0.01)

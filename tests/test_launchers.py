@@ -130,7 +130,7 @@ def patched_train(script: Path, patch: str) -> Path:
         "from resnext_ignite import train\n"
         "from resnext_ignite.errors import run_command\n"
         f"{patch}\n"
-        "run_command(train.main)\n"
+        "run_command(train.main, prints_result=False)\n"
     )
     return script
 

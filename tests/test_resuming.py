@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -12,15 +13,25 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command, at_iteration, digest, rig_errors, tensors, train_tiny
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 
 from resnext_ignite import checkpoint, engines
-from resnext_ignite.checkpoint import checksum_path, iteration_checkpoints, load_checkpoint, save_checkpoint
+from resnext_ignite.checkpoint import (
+    checksum_path,
+    iteration_checkpoint_path,
+    iteration_checkpoints,
+    load_checkpoint,
+    outdated_checkpoints,
+    save_checkpoint,
+)
+from resnext_ignite.distributed import StopAgreement, StopReason
 from resnext_ignite.errors import CheckpointError, DataError
 from resnext_ignite.handlers import checkpointing
 from resnext_ignite.run_folder import RunFolder
 
 DIED = 86
+# Of the tiny run with 20 of its 70 images held out, in batches of 16.
+TRAINED_IN_AN_EPOCH = 3
 OFTEN = ["checkpoint.every_iterations=1", "logging.every_iterations=1"]
 
 
@@ -219,3 +230,133 @@ def test_a_file_that_cannot_be_read_today_is_passed_over_and_left(
     assert point is not None
     assert (point.path, point.damaged) == (before, ())
     assert f"{newest}: Input/output error; resuming from {before} instead" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["last iteration", "evaluation", "time limit"])
+def test_a_stop_at_the_end_of_the_best_epoch_keeps_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    # Epoch 2 is the best: its weights are those that the test split is read with at the end.
+    rig_errors(monkeypatch, lambda epoch: abs(epoch - 2.0))
+    values = ["data.val_size=20", "train.epochs=4", "checkpoint.every_epochs=4", "evaluation.batch_size=5"]
+    last = 2 * TRAINED_IN_AN_EPOCH
+    assert train_tiny(tmp_path / "whole", *values) == 0
+
+    def stop_in_the_evaluation() -> None:
+        create = engines.create_evaluator
+
+        def with_hook(*args: Any, **kwargs: Any) -> Engine:
+            evaluator = create(*args, **kwargs)
+            batches = itertools.count(1)
+
+            def send(engine: Engine) -> None:
+                # After those of epochs 0 and 1, each of four batches.
+                if next(batches) == 10:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            evaluator.add_event_handler(Events.ITERATION_STARTED, send)
+            return evaluator
+
+        engines.create_evaluator = with_hook
+
+    def wish_for_the_end() -> None:
+        agreements = []
+        remember = StopAgreement.__init__
+
+        def remembered(stop: StopAgreement, *args: Any) -> None:
+            remember(stop, *args)
+            agreements.append(stop)
+
+        StopAgreement.__init__ = remembered  # type: ignore[method-assign, assignment]
+        at_iteration(last, lambda engine: agreements[-1].wish(StopReason.TIME_LIMIT))
+
+    patch, code = {
+        "last iteration": (lambda: at_iteration(last, lambda engine: os.kill(os.getpid(), signal.SIGTERM)), 75),
+        "evaluation": (stop_in_the_evaluation, 75),
+        "time limit": (wish_for_the_end, 0),
+    }[when]
+    folder = tmp_path / "run"
+    outcome = Command(folder, *values, patch=patch).wait()
+    assert outcome.code == code, outcome.stderr
+    assert iteration_checkpoints(folder / "checkpoints")[0].name == f"iteration_{last:08}.pt"
+    assert not (folder / "checkpoints/final.pt").exists()
+    outcome = Command(folder, *values, resume=True).wait()
+    assert outcome.code == 0, outcome.stderr
+    assert "last weights" not in outcome.stderr
+    assert digest(folder) == digest(tmp_path / "whole")
+    assert digest(folder, "best.pt") == digest(tmp_path / "whole", "best.pt")
+    assert load_checkpoint(folder / "checkpoints/best.pt")["trainer"]["iteration"] == last
+
+
+def test_the_end_of_an_epoch_that_a_stop_cut_off_is_answered_once(tmp_path: Path) -> None:
+    # No evaluation is due there; whatever else is attached to EPOCH_COMPLETED must not miss an epoch, or see one twice.
+    ends = tmp_path / "ends"
+
+    def note_ends() -> None:
+        create = engines.create_trainer
+
+        def with_hook(*args: Any, **kwargs: Any) -> Engine:
+            trainer = create(*args, **kwargs)
+
+            @trainer.on(Events.EPOCH_COMPLETED)
+            def note(engine: Engine) -> None:
+                with ends.open("a") as file:
+                    file.write(f"{engine.state.epoch}\n")
+
+            return trainer
+
+        engines.create_trainer = with_hook
+
+    def stop_at(iteration: int) -> None:
+        note_ends()
+        at_iteration(iteration, lambda engine: os.kill(os.getpid(), signal.SIGTERM))
+
+    folder, values = tmp_path / "run", ["evaluation.every=3", "evaluation.early=[]", "logging.every_iterations=1"]
+    for number, patch in enumerate((lambda: stop_at(4), lambda: stop_at(6))):
+        assert Command(folder, *values, resume=number > 0, patch=patch).wait().code == 75
+    assert Command(folder, *values, resume=True, patch=note_ends).wait().code == 0
+    assert ends.read_text().split() == ["1", "2", "3"]
+
+
+def test_a_checkpoint_of_before_epoch_ends_were_noted_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    stop = Command(folder, *OFTEN, patch=lambda: at_iteration(4, lambda engine: os.kill(os.getpid(), signal.SIGTERM)))
+    assert stop.wait().code == 75
+    newest = iteration_checkpoints(folder / "checkpoints")[0]
+    state = load_checkpoint(newest)
+    assert state["handlers"].pop("epoch_ends") == {"last": 0}
+    save_checkpoint(newest, state)
+    assert train_tiny(folder, *OFTEN, resume=True) == 0
+    assert train_tiny(tmp_path / "whole", *OFTEN) == 0
+    assert digest(folder) == digest(tmp_path / "whole")
+
+
+def test_a_new_checkpoint_is_not_pruned_for_newer_ones_that_cannot_be_read(tmp_path: Path) -> None:
+    folder, often = tmp_path / "run", [*OFTEN, "evaluation.every=3", "evaluation.early=[]"]
+    assert Command(folder, *often, patch=lambda: at_iteration(8, die)).wait().code == DIED
+    away = {path: path.rename(tmp_path / path.name) for path in iteration_checkpoints(folder / "checkpoints")}
+    assert [path.name for path in away] == ["iteration_00000007.pt", "iteration_00000006.pt"]
+    # A disk that is not mounted today.
+    for path in away:
+        path.symlink_to("/not-mounted/" + path.name)
+    # What can be read is of before them.
+    assert Command(tmp_path / "early", *often, patch=lambda: at_iteration(3, die)).wait().code == DIED
+    for path in (tmp_path / "early/checkpoints").glob("iteration_00000002.pt*"):
+        path.rename(folder / "checkpoints" / path.name)
+    assert Command(folder, *often, resume=True, patch=lambda: at_iteration(6, die)).wait().code == DIED
+    names = [path.name for path in iteration_checkpoints(folder / "checkpoints")]
+    assert names == [f"iteration_{number:08}.pt" for number in (7, 6, 5, 4)]
+    assert train_tiny(folder, *often, resume=True) == 0
+    assert train_tiny(tmp_path / "whole", *often) == 0
+    assert digest(folder) == digest(tmp_path / "whole")
+
+
+def test_only_what_is_older_than_the_newest_may_go(tmp_path: Path) -> None:
+    paths = {number: iteration_checkpoint_path(tmp_path, number) for number in (1, 2, 3, 4, 5, 6)}
+    for path in paths.values():
+        path.touch()
+    assert outdated_checkpoints(paths[6], 2) == [paths[number] for number in (4, 3, 2, 1)]
+    assert outdated_checkpoints(paths[4], 2) == [paths[2], paths[1]]
+    assert outdated_checkpoints(paths[1], 2) == []
+    # A file that cannot be read is kept, and takes the place of none that can.
+    assert outdated_checkpoints(paths[4], 2, {paths[6], paths[3]}) == [paths[1]]
