@@ -79,7 +79,7 @@ def test_a_run_outlives_its_console(tmp_path: Path, whole: Path, loss: str, rank
         assert digest(folder) == digest(whole)
 
 
-@pytest.mark.parametrize(("loss", "number"), zip(itertools.cycle(LOSSES), STOP_SIGNALS, strict=False))
+@pytest.mark.parametrize(("loss", "number"), [*zip(itertools.cycle(LOSSES), STOP_SIGNALS, strict=False)])
 def test_a_signal_without_a_console_saves(tmp_path: Path, loss: str, number: signal.Signals) -> None:
     def lose_and_stop(engine: Engine) -> None:
         LOSSES[loss](1, 2)
