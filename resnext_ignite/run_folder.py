@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -37,6 +38,7 @@ from resnext_ignite.storage import append_durably, temporary_path, write_durably
 ENDED = ("completed", "stopped_early")
 _PACKAGES = ("torch", "torchvision", "pytorch-ignite", "tensorboard")
 _SPARE_DESCRIPTORS = 4
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 Record = dict[str, Any]
 log = logging.getLogger(__name__)
 
@@ -102,9 +104,10 @@ class RunFolder:
         except Timeout:
             raise RunFolderError(f"{self.path}: another process trains here; choose another --output-dir") from None
         except OSError as error:
-            reason = f"{error.filename or self._lock.lock_file}: {error.strerror}"
+            if error.errno not in _NO_LOCKS:
+                raise
             raise StorageError(
-                f"{reason}; a run folder needs a file system with locks: choose another --output-dir"
+                f"{self._lock.lock_file}: {error.strerror}: this file system has no locks; choose another --output-dir"
             ) from None
         # A process that has as many files open as it may can still write down why it fails.
         self._spare_descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in range(_SPARE_DESCRIPTORS)]

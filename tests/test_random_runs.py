@@ -191,17 +191,18 @@ def run(folder: Path, values: list[str], ranks: int, *, resume: bool, often: boo
         if cut is not None:
             cut.install()
 
-    return_to = Command(folder, *values, resume=resume, ranks=ranks, patch=patch)
+    command = Command(folder, *values, resume=resume, ranks=ranks, patch=patch)
     if cut is not None and cut.moment == "some time":
-        time.sleep(cut.at / 100 * SECONDS.get(folder.parent, 1.0))
+        # Not before the command answers signals at all.
+        time.sleep(0.1 + cut.at / 100 * SECONDS.get(folder.parent, 1.0))
         number = signal.SIGKILL if cut.how == "death" else signal.Signals[cut.how]
-        for process in return_to.processes() if cut.how == "death" else [return_to.pid]:
+        for process in command.processes() if cut.how == "death" else [command.pid]:
             try:
                 os.kill(process, number)
             except ProcessLookupError:
                 continue
-    outcome = return_to.wait(180)
-    return_to.wait_until_gone(20)
+    outcome = command.wait(180)
+    command.wait_until_gone(20)
     return outcome
 
 
