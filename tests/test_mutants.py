@@ -25,29 +25,29 @@ MUTANTS = [
     (
         "no fsync of the file",
         "storage.py",
-        "os.fsync(file.fileno())\n        if before",
-        "pass\n        if before",
+        "os.fsync(file.fileno())\n            if before",
+        "pass\n            if before",
         STEPS,
     ),
     (
         "no fsync of the folder",
         "storage.py",
-        "    _sync_folder(path.parent)\n\n\ndef write_durably",
+        "        _sync_folder(path.parent)\n\n\ndef write_durably",
         "\n\ndef write_durably",
         STEPS,
     ),
     (
         "written in place",
         "storage.py",
-        "    temporary = temporary_path(path)\n",
-        "    temporary = path\n",
+        "    temporary = temporary_path(path)\n    with",
+        "    temporary = path\n    with",
         DIES,
     ),
     (
         "half-written files stay after an error",
         "storage.py",
-        "        temporary.unlink(missing_ok=True)\n",
-        "",
+        "                temporary.unlink(missing_ok=True)\n",
+        "                pass\n",
         "test_checkpoint.py::test_a_save_that_fails",
     ),
     (
@@ -166,22 +166,82 @@ MUTANTS = [
     (
         "pruned before the save",
         "handlers/checkpointing.py",
-        "        save_checkpoint(iteration_checkpoint_path(self.folder, engine.state.iteration), content)\n"
-        "        for old in iteration_checkpoints(self.folder)[self.keep :]:\n"
-        "            old.unlink()\n"
-        "            checksum_path(old).unlink(missing_ok=True)\n",
-        "        for old in iteration_checkpoints(self.folder)[self.keep - 1 :]:\n"
+        "        save_checkpoint(newest, content)\n",
+        "        for old in sorted(self.folder.glob('iteration_*.pt'), reverse=True)[self.keep - 1 :]:\n"
         "            old.unlink()\n"
         "            checksum_path(old).unlink(missing_ok=True)\n"
-        "        save_checkpoint(iteration_checkpoint_path(self.folder, engine.state.iteration), content)\n",
+        "        save_checkpoint(newest, content)\n",
         DIES,
     ),
     (
         "one is kept",
         "handlers/checkpointing.py",
-        "[self.keep :]",
-        "[1:]",
+        "outdated_checkpoints(newest, self.keep, ",
+        "outdated_checkpoints(newest, 1, ",
         "test_train.py::test_a_run_folder_holds_what_is_promised",
+    ),
+    (
+        "files that cannot be read count as kept",
+        "checkpoint.py",
+        " if path not in unreadable]",
+        "]",
+        "test_resuming.py::test_only_what_is_older",
+    ),
+    (
+        "newer files count as kept",
+        "checkpoint.py",
+        "newest_first[newest_first.index(newest) + keep :]",
+        "newest_first[keep:]",
+        "test_resuming.py::test_only_what_is_older",
+    ),
+    (
+        "the end of an epoch that a stop cut off is lost",
+        "handlers/session.py",
+        '        answered = handlers["epoch_ends"]["last"] >= epoch if "epoch_ends" in handlers else True\n',
+        "        answered = True\n",
+        "test_resuming.py::test_the_end_of_an_epoch",
+    ),
+    (
+        "an evaluation that a stop cut off is lost",
+        "handlers/session.py",
+        "return not answered or (self.evaluation.due(epoch, max_epochs) and not evaluated)",
+        "return not answered",
+        "test_resuming.py::test_a_stop_at_the_end_of_the_best_epoch",
+    ),
+    (
+        "fp16 begins with a momentum of whatever lay there",
+        "engines.py",
+        "        _begin_momentum_at_zero(optimizer)\n",
+        "        pass\n",
+        "test_engines.py::test_a_first_update_that_fp16_skips",
+    ),
+    (
+        "a log that cannot be written ends the run",
+        "console.py",
+        "        with contextlib.suppress(OSError):\n            written = ",
+        "        with contextlib.suppress():\n            written = ",
+        "test_console.py::test_a_run_outlives",
+    ),
+    (
+        "a signal handler that cannot write ends the run",
+        "console.py",
+        "    with contextlib.suppress(OSError):\n        os.write(2",
+        "    with contextlib.suppress():\n        os.write(2",
+        "test_console.py::test_a_signal_without_a_console",
+    ),
+    (
+        "a file gets the number of standard error",
+        "console.py",
+        "            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)\n",
+        "            pass\n",
+        "test_console.py::test_a_closed_console",
+    ),
+    (
+        "a full disk is no error of a result",
+        "console.py",
+        "            if error.errno == errno.EPIPE:\n",
+        "            if error.errno:\n",
+        "test_console.py::test_a_result_that_cannot_be_printed",
     ),
     *(
         (
