@@ -127,6 +127,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
+    except OSError as error:
+        # It was whole a moment ago: the storage is at fault, and not the file.
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except Exception as error:
         # Whatever a hostile or foreign file makes torch say, it is refused in one line.
         reason = " ".join(str(error).split())[:120]

@@ -6,6 +6,7 @@ The YAML read here is a plain subset: no tags, no aliases, no duplicate keys, an
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import math
 import re
@@ -22,6 +23,11 @@ from resnext_ignite.errors import ConfigError
 
 COMMAND_LINE = "command line"
 _LONGEST_TEXT = 100_000
+# What the system says of a name that is not one of a file to read; anything else it says of storage.
+_WRONG_NAME = {
+    getattr(errno, name)
+    for name in ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ENAMETOOLONG", "ELOOP", "ENXIO", "EINVAL")
+}
 _DEEPEST = 8
 DOTTED_KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,7}")
 # No key has a use for these, and where a path or a name is printed they would break the line or steer the terminal.
@@ -210,6 +216,8 @@ def _read_text(path: Path, option: str) -> str:
         with path.open(encoding="utf-8") as file:
             return file.read(_LONGEST_TEXT + 1)
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in _WRONG_NAME:
+            raise
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: {reason}; {option} takes a YAML file, as in configs/") from None
 

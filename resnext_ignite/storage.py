@@ -112,8 +112,10 @@ def sha256_of(path: Path, *, from_disk: bool = False) -> str:
     """Of a file, in hexadecimal; `from_disk`: past what the system holds in memory, as far as it grants that."""
     with _errors_named(path), path.open("rb") as file:
         if from_disk:
-            # Else the system answers from its memory what the disk was told to keep; it is a request, not an order.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            # Else the system answers from its memory what the disk was told to keep. It is a request: some file systems
+            # do not know it.
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -211,24 +211,26 @@ def test_a_whole_file_of_another_version_is_refused_and_not_passed_over(tmp_path
     assert newest.read_bytes() == content
 
 
+@pytest.mark.parametrize("when", ["verified", "loaded"])
 def test_a_file_that_cannot_be_read_today_is_passed_over_and_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"
     assert Command(folder, *OFTEN, patch=lambda: at_iteration(6, die)).wait().code == DIED
     newest, before = iteration_checkpoints(folder / "checkpoints")
-    read = checkpoint.sha256_of
+    owner, name = (checkpoint, "sha256_of") if when == "verified" else (torch, "load")
+    read = getattr(owner, name)
 
-    def failing(path: Path, **options: bool) -> str:
+    def failing(path: Path, **options: Any) -> Any:
         if path == newest:
             raise OSError(5, "Input/output error")
         return read(path, **options)
 
-    monkeypatch.setattr(checkpoint, "sha256_of", failing)
+    monkeypatch.setattr(owner, name, failing)
     caplog.set_level("WARNING")
     point = checkpoint.newest_resume_point(folder / "checkpoints")
     assert point is not None
-    assert (point.path, point.damaged) == (before, ())
+    assert (point.path, point.damaged, point.unreadable) == (before, (), (newest,))
     assert f"{newest}: Input/output error; resuming from {before} instead" in caplog.text
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from conftest import Command, at_iteration, digest, train_tiny
 
-from resnext_ignite.checkpoint import newest_resume_point, resume_candidates, verify_checkpoint
+from resnext_ignite.checkpoint import iteration_checkpoints, newest_resume_point, resume_candidates, verify_checkpoint
+from resnext_ignite.config_files import load_config
 from resnext_ignite.errors import StorageError, as_resnext_error
 from resnext_ignite.handlers import pictures
 from resnext_ignite.run_folder import RunFolder
@@ -195,6 +196,21 @@ def test_an_error_of_storage_ends_a_run_with_6_and_loses_nothing(
     assert digest(folder) == expected
 
 
+def test_a_config_on_failing_storage_is_no_wrong_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 1")
+
+    def gone(*args: object, **options: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(Path, "open", gone)
+    with pytest.raises(OSError, match="Stale file handle") as caught:
+        load_config(path)
+    known = as_resnext_error(caught.value)
+    assert isinstance(known, StorageError)
+    assert str(known) == f"{path}: Stale file handle; check that storage, then run the command again"
+
+
 def try_error(
     folder: Path, fail: int, number: int, expected: dict[str, Any], *, ever_after: bool, cut: bool, resume: bool
 ) -> str:
@@ -206,6 +222,7 @@ def try_error(
     if cut:
         die = Command(folder, *VALUES, patch=lambda: at_iteration(3, lambda engine: os._exit(DIED)))
         assert die.wait().code == DIED
+    before = iteration_checkpoints(folder / "checkpoints")
     calls = Calls(folder, folder.parent / "calls", fail, number, ever_after=ever_after)
     outcome = Command(folder, *VALUES, patch=calls.install, resume=cut).wait()
     lines = calls.log.read_text().splitlines()
@@ -221,6 +238,8 @@ def try_error(
         assert outcome.code in allowed, f"{said}\n{outcome.stderr}"
         assert len(outcome.errors) == 1, f"{said}\n{outcome.stderr}"
     assert_newest_is_there(folder, calls)
+    # What could not be read this time is neither gone nor set aside.
+    assert outcome.code == 0 or before[:1] == [path for path in before[:1] if path.exists()], said
     if resume:
         outcome = Command(folder, *VALUES, resume=True).wait()
         assert outcome.code == 0, f"{said}\n{outcome.stderr}"
