@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
 import fcntl
 import io
 import os
 import random
+import resource
 import shutil
 import sys
 from collections import Counter
@@ -17,6 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import Command, at_iteration, digest, train_tiny
+from ignite.engine import Engine
 
 from resnext_ignite.checkpoint import iteration_checkpoints, newest_resume_point, resume_candidates, verify_checkpoint
 from resnext_ignite.config_files import load_config
@@ -192,6 +195,25 @@ def test_an_error_of_storage_ends_a_run_with_6_and_loses_nothing(
     else:
         assert f"could not be written ({reason}); training goes on" in outcome.stderr
     assert_newest_is_there(folder, calls)
+    assert train_tiny(folder, *VALUES, resume=True) == 0
+    assert digest(folder) == expected
+
+
+def test_a_run_that_can_open_no_file_writes_down_why_it_failed(tmp_path: Path, expected: dict[str, Any]) -> None:
+    def open_all(engine: Engine) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        with contextlib.suppress(OSError):
+            while True:
+                os.open(os.devnull, os.O_RDONLY)
+
+    folder = tmp_path / "run"
+    outcome = Command(folder, *VALUES, patch=lambda: at_iteration(3, open_all)).wait()
+    assert outcome.code == 6
+    (line,) = outcome.errors
+    assert "iteration_00000003.pt" in line
+    assert line.endswith(": Too many open files; raise `ulimit -n` or lower data.workers")
+    status = RunFolder(folder).read_status()
+    assert (status["state"], status["exit_code"]) == ("failed", 6)
     assert train_tiny(folder, *VALUES, resume=True) == 0
     assert digest(folder) == expected
 
