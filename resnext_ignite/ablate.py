@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resnext_ignite.console import set_up_streams
 from resnext_ignite.errors import ConfigError, NonFiniteError, PreemptedError, run_command
 from resnext_ignite.launchers import launched_world_size
 from resnext_ignite.signals import end_start_on_signals, leave_on_signals, stops_noted
@@ -128,6 +129,7 @@ def main(arguments: list[str]) -> int:
 
     rows = compare(results, plan.variants, plan.baseline)
     if parsed.json:
+        set_up_streams(prints_result=True)
         print(json.dumps(as_json(results, rows, plan.baseline)))
     else:
         print(table(rows, plan.baseline), end="")

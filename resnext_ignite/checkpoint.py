@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from resnext_ignite.config import Config, config_of
-from resnext_ignite.errors import CheckpointError, DamagedError, ForeignFileError
+from resnext_ignite.errors import CheckpointError, DamagedError, ForeignFileError, as_out_of_memory
 from resnext_ignite.models import build_model
 from resnext_ignite.storage import HashingFile, replace_durably, sha256_of, write_durably
 
@@ -125,12 +125,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     verify_checkpoint(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     except OSError as error:
         # It was whole a moment ago: the storage is at fault, and not the file.
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except Exception as error:
+        if as_out_of_memory(error):
+            raise
         # Whatever a hostile or foreign file makes torch say, it is refused in one line.
         reason = " ".join(str(error).split())[:120]
         raise ForeignFileError(f"{path}: not a checkpoint of this project ({reason})") from None
@@ -165,7 +165,7 @@ def iteration_checkpoints(folder: Path) -> list[Path]:
 def outdated_checkpoints(newest: Path, keep: int, unreadable: Collection[Path] = ()) -> list[Path]:
     """The resume points that may go after `newest` was written and verified, so that `keep` are left.
 
-    Only what is older may go. A newer file, or one that could not be read, takes the place of none that can.
+    Only what is older than `newest` may go. Newer files and `unreadable` ones do not count among the `keep`.
     """
     newest_first = [path for path in iteration_checkpoints(newest.parent) if path not in unreadable]
     return newest_first[newest_first.index(newest) + keep :]
@@ -309,5 +309,7 @@ def model_of(state: dict[str, Any], file: Path) -> tuple[nn.Module, ModelMetadat
             config=config,
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if as_out_of_memory(error):
+            raise
         raise CheckpointError(f"{file}: does not fit its model: {' '.join(str(error).split())[:200]}") from None
     return model.eval(), metadata

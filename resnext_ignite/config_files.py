@@ -217,6 +217,7 @@ def _read_text(path: Path, option: str) -> str:
             return file.read(_LONGEST_TEXT + 1)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno not in _WRONG_NAME:
+            error.filename = str(path)
             raise
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: {reason}; {option} takes a YAML file, as in configs/") from None

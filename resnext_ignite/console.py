@@ -10,8 +10,6 @@ import sys
 from typing import Any, TextIO
 
 _STANDARD = {"stdout": 1, "stderr": 2}
-# Streams that were replaced: collected as garbage, they would close the descriptors that their successors write to.
-_replaced: list[Any] = []
 
 
 class _LossyFile(io.FileIO):
@@ -47,8 +45,8 @@ class _ResultFile(io.FileIO):
 def set_up_streams(*, prints_result: bool) -> None:
     """Make the standard streams of this process safe to write to, whatever happens to whoever reads them.
 
-    Standard error is a log, which may be lost. Closed descriptors are opened on /dev/null: the next file that is opened
-    would else take the number 2, and get the error messages of this process into it.
+    Standard error is a log, which may be lost. Where one of the descriptors 0 to 2 is closed, it is opened on
+    /dev/null. Otherwise the next file that this process opens would get that number, and with it all messages.
 
     Args:
         prints_result: standard output holds the result of the command, and not only a word about what lies in files.
@@ -71,15 +69,14 @@ def _opened(name: str, kind: type[io.FileIO], errors: str) -> TextIO:
             return before
         with contextlib.suppress(OSError, ValueError):
             before.flush()
-        _replaced.append(before)
     raw = kind(_STANDARD[name], "w", closefd=False)
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=getattr(before, "encoding", None) or "utf-8",
         # Names of files may be bytes that are no text: they leave as they came.
         errors=errors,
-        line_buffering=name == "stderr" or raw.isatty(),
-        write_through=bool(getattr(before, "write_through", False)),
+        # As Python has them; `python -u` asks for no buffer.
+        line_buffering=name == "stderr" or raw.isatty() or bool(getattr(before, "write_through", False)),
     )
 
 

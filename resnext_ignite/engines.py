@@ -101,8 +101,7 @@ def create_trainer(
         skip_unreadable: images labelled UNREADABLE are left out of the loss and of all counts.
 
     Raises:
-        ValueError: a batch does not divide into `accumulate` micro-batches, or a fused SGD with dampening is to train
-            in fp16.
+        ValueError: a batch does not divide into `accumulate` micro-batches.
     """
     sums = TrainingSums(device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -157,19 +156,15 @@ def create_trainer(
 
 
 def _begin_momentum_at_zero(optimizer: torch.optim.Optimizer) -> None:
-    """Give fused SGD the momentum that its first update would make.
+    """Let the momentum of fused SGD begin at zero, from which its first update has the same result.
 
-    It makes it of memory that nothing has written, and leaves it so where the scaler skips that update; the next one
-    takes what is there for the momentum (torch 2.11, `_fused_sgd`). From zero, the first update that is not skipped has
-    the same result as SGD's own first update.
+    At its first update, fused SGD allocates the momentum without writing to it. Where the scaler skips that update, the
+    memory stays as it was, and the next update takes it for the momentum (torch 2.11, `_fused_sgd`).
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return
     for group in optimizer.param_groups:
         if group["fused"] and group["momentum"]:
-            if group["dampening"]:
-                # SGD does not dampen its first update, which then differs from one from zero.
-                raise ValueError("fp16 with fused SGD takes no dampening: set it to 0, or fused=False")
             for parameter in group["params"]:
                 optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 

@@ -91,6 +91,10 @@ class PreemptedError(ResnextError):
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
+# What the system says of a process, a descriptor or a connection, and not of a file. The name of socket's error, since
+# its numbers are others.
+_NOT_OF_FILES = (ChildProcessError, ProcessLookupError, BlockingIOError, ConnectionRefusedError, ConnectionResetError)
+_BUGS = {errno.EBADF, errno.EFAULT}
 # What torch says where a CPU has no memory left, whose error is a plain RuntimeError.
 _CPU_ALLOCATOR = re.compile(r"DefaultCPUAllocator: .*?(tried to allocate \d+ bytes|not enough memory)", re.DOTALL)
 
@@ -98,9 +102,9 @@ _CPU_ALLOCATOR = re.compile(r"DefaultCPUAllocator: .*?(tried to allocate \d+ byt
 def advice_for(number: int | None) -> str:
     """What to do about an error number of the system that came from storage."""
     if number in _NO_ROOM:
-        return "free some space or choose another --output-dir"
+        return "free some space or write somewhere else (--output-dir)"
     if number in _NOT_ALLOWED:
-        return "change its permissions or choose another --output-dir"
+        return "change its permissions or write somewhere else (--output-dir)"
     if number in _TOO_MANY_FILES:
         return "raise `ulimit -n` or lower data.workers"
     return "check that storage, then run the command again"
@@ -119,6 +123,8 @@ def errors_of_data(where: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if not _is_of_files(error):
+            raise
         what = where if error.filename is None else error.filename
         advice = advice_for(error.errno) if error.errno in _TOO_MANY_FILES else "check that it is there and can be read"
         raise DataError(f"{what}: {error.strerror or error}; {advice}") from None
@@ -136,19 +142,25 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
         behind = behind.__context__
     if behind is not None:
         return as_resnext_error(behind)
-    # Whatever number the system gives: every file system has others. Without one, or of a process, it is a bug.
-    if isinstance(error, OSError) and error.errno and not isinstance(error, ChildProcessError | ProcessLookupError):
-        where = error.filename if error.filename is not None else "the run folder"
+    if isinstance(error, OSError) and _is_of_files(error):
+        where = error.filename if error.filename is not None else "a file"
         return StorageError(f"{where}: {error.strerror}; {advice_for(error.errno)}")
     # By name, since torch may not be imported yet, and must not be for an error of the config.
     if type(error).__name__ == "OutOfMemoryError":
         return ConfigError(
             "out of device memory: lower train.batch_size, raise train.accumulate, or set train.precision=bf16"
         )
-    return _as_out_of_memory(error)
+    return as_out_of_memory(error)
 
 
-def _as_out_of_memory(error: BaseException) -> ConfigError | None:
+def _is_of_files(error: OSError) -> bool:
+    # Any number that the system gives: each file system has some of its own.
+    foreign = isinstance(error, _NOT_OF_FILES) or type(error).__name__ == "gaierror"
+    return bool(error.errno) and error.errno not in _BUGS and not foreign
+
+
+def as_out_of_memory(error: BaseException) -> ConfigError | None:
+    """An error of a CPU that has no memory left, as a line; None where it is another error."""
     reason = ""
     if isinstance(error, RuntimeError):
         match = _CPU_ALLOCATOR.search(str(error))
@@ -187,11 +199,12 @@ def run_command(main: Callable[[list[str]], int | None], *, prints_result: bool 
     """
     set_up_streams(prints_result=prints_result)
     try:
-        try:
-            code = main(sys.argv[1:])
-        finally:
-            # Here and not when Python ends, which answers an error with exit code 120.
-            sys.stdout.flush()
+        code = main(sys.argv[1:])
+        # Here and not when Python ends, which answers an error with exit code 120.
+        sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         code = report_error(error)
+        # The command has failed, whatever becomes of what it has printed.
+        with contextlib.suppress(OSError, SystemExit):
+            sys.stdout.flush()
     sys.exit(code or 0)

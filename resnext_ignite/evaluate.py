@@ -198,11 +198,12 @@ def main(arguments: list[str]) -> int:
         views=parsed.views,
         keep_mistakes=_MISTAKES if parsed.mistakes else 0,
     )
+    # Before anything is printed: its reader may leave (`| head`), and ends this command.
+    draw(pictures, metrics, data, parsed.split)
     figures = {key: metrics[key] for key in (*_JSON_KEYS, *_FLIP_KEYS) if key in metrics}
     if parsed.json:
         views = {} if parsed.views == "one" else {"views": parsed.views}
         print(json.dumps({"checkpoint": parsed.checkpoint, "split": parsed.split, **views, **figures}))
-        draw(pictures, metrics, data, parsed.split)
         return 0
     wrong = metrics["images"] - metrics["correct"]
     print(per_class_table(metrics["confusion"], data.classes))
@@ -213,7 +214,6 @@ def main(arguments: list[str]) -> int:
     if "top1_error_flip" in metrics:
         print(f"with mirror images (evaluation.flip_tta): top-1 error {metrics['top1_error_flip']:.2f} %")
     print(f"expected calibration error {metrics['calibration_error']:.2f} %")
-    draw(pictures, metrics, data, parsed.split)
     for name, path in pictures.items():
         print(f"{_PICTURES[name]}: {path}")
     return 0

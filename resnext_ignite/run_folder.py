@@ -31,9 +31,9 @@ from resnext_ignite.config import Config
 from resnext_ignite.config_changes import SAFE_ON_RESUME, adopt_resolved, changed_values
 from resnext_ignite.config_files import dump_config, load_config
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.errors import PreemptedError, RunFolderError, StorageError, as_resnext_error
+from resnext_ignite.errors import PreemptedError, RunFolderError, StorageError, advice_for, as_resnext_error
 from resnext_ignite.run_records import EvaluationInDetail, MetricsLine, Status
-from resnext_ignite.storage import append_durably, temporary_path, write_durably
+from resnext_ignite.storage import append_durably, errors_named, temporary_path, write_durably
 
 ENDED = ("completed", "stopped_early")
 _PACKAGES = ("torch", "torchvision", "pytorch-ignite", "tensorboard")
@@ -104,11 +104,10 @@ class RunFolder:
         except Timeout:
             raise RunFolderError(f"{self.path}: another process trains here; choose another --output-dir") from None
         except OSError as error:
+            advice = "choose another --output-dir, on a file system with locks"
             if error.errno not in _NO_LOCKS:
-                raise
-            raise StorageError(
-                f"{self._lock.lock_file}: {error.strerror}: this file system has no locks; choose another --output-dir"
-            ) from None
+                advice = advice_for(error.errno)
+            raise StorageError(f"{self._lock.lock_file}: {error.strerror}; {advice}") from None
         # A process that has as many files open as it may can still write down why it fails.
         self._spare_descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in range(_SPARE_DESCRIPTORS)]
 
@@ -146,7 +145,9 @@ class RunFolder:
         if not self._metrics.exists():
             return []
         records = []
-        for line in self._metrics.read_bytes().splitlines():
+        with errors_named(self._metrics):
+            lines = self._metrics.read_bytes().splitlines()
+        for line in lines:
             try:
                 record = json.loads(line)
                 MetricsLine.model_validate(record)

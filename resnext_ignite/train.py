@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resnext_ignite.console import set_up_streams
 from resnext_ignite.errors import ConfigError, DataError, run_command
 from resnext_ignite.launchers import ends_remembered, launched_world_size
 from resnext_ignite.signals import leave_on_signals
@@ -145,6 +146,7 @@ def main(arguments: list[str]) -> int:
     if parsed.help_config:
         from resnext_ignite.config_reference import config_reference
 
+        set_up_streams(prints_result=True)
         print(config_reference(), end="")
         return 0
     path = parsed.config

@@ -221,7 +221,7 @@ class Command:
             os.setsid()
             for number, file in enumerate(self.outputs, start=1):
                 os.dup2(file.fileno(), number)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
             fork_ranks()
             if patch is not None:
                 patch()

@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -171,7 +172,9 @@ def test_errors_of_the_machine_have_their_codes(error: BaseException, code: int,
 def test_a_bug_keeps_its_traceback() -> None:
     assert as_resnext_error(KeyError("x")) is None
     assert as_resnext_error(OSError("without a number")) is None
+    assert as_resnext_error(OSError(9, "Bad file descriptor")) is None
     assert as_resnext_error(ProcessLookupError(3, "No such process")) is None
+    assert as_resnext_error(socket.gaierror(-2, "Name or service not known")) is None
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (5, False)])

@@ -143,6 +143,42 @@ def test_a_reader_that_has_left_is_no_error_of_a_printing_command(whole: Path) -
     assert (ended.returncode, "Traceback" in ended.stderr, "Exception" in ended.stderr) == (0, False, False)
 
 
+def test_a_reader_that_has_left_hides_no_failure(tmp_path: Path, whole: Path) -> None:
+    code = (
+        "import sys\nfrom resnext_ignite.errors import StorageError, run_command\n"
+        "def main(arguments):\n    print('one line')\n    raise StorageError('the disk is full')\nrun_command(main)"
+    )
+    reads, writes = os.pipe()
+    os.close(reads)
+    # Buffered, so that the line leaves when the command has failed already.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = python(code, stdout=writes, stderr=subprocess.PIPE, env=environment)
+    os.close(writes)
+    assert (process.communicate()[1], process.returncode) == (b"error: the disk is full\n", 6)
+
+
+def test_what_is_printed_without_a_buffer_comes_at_once() -> None:
+    code = (
+        "import time\nfrom resnext_ignite.errors import run_command\n"
+        "def main(arguments):\n    print('one line')\n    time.sleep(30)\nrun_command(main)"
+    )
+    with subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"one line\n"
+        process.kill()
+
+
+def test_the_reference_of_the_config_is_a_result() -> None:
+    with Path("/dev/full").open("wb") as disk:
+        ended = subprocess.run(
+            [sys.executable, "-m", "resnext_ignite.train", "--help-config"],
+            stdout=disk,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert ended.returncode == 6
+
+
 def test_a_broken_pipe_that_is_not_the_consoles_is_an_error_of_storage(tmp_path: Path) -> None:
     def break_the_save() -> None:
         def broken(path: Path, state: object) -> None:

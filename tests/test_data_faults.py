@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import itertools
 import os
 import resource
@@ -13,6 +14,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_data import folder_config, md5, write_cifar
 from torch import nn
 
-from resnext_ignite.data import build_train_loader, load_data
+from resnext_ignite.data import build_train_loader, decoding, load_data
+from resnext_ignite.data.cifar import prepare_cifar
 from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.sampling import Purpose, permutation
 from resnext_ignite.distributed import Ranks
@@ -347,6 +350,27 @@ def test_too_many_open_files_between_workers_is_a_line(tmp_path: Path, root: Pat
             assert RunFolder(folder).read_status()["state"] == "failed"
     assert codes[-1] == 0
     assert 3 in codes
+
+
+def test_a_picture_is_not_skipped_for_want_of_a_descriptor(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: str, *arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+
+    monkeypatch.setattr(decoding, "_file", full)
+    values = {"data.on_error": "skip", "data.in_memory": True}
+    with pytest.raises(DataError, match="Too many open files; raise `ulimit -n`"):
+        load_data(folder_config(root, **values), Ranks())
+
+
+def test_cifar_on_a_file_system_without_locks_is_an_error_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(DataError, match=f"{tmp_path}: No locks available"):
+        prepare_cifar("cifar10", tmp_path, download=False)
 
 
 @pytest.mark.parametrize("name", ["ESTALE", "EIO", "ESHUTDOWN", "ENOTCONN"])

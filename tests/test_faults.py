@@ -27,6 +27,7 @@ from conftest import (
     train_tiny,
 )
 from ignite.engine import Engine, Events
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
@@ -322,7 +323,7 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path: Path, 
         # Every batch, as if each took its five seconds.
         distributed._LONGEST_SILENCE_S = 0
 
-    values = [*WITH_EVENTS, "evaluation.batch_size=4"]
+    values = [*WITH_EVENTS, "evaluation.batch_size=4", "logging.histograms=true"]
     outcome = Command(folder, *values, patch=patch).wait()
     assert (outcome.code, outcome.left) == (75, []), outcome.stderr
     assert "stopped by SIGTERM and saved at iteration 4" in outcome.errors[0]
@@ -334,6 +335,12 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path: Path, 
     assert train_tiny(tmp_path / "whole", *values) == 0
     assert digest(folder) == digest(tmp_path / "whole")
     assert scalars(folder) == scalars(tmp_path / "whole")
+    assert histogram_steps(folder) == histogram_steps(tmp_path / "whole") == [0, 4, 8, 12]
+
+
+def histogram_steps(folder: Path) -> list[int]:
+    events = EventAccumulator(str(folder), size_guidance={"histograms": 0}).Reload()
+    return [event.step for event in events.Histograms("weights/conv1/weight")]
 
 
 def test_a_signal_while_torch_is_imported_ends_the_command(tmp_path: Path) -> None:

@@ -211,6 +211,24 @@ def test_a_whole_file_of_another_version_is_refused_and_not_passed_over(tmp_path
     assert newest.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]
+)
+def test_a_file_that_does_not_fit_into_memory_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    path = tmp_path / "iteration_00000001.pt"
+    save_checkpoint(path, {"trainer": {"iteration": 1}})
+
+    def hungry(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(torch, "load", hungry)
+    with pytest.raises(type(error)):
+        checkpoint.newest_resume_point(tmp_path)
+    assert path.exists()
+
+
 @pytest.mark.parametrize("when", ["verified", "loaded"])
 def test_a_file_that_cannot_be_read_today_is_passed_over_and_left(
     tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

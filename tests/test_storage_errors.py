@@ -33,7 +33,7 @@ ERRNOS = (
     *("EROFS", "EPIPE", "ENOLCK", "ENOSYS", "EOPNOTSUPP", "ESTALE", "EDQUOT", "EUCLEAN", "EREMOTEIO", "ETIMEDOUT"),
     *("ENOTCONN", "ESHUTDOWN", "EHOSTDOWN"),
 )
-CHANCES = {"ever_after": 0.5, "cut": 0.15, "resume": 0.5}
+CHANCES = {"ever_after": 0.5, "cut": 0.15, "resume": 0.25}
 VALUES = ["train.epochs=2", "data.train_size=40", "data.test_size=11", "checkpoint.every_iterations=1"]
 
 
@@ -153,7 +153,7 @@ def test_every_error_number_is_one_of_storage(name: str) -> None:
         known = as_resnext_error(OSError(number, os.strerror(number), path))
         assert isinstance(known, StorageError)
         assert os.strerror(number) in str(known)
-        assert str(known).startswith(path or "the run folder: ")
+        assert str(known).startswith(path or "a file: ")
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,26 @@ def test_an_error_of_storage_ends_a_run_with_6_and_loses_nothing(
     assert_newest_is_there(folder, calls)
     assert train_tiny(folder, *VALUES, resume=True) == 0
     assert digest(folder) == expected
+
+
+def test_the_last_status_is_written_or_the_run_has_failed(tmp_path: Path) -> None:
+    def patch() -> None:
+        write = RunFolder.write_status
+
+        def failing(folder: RunFolder, state: str, **facts: Any) -> None:
+            if state == "completed":
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder.path / "status.json"))
+            write(folder, state, **facts)
+
+        RunFolder.write_status = failing  # type: ignore[method-assign, assignment]
+
+    folder = tmp_path / "run"
+    outcome = Command(folder, *VALUES, patch=patch).wait()
+    assert outcome.code == 6
+    assert "status.json: Input/output error" in outcome.errors[0]
+    assert RunFolder(folder).read_status()["state"] == "failed"
+    assert train_tiny(folder, *VALUES, resume=True) == 0
+    assert RunFolder(folder).read_status()["state"] == "completed"
 
 
 def test_a_run_that_can_open_no_file_writes_down_why_it_failed(tmp_path: Path, expected: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import extract_archive
 
 from resnext_ignite.data.images import Images
-from resnext_ignite.errors import DataError, StorageError
+from resnext_ignite.errors import DataError, StorageError, errors_of_data
 
 # facebookresearch/ResNeXt: 125.3 123.0 113.9 and 63.0 62.1 66.7, of 255.
 MEAN, STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -50,7 +50,7 @@ def prepare_cifar(name: str, root: Path, *, download: bool) -> None:
             root.mkdir(parents=True, exist_ok=True)
     # The first ranks of several machines may come to one folder at once. One that cannot be written, nobody changes.
     shared = root.is_dir() and os.access(root, os.W_OK)
-    with FileLock(root / f".{name}.lock") if shared else contextlib.nullcontext():
+    with errors_of_data(root), FileLock(root / f".{name}.lock") if shared else contextlib.nullcontext():
         _prepare(_DATASETS[name], root, download=download)
 
 

@@ -87,11 +87,11 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         raise DataError(f"{source}: not a picture; remove or replace it") from None
     except Exception as error:
         # Whatever it is: PIL's readers answer damaged files with a dozen types, TypeError among them.
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            # The picture is not at fault: where such are skipped, it must not be.
+            raise
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-        # The picture is not at fault.
-        full = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
-        advice = "raise `ulimit -n` or lower data.workers" if full else "remove or replace it"
-        raise DataError(f"{source}: cannot be read: {reason or type(error).__name__}; {advice}") from None
+        raise DataError(f"{source}: cannot be read: {reason or type(error).__name__}; remove or replace it") from None
 
 
 def _file(source: Source) -> IO[bytes]:

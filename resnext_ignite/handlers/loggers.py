@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
@@ -168,7 +169,8 @@ class StatusFile:
 
     def __call__(self, engine: Engine, state: str = "running", exit_code: int | None = None, reason: str = "") -> None:
         self.last = getattr(engine.state, "record", None) or self.last
-        with warned_of("status.json"):
+        # A run that goes on can do without; but one that has ended must not be told to be running.
+        with warned_of("status.json") if state == "running" else contextlib.nullcontext():
             self.folder.write_status(
                 state,
                 exit_code=exit_code,
@@ -242,6 +244,8 @@ class TensorBoard:
         _put_before(int(time.time()), folder.path)
         self.logger = TensorboardLogger(log_dir=str(folder.path), purge_step=purge_from)
         self.writer = self.logger.writer
+        self._histograms: WeightsHistHandler | None = None
+        self._split = ""
         self.writer.file_writer.event_writer = _DispensableEvents(self.writer.file_writer.event_writer)
 
     def attach(self, trainer: Engine, config: Config, model: nn.Module, split: str, *, new: bool) -> None:
@@ -255,7 +259,8 @@ class TensorBoard:
         self.logger.attach(trainer, scalars, RunEvents.METRICS_READY)
         trainer.add_event_handler(RunEvents.EVALUATED, self.write_evaluation)
         if config.logging.histograms:
-            self.logger.attach(trainer, WeightsHistHandler(model), Events.EPOCH_COMPLETED)
+            self._histograms = WeightsHistHandler(model)
+            self._split = split
         if new:
             self._write_config(config, split)
 
@@ -266,8 +271,11 @@ class TensorBoard:
                 self.writer.add_scalar(f"train/{name}", metrics[name], iteration)
 
     def write_evaluation(self, engine: Engine) -> None:
-        """Scalars of an evaluation, by split."""
+        """Scalars of an evaluation, by split; and histograms of the weights that were evaluated."""
         record = engine.state.record
+        if self._histograms is not None and record["split"] == self._split:
+            # With the iteration for their step, as the scalars have: after a resume both are purged by it.
+            self._histograms(engine, self.logger, Events.ITERATION_COMPLETED)
         flipped = (f"{name}_flip" for name in _EVALUATED_SCALARS if f"{name}_flip" in record)
         for name in (*_EVALUATED_SCALARS, *flipped):
             self.writer.add_scalar(f"{record['split']}/{name}", record[name], record["iteration"])

@@ -65,7 +65,8 @@ class EpochEnds:
         self.last = 0
 
     def __call__(self, engine: Engine) -> None:
-        self.last = engine.state.epoch
+        if not self.evaluation.abandoned:
+            self.last = engine.state.epoch
 
     def outstanding(self, state: dict[str, Any], max_epochs: int) -> bool:
         """Whether a run that goes on from a saved state begins with the end of an epoch."""
@@ -73,7 +74,7 @@ class EpochEnds:
         epoch, handlers = iteration // length, state["handlers"]
         if iteration == 0 or iteration % length:
             return False
-        # Files of before this key say it of the evaluation alone.
+        # Older files only say whether the evaluation was made.
         answered = handlers["epoch_ends"]["last"] >= epoch if "epoch_ends" in handlers else True
         evaluated = handlers["evaluation"]["last_iteration"] >= iteration
         return not answered or (self.evaluation.due(epoch, max_epochs) and not evaluated)
