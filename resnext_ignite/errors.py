@@ -91,9 +91,9 @@ class PreemptedError(ResnextError):
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
-# What the system says of a process, a descriptor or a connection, and not of a file. The name of socket's error, since
-# its numbers are others.
+# Errors of processes and connections: no file is at fault.
 _NOT_OF_FILES = (ChildProcessError, ProcessLookupError, BlockingIOError, ConnectionRefusedError, ConnectionResetError)
+# Only a bug in this code causes these.
 _BUGS = {errno.EBADF, errno.EFAULT}
 # What torch says where a CPU has no memory left, whose error is a plain RuntimeError.
 _CPU_ALLOCATOR = re.compile(r"DefaultCPUAllocator: .*?(tried to allocate \d+ bytes|not enough memory)", re.DOTALL)
@@ -154,7 +154,7 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
 
 
 def _is_of_files(error: OSError) -> bool:
-    # Any number that the system gives: each file system has some of its own.
+    # All other numbers count, since each file system has some of its own. socket's gaierror has numbers of another list.
     foreign = isinstance(error, _NOT_OF_FILES) or type(error).__name__ == "gaierror"
     return bool(error.errno) and error.errno not in _BUGS and not foreign
 
@@ -200,11 +200,11 @@ def run_command(main: Callable[[list[str]], int | None], *, prints_result: bool 
     set_up_streams(prints_result=prints_result)
     try:
         code = main(sys.argv[1:])
-        # Here and not when Python ends, which answers an error with exit code 120.
+        # At its own end, Python would leave with exit code 120 if this failed.
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         code = report_error(error)
-        # The command has failed, whatever becomes of what it has printed.
+        # The command has failed. An error of printing must not replace that one.
         with contextlib.suppress(OSError, SystemExit):
             sys.stdout.flush()
     sys.exit(code or 0)

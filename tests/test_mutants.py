@@ -197,15 +197,15 @@ MUTANTS = [
     (
         "the end of an epoch that a stop cut off is lost",
         "handlers/session.py",
-        '        answered = handlers["epoch_ends"]["last"] >= epoch if "epoch_ends" in handlers else True\n',
-        "        answered = True\n",
+        '        handled = handlers["epoch_ends"]["last"] >= epoch if "epoch_ends" in handlers else True\n',
+        "        handled = True\n",
         "test_resuming.py::test_the_end_of_an_epoch",
     ),
     (
         "an evaluation that a stop cut off is lost",
         "handlers/session.py",
-        "return not answered or (self.evaluation.due(epoch, max_epochs) and not evaluated)",
-        "return not answered",
+        "return not handled or (self.evaluation.due(epoch, max_epochs) and not evaluated)",
+        "return not handled",
         "test_resuming.py::test_a_stop_at_the_end_of_the_best_epoch",
     ),
     (

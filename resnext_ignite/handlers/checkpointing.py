@@ -96,7 +96,7 @@ class RunState:
         for name, part in self.parts.items():
             if part is not None:
                 part.load_state_dict(state[name])
-        # Older files have no such key: the end of each of their epochs counts as answered.
+        # Older files have no such key: the end of each of their epochs counts as handled.
         epochs = state["trainer"]["iteration"] // state["trainer"]["epoch_length"]
         handlers = {"epoch_ends": {"last": epochs}, **state["handlers"]}
         for name, handler in self.handlers.items():

@@ -50,14 +50,14 @@ class Parts:
 
 
 class EpochEnds:
-    """Knows the last epoch whose end was answered by the handlers of EPOCH_COMPLETED.
+    """Knows the last epoch whose handlers of EPOCH_COMPLETED have done their work.
 
-    A stop in the last iteration of an epoch is saved there and then, and a stop in an evaluation gives that up: either
-    way the run ends before its handlers have answered the end of the epoch. The resumed run fires EPOCH_COMPLETED for
-    it before it trains. Attach it to EPOCH_COMPLETED, right before the resume point is written.
+    A stop in the last iteration of an epoch is saved at once, and a stop in an evaluation gives the evaluation up. Either
+    way the run ends before the handlers of EPOCH_COMPLETED have done their work. The resumed run therefore fires
+    EPOCH_COMPLETED before it trains. Attach this to EPOCH_COMPLETED, right before the resume point is written.
 
     Args:
-        evaluation: a part of the answer where it is due.
+        evaluation: one of these handlers, which has nothing to do after some epochs.
     """
 
     def __init__(self, evaluation: Evaluation) -> None:
@@ -69,15 +69,15 @@ class EpochEnds:
             self.last = engine.state.epoch
 
     def outstanding(self, state: dict[str, Any], max_epochs: int) -> bool:
-        """Whether a run that goes on from a saved state begins with the end of an epoch."""
+        """Whether a run that goes on from a saved state has to fire EPOCH_COMPLETED first."""
         iteration, length = state["trainer"]["iteration"], state["trainer"]["epoch_length"]
         epoch, handlers = iteration // length, state["handlers"]
         if iteration == 0 or iteration % length:
             return False
         # Older files only say whether the evaluation was made.
-        answered = handlers["epoch_ends"]["last"] >= epoch if "epoch_ends" in handlers else True
+        handled = handlers["epoch_ends"]["last"] >= epoch if "epoch_ends" in handlers else True
         evaluated = handlers["evaluation"]["last_iteration"] >= iteration
-        return not answered or (self.evaluation.due(epoch, max_epochs) and not evaluated)
+        return not handled or (self.evaluation.due(epoch, max_epochs) and not evaluated)
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch."""
