@@ -154,7 +154,7 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
 
 
 def _is_of_files(error: OSError) -> bool:
-    # All other numbers count, since each file system has some of its own. socket's gaierror has numbers of another list.
+    # All other numbers count, since each file system has some of its own. The numbers of socket's gaierror mean others.
     foreign = isinstance(error, _NOT_OF_FILES) or type(error).__name__ == "gaierror"
     return bool(error.errno) and error.errno not in _BUGS and not foreign
 

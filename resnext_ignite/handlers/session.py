@@ -52,8 +52,8 @@ class Parts:
 class EpochEnds:
     """Knows the last epoch whose handlers of EPOCH_COMPLETED have done their work.
 
-    A stop in the last iteration of an epoch is saved at once, and a stop in an evaluation gives the evaluation up. Either
-    way the run ends before the handlers of EPOCH_COMPLETED have done their work. The resumed run therefore fires
+    A stop in the last iteration of an epoch is saved at once, and a stop in an evaluation gives the evaluation up.
+    Either way the run ends before the handlers of EPOCH_COMPLETED have done their work. The resumed run therefore fires
     EPOCH_COMPLETED before it trains. Attach this to EPOCH_COMPLETED, right before the resume point is written.
 
     Args:
