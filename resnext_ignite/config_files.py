@@ -23,10 +23,10 @@ from resnext_ignite.errors import ConfigError
 
 COMMAND_LINE = "command line"
 _LONGEST_TEXT = 100_000
-# What the system says of a name that is not one of a file to read; anything else it says of storage.
+# What the system says of something that is no file to read (EIO: of /proc/self/mem). All else is an error of storage.
 _WRONG_NAME = {
     getattr(errno, name)
-    for name in ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ENAMETOOLONG", "ELOOP", "ENXIO", "EINVAL")
+    for name in ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ENAMETOOLONG", "ELOOP", "ENXIO", "EINVAL", "EIO")
 }
 _DEEPEST = 8
 DOTTED_KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,7}")

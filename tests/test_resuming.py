@@ -252,15 +252,25 @@ def test_a_file_that_cannot_be_read_today_is_passed_over_and_left(
     assert f"{newest}: Input/output error; resuming from {before} instead" in caplog.text
 
 
+BEST_OF_FOUR = ["data.val_size=20", "train.epochs=4", "checkpoint.every_epochs=4", "evaluation.batch_size=5"]
+
+
+@pytest.fixture(scope="module")
+def best_in_epoch_2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose epoch 2 is the best: the test split is read with its weights."""
+    folder = tmp_path_factory.mktemp("best") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        rig_errors(monkeypatch, lambda epoch: abs(epoch - 2.0))
+        assert train_tiny(folder, *BEST_OF_FOUR) == 0
+    return folder
+
+
 @pytest.mark.parametrize("when", ["last iteration", "evaluation", "time limit"])
 def test_a_stop_at_the_end_of_the_best_epoch_keeps_its_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best_in_epoch_2: Path, when: str
 ) -> None:
-    # Epoch 2 is the best: its weights are those that the test split is read with at the end.
     rig_errors(monkeypatch, lambda epoch: abs(epoch - 2.0))
-    values = ["data.val_size=20", "train.epochs=4", "checkpoint.every_epochs=4", "evaluation.batch_size=5"]
-    last = 2 * TRAINED_IN_AN_EPOCH
-    assert train_tiny(tmp_path / "whole", *values) == 0
+    values, last = BEST_OF_FOUR, 2 * TRAINED_IN_AN_EPOCH
 
     def stop_in_the_evaluation() -> None:
         create = engines.create_evaluator
@@ -303,8 +313,8 @@ def test_a_stop_at_the_end_of_the_best_epoch_keeps_its_weights(
     outcome = Command(folder, *values, resume=True).wait()
     assert outcome.code == 0, outcome.stderr
     assert "last weights" not in outcome.stderr
-    assert digest(folder) == digest(tmp_path / "whole")
-    assert digest(folder, "best.pt") == digest(tmp_path / "whole", "best.pt")
+    assert digest(folder) == digest(best_in_epoch_2)
+    assert digest(folder, "best.pt") == digest(best_in_epoch_2, "best.pt")
     assert load_checkpoint(folder / "checkpoints/best.pt")["trainer"]["iteration"] == last
 
 
