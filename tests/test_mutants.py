@@ -202,11 +202,11 @@ MUTANTS = [
         "test_resuming.py::test_the_end_of_an_epoch",
     ),
     (
-        "an evaluation that a stop cut off is lost",
+        "an evaluation that a stop cut off in an older file is lost",
         "handlers/session.py",
         "return not handled or (self.evaluation.due(epoch, max_epochs) and not evaluated)",
         "return not handled",
-        "test_resuming.py::test_a_stop_at_the_end_of_the_best_epoch",
+        "test_resuming.py::test_a_checkpoint_of_before",
     ),
     (
         "fp16 begins with a momentum of whatever lay there",
