@@ -264,10 +264,8 @@ def open_run(path: Path, config: Config, ranks: Ranks, *, resume: bool) -> Itera
         elif resume:
             log.info(f"nothing to resume in {path}: starting at iteration 0")
         try:
-            if point is None:
-                yield OpenRun(folder, config, None, changes)
-            else:
-                yield OpenRun(folder, config, point.state, changes, frozenset(point.unreadable))
+            state, unreadable = (None, ()) if point is None else (point.state, point.unreadable)
+            yield OpenRun(folder, config, state, changes, frozenset(unreadable))
         except BaseException as error:
             if ranks.rank == 0:
                 _write_failure(folder, error)

@@ -67,9 +67,8 @@ def random_values(draw: random.Random, picture_folder: Path) -> list[str]:
     values += some(0.2, one("train.lookahead", 2, 3)) + some(0.2, "optimizer.name=muon")
     values += some(0.2, "train.accumulate=2") + some(0.2, "train.ghost_batch=4") + some(0.2, "train.clip_grad_norm=0.5")
     values += some(0.2, "train.label_smoothing=0.1") + some(0.2, "train.channels_last=false")
-    values += some(0.3, one("train.precision", "bf16", "bf16", "fp16")) + some(
-        0.2, "optimizer.decay_norm_and_bias=false"
-    )
+    values += some(0.3, one("train.precision", "bf16", "bf16", "fp16"))
+    values += some(0.2, "optimizer.decay_norm_and_bias=false")
     values += some(0.2, "optimizer.momentum=0", "optimizer.nesterov=false") + some(0.2, "schedule.warmup_epochs=0.7")
     values += some(0.2, one("train.grouped_conv", "split", "merged2")) + some(0.1, "model.zero_init_residual=true")
     values += some(0.3, one("augment.flip", "none", "random", "alternating")) + some(0.2, "augment.cutout=8")

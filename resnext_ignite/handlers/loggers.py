@@ -169,7 +169,7 @@ class StatusFile:
 
     def __call__(self, engine: Engine, state: str = "running", exit_code: int | None = None, reason: str = "") -> None:
         self.last = getattr(engine.state, "record", None) or self.last
-        # A run that goes on can do without; but one that has ended must not be told to be running.
+        # A run that goes on can do without this file. One that has ended must not be left marked as running.
         with warned_of("status.json") if state == "running" else contextlib.nullcontext():
             self.folder.write_status(
                 state,
@@ -271,10 +271,10 @@ class TensorBoard:
                 self.writer.add_scalar(f"train/{name}", metrics[name], iteration)
 
     def write_evaluation(self, engine: Engine) -> None:
-        """Scalars of an evaluation, by split; and histograms of the weights that were evaluated."""
+        """Scalars of an evaluation, by split; and histograms of the trained weights, not of their average."""
         record = engine.state.record
         if self._histograms is not None and record["split"] == self._split:
-            # With the iteration for their step, as the scalars have: after a resume both are purged by it.
+            # Their step is the iteration, as of the scalars: a resumed run purges both by it.
             self._histograms(engine, self.logger, Events.ITERATION_COMPLETED)
         flipped = (f"{name}_flip" for name in _EVALUATED_SCALARS if f"{name}_flip" in record)
         for name in (*_EVALUATED_SCALARS, *flipped):
