@@ -25,7 +25,7 @@ from torch import distributed as dist
 from resnext_ignite.console import tell_from_signal_handler
 from resnext_ignite.errors import RankError, ResnextError, as_resnext_error
 from resnext_ignite.launchers import by_srun
-from resnext_ignite.signals import STOP_SIGNALS, end_start, leave, orphaned
+from resnext_ignite.signals import PARENT_GONE, STOP_SIGNALS, cause, end_start, leave
 
 T = TypeVar("T")
 _LONGEST_SILENCE_S = 5.0
@@ -162,9 +162,6 @@ class StopAgreement:
         """One packed all-reduce: this rank's float64 (k,) -> all ranks' (world_size, k), and the wishes settled."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self.wish(StopReason.TIME_LIMIT)
-        if self._wish is StopReason.SIGNAL and orphaned():
-            # Asked here: of a parent with several threads the first one's death sends the signal already.
-            self.wish(StopReason.ORPHANED)
         packed = torch.zeros(self.ranks.world_size, len(numbers) + 2, dtype=torch.float64)
         packed[self.ranks.rank, :-2] = numbers
         packed[self.ranks.rank, -2], packed[self.ranks.rank, -1] = self._wish, self._signal
@@ -215,7 +212,7 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
 
     Until the yielded function is called - before the first iteration - there is nothing to save, and a signal ends the
     start at once. Any further signal changes nothing. The signal by which a rank hears of its parent's death
-    (`signals.die_with_parent`) is no wish of the user's: it saves too, but the ranks have failed.
+    (`signals.PARENT_GONE`) is no wish of the user's: it saves too, but the ranks have failed.
 
     Raises:
         KeyboardInterrupt: a signal came before anything could be saved (`errors.as_resnext_error` makes exit 75 of it).
@@ -228,6 +225,8 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
 
     def on_signal(number: int, frame: object) -> None:
         nonlocal heard
+        if number == PARENT_GONE:
+            stop.wish(StopReason.ORPHANED)
         if heard:
             return
         heard = True
@@ -235,9 +234,9 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
         if not running:
             end_start(number, frame)
         if stop.ranks.rank == 0:
-            tell_from_signal_handler(f"{signal.Signals(number).name}: saving, then leaving")
+            tell_from_signal_handler(f"stopped by {cause(number)}: saving, then leaving")
 
-    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, on_signal) for number in (*STOP_SIGNALS, PARENT_GONE)}
     try:
         yield started
     finally:

@@ -22,7 +22,15 @@ from resnext_ignite.errors import ConfigError, PreemptedError, RankError, report
 from resnext_ignite.launchers import by_srun, by_torchrun, launched_on_this_machine, launched_world_size
 from resnext_ignite.rank_failures import Failure, FailureBoard, failures_named, others_watched, refuse_what_ended
 from resnext_ignite.rendezvous import begin_life, connect_to_store, keeps_its_store, last_life
-from resnext_ignite.signals import STOP_SIGNALS, die_with_parent, end_start_on_signals, held_back, leave, let_through
+from resnext_ignite.signals import (
+    PARENT_GONE,
+    STOP_SIGNALS,
+    die_with_parent,
+    end_start_on_signals,
+    held_back,
+    leave,
+    let_through,
+)
 
 # A rank that has not followed a failed one so long after it is killed.
 _GRACE_S = 8.0
@@ -67,7 +75,7 @@ def launch(
         backend = "nccl" if gpus else "gloo"
     if launched:
         # Ranks must not outlive their launcher.
-        die_with_parent(os.getppid(), signal.SIGTERM)
+        die_with_parent(os.getppid(), PARENT_GONE)
         _as_rank(function, args, backend, timeout_s)
         return
     code = _spawn_and_wait(function, args, count, backend, timeout_s)
@@ -185,7 +193,7 @@ def _spawned(
     try:
         set_up_streams(prints_result=False)
         end_start_on_signals()
-        die_with_parent(parent, signal.SIGTERM)
+        die_with_parent(parent, PARENT_GONE)
         let_through()
         os.environ.update(environment, RANK=str(local_rank), LOCAL_RANK=str(local_rank))
         if "OMP_NUM_THREADS" not in os.environ:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 
 from resnext_ignite.console import tell_from_signal_handler
@@ -18,7 +19,14 @@ STOP_SIGNALS = tuple(
     # `nohup` has a command ignore the end of its terminal.
     if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
 )
-_parent: int | None = None
+# What the system sends to a rank when the process that started it dies. It is a signal of its own: the system sends it
+# when the first thread of that process has ended, and until the last one has, the process still looks alive.
+PARENT_GONE = signal.SIGRTMIN if sys.platform == "linux" else signal.SIGUSR2
+
+
+def cause(number: int) -> str:
+    """What a signal says, to follow 'stopped by'."""
+    return "the end of what started it" if number == PARENT_GONE else signal.Signals(number).name
 
 
 def end_start(number: int, frame: object) -> None:
@@ -28,24 +36,24 @@ def end_start(number: int, frame: object) -> None:
         KeyboardInterrupt: always, whichever signal: what takes a damaged file's every Exception for damage must not
             take this for it.
     """
-    raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name} before there was anything to save")
+    raise KeyboardInterrupt(f"stopped by {cause(number)} before there was anything to save")
 
 
 def leave(number: int, frame: object) -> None:
     """The handler of a command that only imports yet: an exception could be lost in what catches them on import."""
-    tell_from_signal_handler(f"error: stopped by {signal.Signals(number).name} before there was anything to save")
+    tell_from_signal_handler(f"error: stopped by {cause(number)} before there was anything to save")
     os._exit(PreemptedError.exit_code)
 
 
 def leave_on_signals() -> None:
     """From now on a stop signal ends this process with 75, until a run takes the signals over."""
-    for number in STOP_SIGNALS:
+    for number in (*STOP_SIGNALS, PARENT_GONE):
         signal.signal(number, leave)
 
 
 def end_start_on_signals() -> None:
     """From now on a stop signal raises KeyboardInterrupt, until a run takes the signals over."""
-    for number in STOP_SIGNALS:
+    for number in (*STOP_SIGNALS, PARENT_GONE):
         signal.signal(number, end_start)
 
 
@@ -80,18 +88,11 @@ def stops_noted() -> Iterator[Callable[[], str | None]]:
 
 def die_with_parent(parent: int, number: int) -> None:
     """Have the system send this process a signal when its parent dies; at once, where that has happened already."""
-    global _parent
-    _parent = parent
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
-
-
-def orphaned() -> bool:
-    """Whether the parent with which this process should have died is gone."""
-    return _parent is not None and os.getppid() != _parent
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from resnext_ignite.checkpoint import iteration_checkpoints, load_checkpoint, ve
 from resnext_ignite.errors import DataError
 from resnext_ignite.handlers import checkpointing
 from resnext_ignite.run_folder import RunFolder
-from resnext_ignite.signals import leave
+from resnext_ignite.signals import PARENT_GONE, leave
 
 OFTEN = ["checkpoint.every_iterations=2", "logging.every_iterations=1"]
 
@@ -110,6 +110,19 @@ def test_ranks_do_not_outlive_the_process_that_started_them(tmp_path: Path) -> N
     saved = load_checkpoint(iteration_checkpoints(tmp_path / "run/checkpoints")[0])["trainer"]["iteration"]
     expected = f"what started the ranks of a machine is gone: saved at iteration {saved}; continue with --resume"
     assert status["reason"] == expected
+
+
+def test_a_parent_that_ends_slowly_is_not_taken_for_a_stop(tmp_path: Path) -> None:
+    # The system tells a rank of its parent's end when the first thread of the parent has ended, before the parent has.
+    def tell(engine: Engine) -> None:
+        os.kill(os.getpid(), PARENT_GONE)
+
+    outcome = Command(tmp_path / "run", *OFTEN, ranks=2, patch=lambda: at_iteration(6, on_rank(1, tell))).wait()
+    assert (outcome.code, outcome.left) == (8, []), outcome.stderr
+    (line,) = outcome.errors
+    assert line.startswith("error: what started the ranks of a machine is gone: saved at iteration ")
+    status = RunFolder(tmp_path / "run").read_status()
+    assert (status["state"], status["exit_code"]) == ("failed", 8)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from resnext_ignite.handlers.evaluation import BestRecord, Evaluation
 from resnext_ignite.handlers.loggers import StatusFile
 from resnext_ignite.optim.schedules import IterationLRScheduler
 from resnext_ignite.run_folder import ENDED, OpenRun, Record
-from resnext_ignite.signals import orphaned
 
 log = logging.getLogger(__name__)
 _REASONS = {
@@ -169,10 +168,8 @@ class AttachedRun:
     def _finish(self, whole: bool, started_at: int) -> Record | None:
         state = self.parts.trainer.state
         if self.stop.reason >= StopReason.SIGNAL and not whole:
-            # None leaves before rank 0 has saved: as saved they would all report what may have failed. By then it also
-            # shows whether the signal came of the death of what started a rank, whose threads die one by one.
-            if any(self.state.ranks.gather(orphaned())):
-                self.stop.decide(StopReason.ORPHANED)
+            # None leaves before rank 0 has saved: as saved they would all report what may have failed.
+            self.state.ranks.gather(None)
             if self.stop.reason == StopReason.ORPHANED:
                 error = OrphanedError(
                     f"what started the ranks of a machine is gone: saved at iteration {state.iteration}; "
