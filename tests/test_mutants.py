@@ -237,6 +237,13 @@ MUTANTS = [
         "test_console.py::test_a_closed_console",
     ),
     (
+        "the end of a rank's parent is a stop like any other",
+        "distributed.py",
+        "            stop.wish(StopReason.ORPHANED)\n",
+        "            pass\n",
+        "test_ranks.py::test_a_parent_that_ends_slowly",
+    ),
+    (
         "a full disk is no error of a result",
         "console.py",
         "            if error.errno == errno.EPIPE:\n",
