@@ -34,7 +34,7 @@ class _ResultFile(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            # What is still in the buffers has nowhere to go.
+            # Whatever is still buffered goes to /dev/null, so that the next flush does not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             if error.errno == errno.EPIPE:
                 raise SystemExit(0) from None
@@ -49,7 +49,7 @@ def set_up_streams(*, prints_result: bool) -> None:
     /dev/null. Otherwise the next file that this process opens would get that number, and with it all messages.
 
     Args:
-        prints_result: standard output holds the result of the command, and not only a word about what lies in files.
+        prints_result: standard output holds the result of the command, and not only a message about files.
     """
     for number in range(3):
         try:
@@ -73,7 +73,7 @@ def _opened(name: str, kind: type[io.FileIO], errors: str) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=getattr(before, "encoding", None) or "utf-8",
-        # Names of files may be bytes that are no text: they leave as they came.
+        # A file name may hold bytes that are not valid text. They are written unchanged.
         errors=errors,
         # As Python has them; `python -u` asks for no buffer.
         line_buffering=name == "stderr" or raw.isatty() or bool(getattr(before, "write_through", False)),

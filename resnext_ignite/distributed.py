@@ -25,7 +25,7 @@ from torch import distributed as dist
 from resnext_ignite.console import tell_from_signal_handler
 from resnext_ignite.errors import RankError, ResnextError, as_resnext_error
 from resnext_ignite.launchers import by_srun
-from resnext_ignite.signals import PARENT_GONE, STOP_SIGNALS, cause, end_start, leave
+from resnext_ignite.signals import ENDING_SIGNALS, PARENT_GONE, cause, end_start, leave
 
 T = TypeVar("T")
 _LONGEST_SILENCE_S = 5.0
@@ -64,14 +64,7 @@ class Ranks:
 
         idist.one_rank_first would leave the others waiting for a first one that failed.
         """
-        error: ResnextError | None = None
-        if self.local_rank == 0:
-            try:
-                prepare()
-            except Exception as caught:
-                error = as_resnext_error(caught)
-                if error is None:
-                    raise
+        error = _result_or_error(prepare)[1] if self.local_rank == 0 else None
         # The all-reduce is the barrier too.
         failures = idist.all_reduce(int(error is not None)) if self.world_size > 1 else 0
         if error is not None:
@@ -83,14 +76,7 @@ class Ranks:
         """What rank 0 makes, on every rank; its failure fails all."""
         if self.world_size == 1:
             return make()
-        made: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                made[0] = make()
-            except Exception as error:
-                made[1] = as_resnext_error(error)
-                if made[1] is None:
-                    raise
+        made: list[Any] = [*_result_or_error(make)] if self.rank == 0 else [None, None]
         dist.broadcast_object_list(made, src=0)
         if made[1] is not None:
             raise made[1]
@@ -111,6 +97,17 @@ class Ranks:
         items: list[Any] = [None] * self.world_size if self.rank == 0 else []
         dist.gather_object(item, items if self.rank == 0 else None)
         return items
+
+
+def _result_or_error(make: Callable[[], T]) -> tuple[T | None, ResnextError | None]:
+    """What a call returns, or the error that the other ranks must hear of; a bug is raised."""
+    try:
+        return make(), None
+    except Exception as caught:
+        error = as_resnext_error(caught)
+        if error is None:
+            raise
+        return None, error
 
 
 class StopReason(IntEnum):
@@ -236,7 +233,7 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
         if stop.ranks.rank == 0:
             tell_from_signal_handler(f"stopped by {cause(number)}: saving, then leaving")
 
-    before = {number: signal.signal(number, on_signal) for number in (*STOP_SIGNALS, PARENT_GONE)}
+    before = {number: signal.signal(number, on_signal) for number in ENDING_SIGNALS}
     try:
         yield started
     finally:

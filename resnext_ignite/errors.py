@@ -136,7 +136,8 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
         return error
     if isinstance(error, KeyboardInterrupt):
         return PreemptedError(str(error) or "stopped by Ctrl-C before there was anything to save")
-    # What fails while a stop unwinds the stack, as the release of a lock that it kept from being taken, comes of it.
+    # While a stop unwinds the stack, something else may fail, such as the release of a lock that was never taken. The
+    # stop is the cause.
     behind = error.__context__
     while behind is not None and not isinstance(behind, KeyboardInterrupt):
         behind = behind.__context__
@@ -154,7 +155,7 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
 
 
 def _is_of_files(error: OSError) -> bool:
-    # All other numbers count, since each file system has some of its own. The numbers of socket's gaierror mean others.
+    # All other numbers count, since each file system has some of its own. A gaierror of socket has numbers of its own.
     foreign = isinstance(error, _NOT_OF_FILES) or type(error).__name__ == "gaierror"
     return bool(error.errno) and error.errno not in _BUGS and not foreign
 
@@ -200,7 +201,7 @@ def run_command(main: Callable[[list[str]], int | None], *, prints_result: bool 
     set_up_streams(prints_result=prints_result)
     try:
         code = main(sys.argv[1:])
-        # At its own end, Python would leave with exit code 120 if this failed.
+        # If this failed at interpreter shutdown instead, Python would exit with code 120.
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         code = report_error(error)

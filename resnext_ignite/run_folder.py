@@ -52,7 +52,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Not the library's other kind of lock where the file system has none: a run that is killed would leave it shut.
+        # No soft lock where the file system has no locks: it is a plain file, and a killed run would leave it behind.
         self._lock = FileLock(path / ".lock", fallback_to_soft=False)
         self._spare_descriptors: list[int] = []
 
@@ -108,7 +108,7 @@ class RunFolder:
             if error.errno not in _NO_LOCKS:
                 advice = advice_for(error.errno)
             raise StorageError(f"{self._lock.lock_file}: {error.strerror}; {advice}") from None
-        # A process that has as many files open as it may can still write down why it fails.
+        # A process that has reached its limit of open files can close these, and then write why it failed.
         self._spare_descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in range(_SPARE_DESCRIPTORS)]
 
     def free_spare_descriptors(self) -> None:
@@ -119,7 +119,7 @@ class RunFolder:
     def unlock(self) -> None:
         """Free the folder."""
         self.free_spare_descriptors()
-        # What cannot be unlocked is free when this process ends.
+        # The system releases the lock anyway when this process ends.
         with contextlib.suppress(OSError):
             self._lock.release()
 
@@ -187,7 +187,7 @@ class RunFolder:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    # Read once, at the start: when a run fails, its files may not be readable any more.
+    # Read once, at the start: when a run fails, the packages' files may not be readable any more.
     versions = {name: metadata.version(name) for name in _PACKAGES}
     return {"resnext_ignite": __version__, "python": platform.python_version(), **versions}
 

@@ -16,16 +16,18 @@ _PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = tuple(
     number
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-    # `nohup` has a command ignore the end of its terminal.
+    # `nohup` makes a command ignore SIGHUP.
     if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
 )
-# What the system sends to a rank when the process that started it dies. It is a signal of its own: the system sends it
-# when the first thread of that process has ended, and until the last one has, the process still looks alive.
+# The system sends this to a rank when the process that started it dies. It is a signal of its own, because the rank
+# cannot look for its parent instead: the signal comes when the parent's first thread has ended, and the parent exists
+# until its last thread has.
 PARENT_GONE = signal.SIGRTMIN if sys.platform == "linux" else signal.SIGUSR2
+ENDING_SIGNALS = (*STOP_SIGNALS, PARENT_GONE)
 
 
 def cause(number: int) -> str:
-    """What a signal says, to follow 'stopped by'."""
+    """What a signal stands for, in messages that begin with 'stopped by'."""
     return "the end of what started it" if number == PARENT_GONE else signal.Signals(number).name
 
 
@@ -47,13 +49,13 @@ def leave(number: int, frame: object) -> None:
 
 def leave_on_signals() -> None:
     """From now on a stop signal ends this process with 75, until a run takes the signals over."""
-    for number in (*STOP_SIGNALS, PARENT_GONE):
+    for number in ENDING_SIGNALS:
         signal.signal(number, leave)
 
 
 def end_start_on_signals() -> None:
     """From now on a stop signal raises KeyboardInterrupt, until a run takes the signals over."""
-    for number in (*STOP_SIGNALS, PARENT_GONE):
+    for number in ENDING_SIGNALS:
         signal.signal(number, end_start)
 
 

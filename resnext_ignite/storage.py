@@ -43,7 +43,7 @@ def replace_durably(
                 before_rename(temporary)
             temporary.replace(path)
         except BaseException:
-            # Storage that fails here too must not hide how it failed first.
+            # A second error must not hide the first one.
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from resnext_ignite import engines, launch, train
-from resnext_ignite.checkpoint import load_checkpoint
+from resnext_ignite.checkpoint import load_checkpoint, newest_resume_point, resume_candidates, verify_checkpoint
 from resnext_ignite.errors import run_command
 from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.run_folder import RunFolder
@@ -69,22 +69,29 @@ def command(name: str, *arguments: str, flags: tuple[str, ...] = ()) -> subproce
     )
 
 
+def plain(value: Any, without: Collection[str] = ()) -> Any:
+    """A state with its tensors as bytes, so that two can be compared; without some keys."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: plain(inner, without) for key, inner in value.items() if key not in without}
+    return [plain(inner, without) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def digest(folder: Path, name: str = "final.pt") -> dict[str, Any]:
     """All of a finished run's state that must not depend on where it was cut: tensors as bytes, and the records."""
     state = load_checkpoint(folder / "checkpoints" / name)
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(inner) for inner in value]
-        return value
-
     names = ("model", "ema", "optimizer", "lr_scheduler", "scaler", "trainer", "generators", "statistics")
     timeless = [without_times(record) for record in RunFolder(folder).read_metrics()]
     return {**{name: plain(state[name]) for name in names}, "metrics": timeless}
+
+
+def assert_newest_is_there(folder: Path, saved: int) -> None:
+    """The newest resume point is at least of the iteration `saved`, and whatever has a name verifies."""
+    point = newest_resume_point(folder / "checkpoints")
+    assert (0 if point is None else point.state["trainer"]["iteration"]) >= saved
+    for path in resume_candidates(folder / "checkpoints"):
+        verify_checkpoint(path)
 
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from conftest import (
     Command,
+    assert_newest_is_there,
     at_iteration,
     digest,
     fill,
@@ -37,7 +38,6 @@ from resnext_ignite.checkpoint import (
     iteration_checkpoints,
     load_checkpoint,
     newest_resume_point,
-    resume_candidates,
     verify_checkpoint,
 )
 from resnext_ignite.errors import CheckpointError, RunFolderError, StorageError, as_resnext_error
@@ -118,14 +118,6 @@ class Steps:
         return max((int(match[1]) for match in found if match), default=0)
 
 
-def assert_nothing_is_lost(folder: Path, steps: Steps) -> None:
-    """After a death: the newest promised resume point is there, and whatever has a name verifies."""
-    point = newest_resume_point(folder / "checkpoints")
-    assert (0 if point is None else point.state["trainer"]["iteration"]) >= steps.promised()
-    for path in resume_candidates(folder / "checkpoints"):
-        verify_checkpoint(path)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
@@ -169,7 +161,7 @@ def test_a_run_that_dies_at_each_step_of_a_save_ends_the_same(
         outcome = Command(folder, *values, resume=last > 1, patch=hooks.install).wait()
         assert outcome.code == DIED, outcome.stderr
         assert re.sub(r"\d{8}", "N", log.read_text().splitlines()[-1]) == step.strip()
-        assert_nothing_is_lost(folder, hooks)
+        assert_newest_is_there(folder, hooks.promised())
     assert train_tiny(folder, *values, resume=True) == 0
     assert digest(folder) == digest(whole)
     assert not list(folder.rglob("*.tmp"))

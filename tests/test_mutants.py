@@ -197,7 +197,7 @@ MUTANTS = [
     (
         "the end of an epoch that a stop cut off is lost",
         "handlers/session.py",
-        '        handled = handlers["epoch_ends"]["last"] >= epoch if "epoch_ends" in handlers else True\n',
+        "        handled = last_handled_epoch(state) >= epoch\n",
         "        handled = True\n",
         "test_resuming.py::test_the_end_of_an_epoch",
     ),

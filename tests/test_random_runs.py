@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Command, Outcome, at_iteration, scalars, tiny_arguments
+from conftest import ROOT, Command, Outcome, at_iteration, plain, scalars, tiny_arguments
 from ignite.engine import Engine, Events
 
 from resnext_ignite import distributed, engines
@@ -209,18 +209,9 @@ def run(folder: Path, values: list[str], ranks: int, *, resume: bool, often: boo
 SECONDS: dict[Path, float] = {}
 
 
-def timeless(value: Any) -> Any:
-    """A state without what a clock says; tensors as bytes."""
-    if isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: timeless(inner) for key, inner in value.items() if key not in TIMES}
-    return [timeless(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
 def everything(folder: Path) -> dict[str, Any]:
     """All that a finished run leaves behind and a stop must not change."""
-    found: dict[str, Any] = {"metrics": timeless(RunFolder(folder).read_metrics())}
+    found: dict[str, Any] = {"metrics": plain(RunFolder(folder).read_metrics(), TIMES)}
     for name in ("final.pt", "best.pt"):
         path = folder / "checkpoints" / name
         if not path.exists():
@@ -233,7 +224,7 @@ def everything(folder: Path) -> dict[str, Any]:
         for sums in ("since_log", "epoch"):
             # The last of the sums is seconds.
             state["handlers"]["log_point"][sums].pop()
-        found[name] = timeless(state)
+        found[name] = plain(state, TIMES)
     if list(folder.glob("events.out.tfevents.*")):
         found["scalars"] = scalars(folder)
     return found

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command, digest, scalars, train_tiny
-from test_faults import DIED, VALUES, Steps, assert_nothing_is_lost
+from conftest import Command, assert_newest_is_there, digest, scalars, train_tiny
+from test_faults import DIED, VALUES, Steps
 
 from resnext_ignite.checkpoint import iteration_checkpoints, load_checkpoint, newest_resume_point
 from resnext_ignite.errors import CheckpointError
@@ -39,7 +39,7 @@ def test_a_death_at_every_step_of_a_run(tmp_path: Path, capsys: pytest.CaptureFi
         folder, hooks = tmp_path / "run", Steps(tmp_path / "now", last)
         outcome = Command(folder, *VALUES, patch=hooks.install).wait()
         assert outcome.code == DIED, outcome.stderr
-        assert_nothing_is_lost(folder, hooks)
+        assert_newest_is_there(folder, hooks.promised())
         outcome = Command(folder, *VALUES, resume=True).wait()
         assert outcome.code == 0, (steps[last - 1], outcome.stderr)
         assert digest(folder) == expected, steps[last - 1]

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command, at_iteration, digest, train_tiny
+from conftest import Command, assert_newest_is_there, at_iteration, digest, train_tiny
 from ignite.engine import Engine
 
-from resnext_ignite.checkpoint import newest_resume_point, resume_candidates, verify_checkpoint
 from resnext_ignite.config_files import load_config
 from resnext_ignite.errors import StorageError, as_resnext_error
 from resnext_ignite.handlers import pictures
@@ -131,14 +130,6 @@ class Calls:
         return max((int(line.split()[1]) for line in lines if line.startswith("saved ")), default=0)
 
 
-def assert_newest_is_there(folder: Path, calls: Calls) -> None:
-    """Whatever has a name verifies, and the newest resume point is the last one that was saved."""
-    point = newest_resume_point(folder / "checkpoints")
-    assert (0 if point is None else point.state["trainer"]["iteration"]) >= calls.saved()
-    for path in resume_candidates(folder / "checkpoints"):
-        verify_checkpoint(path)
-
-
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("whole") / "run"
@@ -194,7 +185,7 @@ def test_an_error_of_storage_ends_a_run_with_6_and_loses_nothing(
         assert RunFolder(folder).read_status().get("state") in (None, "failed")
     else:
         assert f"could not be written ({reason}); training goes on" in outcome.stderr
-    assert_newest_is_there(folder, calls)
+    assert_newest_is_there(folder, calls.saved())
     assert train_tiny(folder, *VALUES, resume=True) == 0
     assert digest(folder) == expected
 
@@ -278,7 +269,7 @@ def try_error(
         allowed = {6, 7} if "flock" in said else {6, 4} if cut else {6}
         assert outcome.code in allowed, f"{said}\n{outcome.stderr}"
         assert len(outcome.errors) == 1, f"{said}\n{outcome.stderr}"
-    assert_newest_is_there(folder, calls)
+    assert_newest_is_there(folder, calls.saved())
     # What could not be read this time is not taken for damaged.
     assert not list(folder.rglob("*.damaged")), said
     if resume:

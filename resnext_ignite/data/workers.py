@@ -6,6 +6,7 @@ import atexit
 import errno
 import math
 import multiprocessing
+import os
 import re
 import signal
 from collections.abc import Iterator
@@ -85,11 +86,9 @@ def watched(loader: DataLoader[Any]) -> Iterator[Any]:
             except (RuntimeError, OSError, EOFError) as error:
                 # A broken connection may be seen a moment before the death that broke it.
                 _check(workers, patience=1.0)
-                if _NO_DESCRIPTOR.search(str(error)):
-                    raise DataError(
-                        "data workers: too many open files; raise `ulimit -n` or lower data.workers"
-                    ) from None
                 with errors_of_data("data workers"):
+                    if _NO_DESCRIPTOR.search(str(error)):
+                        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from None
                     raise
             if isinstance(item, DataError):
                 raise item

@@ -96,9 +96,7 @@ class RunState:
         for name, part in self.parts.items():
             if part is not None:
                 part.load_state_dict(state[name])
-        # Older files have no such key: the end of each of their epochs counts as handled.
-        epochs = state["trainer"]["iteration"] // state["trainer"]["epoch_length"]
-        handlers = {"epoch_ends": {"last": epochs}, **state["handlers"]}
+        handlers = {**state["handlers"], "epoch_ends": {"last": last_handled_epoch(state)}}
         for name, handler in self.handlers.items():
             handler.load_state_dict(handlers[name])
         self.trainer.load_state_dict({**state["trainer"], "max_epochs": max_epochs})
@@ -138,6 +136,16 @@ def _generator_states() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
+
+
+def last_handled_epoch(state: dict[str, Any]) -> int:
+    """The last epoch of a saved state whose handlers of EPOCH_COMPLETED have done their work.
+
+    Older files do not say it: the end of each of their epochs counts as handled.
+    """
+    noted: dict[str, int] | None = state["handlers"].get("epoch_ends")
+    trainer = state["trainer"]
+    return noted["last"] if noted else trainer["iteration"] // trainer["epoch_length"]
 
 
 class SaveCheckpoints:

@@ -14,7 +14,7 @@ from resnext_ignite.checkpoint import load_checkpoint
 from resnext_ignite.distributed import StopAgreement, StopReason
 from resnext_ignite.errors import CheckpointError, OrphanedError, PreemptedError
 from resnext_ignite.handlers.averaging import WeightAverage
-from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints
+from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints, last_handled_epoch
 from resnext_ignite.handlers.evaluation import BestRecord, Evaluation
 from resnext_ignite.handlers.loggers import StatusFile
 from resnext_ignite.optim.schedules import IterationLRScheduler
@@ -70,12 +70,12 @@ class EpochEnds:
     def outstanding(self, state: dict[str, Any], max_epochs: int) -> bool:
         """Whether a run that goes on from a saved state has to fire EPOCH_COMPLETED first."""
         iteration, length = state["trainer"]["iteration"], state["trainer"]["epoch_length"]
-        epoch, handlers = iteration // length, state["handlers"]
+        epoch = iteration // length
         if iteration == 0 or iteration % length:
             return False
-        # Older files only say whether the evaluation was made.
-        handled = handlers["epoch_ends"]["last"] >= epoch if "epoch_ends" in handlers else True
-        evaluated = handlers["evaluation"]["last_iteration"] >= iteration
+        handled = last_handled_epoch(state) >= epoch
+        # Asked besides, since older files say no more than this.
+        evaluated = state["handlers"]["evaluation"]["last_iteration"] >= iteration
         return not handled or (self.evaluation.due(epoch, max_epochs) and not evaluated)
 
     def state_dict(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ class AttachedRun:
     def _finish(self, whole: bool, started_at: int) -> Record | None:
         state = self.parts.trainer.state
         if self.stop.reason >= StopReason.SIGNAL and not whole:
-            # None leaves before rank 0 has saved: as saved they would all report what may have failed.
+            # A barrier: no rank may report that the run is saved before rank 0 has saved it.
             self.state.ranks.gather(None)
             if self.stop.reason == StopReason.ORPHANED:
                 error = OrphanedError(
