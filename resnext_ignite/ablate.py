@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnext_ignite.console import set_up_streams
-from resnext_ignite.errors import ConfigError, NonFiniteError, PreemptedError, run_command
 from resnext_ignite.launchers import launched_world_size
-from resnext_ignite.signals import end_start_on_signals, leave_on_signals, stops_noted
+from resnext_ignite.runtime.console import set_up_streams
+from resnext_ignite.runtime.errors import ConfigError, NonFiniteError, PreemptedError, run_command
+from resnext_ignite.runtime.signals import end_start_on_signals, leave_on_signals, stops_noted
 
 if TYPE_CHECKING:
     from resnext_ignite.ablation.plan import Plan, PlannedRun

@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from resnext_ignite.config import Config, config_of
-from resnext_ignite.errors import CheckpointError, DamagedError, ForeignFileError, as_out_of_memory
 from resnext_ignite.models import build_model
-from resnext_ignite.storage import HashingFile, replace_durably, sha256_of, write_durably
+from resnext_ignite.runtime.errors import CheckpointError, DamagedError, ForeignFileError, as_out_of_memory
+from resnext_ignite.runtime.storage import HashingFile, replace_durably, sha256_of, write_durably
 
 log = logging.getLogger(__name__)
 FORMAT = "resnext_ignite/1"

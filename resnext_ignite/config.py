@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from resnext_ignite.architecture import parse_model_name
 from resnext_ignite.config_sections import (
     AugmentConfig,
     CheckpointConfig,
@@ -21,6 +20,7 @@ from resnext_ignite.config_sections import (
     TrainConfig,
     size_step,
 )
+from resnext_ignite.runtime.model_names import parse_model_name
 
 
 class Config(Section):

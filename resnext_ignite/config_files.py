@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError
 
 from resnext_ignite.config import Config, Values, config_of, flatten
-from resnext_ignite.errors import ConfigError
+from resnext_ignite.runtime.errors import ConfigError
 
 COMMAND_LINE = "command line"
 _LONGEST_TEXT = 100_000

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from resnext_ignite.errors import ConfigError, run_command
-from resnext_ignite.storage import check_place
+from resnext_ignite.runtime.errors import ConfigError, run_command
+from resnext_ignite.runtime.storage import check_place
 
 # Of resnext_ignite.foreign, which needs torch.
 _SOURCES = (
@@ -37,7 +37,7 @@ def convert(checkpoint: Path, output: Path, source: str, target: str) -> str:
 
     from resnext_ignite.checkpoint import load_model, save_checkpoint
     from resnext_ignite.foreign import checkpoint_of, read_foreign, renamed_for
-    from resnext_ignite.storage import replace_durably
+    from resnext_ignite.runtime.storage import replace_durably
 
     if target == "ours":
         model = read_foreign(checkpoint, source)

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from resnext_ignite.console import tell_from_signal_handler
-from resnext_ignite.errors import RankError, ResnextError, as_resnext_error
 from resnext_ignite.launchers import by_srun
-from resnext_ignite.signals import ENDING_SIGNALS, PARENT_GONE, cause, end_start, leave
+from resnext_ignite.runtime.console import tell_from_signal_handler
+from resnext_ignite.runtime.errors import RankError, ResnextError, as_resnext_error
+from resnext_ignite.runtime.signals import ENDING_SIGNALS, PARENT_GONE, cause, end_start, leave
 
 T = TypeVar("T")
 _LONGEST_SILENCE_S = 5.0

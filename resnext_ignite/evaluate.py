@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnext_ignite.errors import CheckpointError, ConfigError, run_command
-from resnext_ignite.storage import check_place
+from resnext_ignite.runtime.errors import CheckpointError, ConfigError, run_command
+from resnext_ignite.runtime.storage import check_place
 
 if TYPE_CHECKING:
     import torch
@@ -65,9 +65,10 @@ def evaluate(
     from resnext_ignite.data import load_data
     from resnext_ignite.distributed import Ranks
     from resnext_ignite.foreign import open_model
-    from resnext_ignite.handlers.loggers import set_up_console
     from resnext_ignite.metrics import Calibration
     from resnext_ignite.models.inference import MeanOverViews
+    from resnext_ignite.runtime import devices
+    from resnext_ignite.runtime.console import set_up_console
     from resnext_ignite.tuning import inference_for
 
     set_up_console()
@@ -92,12 +93,12 @@ def evaluate(
     if views == "ten-crop":
         # In memory a picture is its centre only.
         config = with_values(config, {"data.in_memory": False})
-    device, ranks = engines.resolve_device(config.train.device, 0), Ranks()
-    engines.set_up_machine(device, deterministic=bool(config.train.deterministic))
+    device, ranks = devices.resolve_device(config.train.device, 0), Ranks()
+    devices.set_up_machine(device, deterministic=bool(config.train.deterministic))
     data = load_data(config, ranks, (split,))
     _check_classes(checkpoint, metadata.classes, data.classes, foreign=metadata.source is not None)
     loader = _loader(config, data, split, device, ranks, views)
-    model = engines.place(model, device, channels_last=config.train.channels_last)
+    model = devices.place(model, device, channels_last=config.train.channels_last)
     if views != "one":
         model = MeanOverViews(model, flip=True)
     if config.evaluation.inference == "auto":

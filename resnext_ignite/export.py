@@ -10,8 +10,8 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from resnext_ignite.errors import ConfigError, run_command
-from resnext_ignite.storage import check_place
+from resnext_ignite.runtime.errors import ConfigError, run_command
+from resnext_ignite.runtime.storage import check_place
 
 # How a file of each format ends, by which it is opened.
 _SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}

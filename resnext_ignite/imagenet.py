@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from resnext_ignite.errors import PreemptedError, run_command
 from resnext_ignite.packing.options import IMAGES_PER_SHARD, add_arguments, at_least, encoding_of, require, workers_of
+from resnext_ignite.runtime.errors import PreemptedError, run_command
 
 # ILSVRC2012's, of Russakovsky et al., 'ImageNet Large Scale Visual Recognition Challenge', IJCV 2015, table 2.
 _CLASSES, _TRAIN_IMAGES, _VAL_IMAGES = 1000, 1_281_167, 50_000

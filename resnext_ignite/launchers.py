@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from resnext_ignite.errors import (
+from resnext_ignite.runtime.errors import (
     CheckpointError,
     ConfigError,
     DataError,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from resnext_ignite.errors import ConfigError, run_command
 from resnext_ignite.packing.options import IMAGES_PER_SHARD, add_arguments, at_least, encoding_of, require, workers_of
+from resnext_ignite.runtime.errors import ConfigError, run_command
 
 
 def main(arguments: list[str]) -> int:

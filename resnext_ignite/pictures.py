@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resnext_ignite.storage import replace_durably
+from resnext_ignite.runtime.storage import replace_durably
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnext_ignite.errors import ConfigError, DataError, run_command
-from resnext_ignite.storage import check_place
+from resnext_ignite.runtime.errors import ConfigError, DataError, run_command
+from resnext_ignite.runtime.storage import check_place
 
 if TYPE_CHECKING:
     import torch
@@ -98,17 +98,17 @@ class Predictor:
     """
 
     def __init__(self, checkpoint: Path, *, batch_size: int = 32, workers: int | None = None) -> None:
-        from resnext_ignite import engines
         from resnext_ignite.foreign import open_model
         from resnext_ignite.models.inference import Inference
+        from resnext_ignite.runtime import devices
 
         model, self.metadata = open_model(checkpoint)
         self.config = self.metadata.config
-        self.device = engines.resolve_device("auto", 0)
+        self.device = devices.resolve_device("auto", 0)
         self.batch_size, self.workers = batch_size, workers
-        engines.set_up_machine(self.device, deterministic=False)
-        model = engines.place(model, self.device, channels_last=self.config.train.channels_last)
-        self.network = Inference(model, engines.DTYPES[self.config.train.precision])
+        devices.set_up_machine(self.device, deterministic=False)
+        model = devices.place(model, self.device, channels_last=self.config.train.channels_last)
+        self.network = Inference(model, devices.DTYPES[self.config.train.precision])
 
     def __call__(self, files: Sequence[str], top_k: int = 5) -> Iterator[Prediction]:
         """Each picture's likeliest classes, in order.

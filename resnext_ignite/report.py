@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from resnext_ignite.errors import RunFolderError, run_command
-from resnext_ignite.storage import check_place
+from resnext_ignite.runtime.errors import RunFolderError, run_command
+from resnext_ignite.runtime.storage import check_place
+from resnext_ignite.runtime.tables import aligned
 
 _OF_THE_PAGE = ("records", "config", "status", "folder")
 
@@ -83,8 +84,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         )
         if flip:
             rows[-1].append("-" if run["last_error_flip"] is None else f"{run['last_error_flip']:.2f}")
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(aligned(rows))
 
 
 def differences(runs: list[dict[str, Any]]) -> list[str]:

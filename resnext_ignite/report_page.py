@@ -24,7 +24,7 @@ from resnext_ignite.pictures import (
     pyplot,
 )
 from resnext_ignite.run_folder import Record, RunFolder
-from resnext_ignite.storage import write_durably
+from resnext_ignite.runtime.storage import write_durably
 
 # More cells than that are a picture.
 _MOST_CELLS_A_SIDE = 20

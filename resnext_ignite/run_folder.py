@@ -31,9 +31,9 @@ from resnext_ignite.config import Config
 from resnext_ignite.config_changes import SAFE_ON_RESUME, adopt_resolved, changed_values
 from resnext_ignite.config_files import dump_config, load_config
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.errors import PreemptedError, RunFolderError, StorageError, advice_for, as_resnext_error
 from resnext_ignite.run_records import EvaluationInDetail, MetricsLine, Status
-from resnext_ignite.storage import append_durably, errors_named, temporary_path, write_durably
+from resnext_ignite.runtime.errors import PreemptedError, RunFolderError, StorageError, advice_for, as_resnext_error
+from resnext_ignite.runtime.storage import append_durably, errors_named, temporary_path, write_durably
 
 ENDED = ("completed", "stopped_early")
 _PACKAGES = ("torch", "torchvision", "pytorch-ignite", "tensorboard")

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnext_ignite.architecture import Architecture, parse_model_name
-from resnext_ignite.errors import ConfigError, run_command
+from resnext_ignite.runtime.errors import ConfigError, run_command
+from resnext_ignite.runtime.model_names import Architecture, parse_model_name
+from resnext_ignite.runtime.tables import aligned, markdown
 
 if TYPE_CHECKING:
     from resnext_ignite.models.layers import Layers
@@ -106,8 +107,7 @@ def table(summary: Summary) -> str:
         output = " x ".join(map(str, row.output))
         cost = (f"{row.cost.parameters:,}", _count(row.cost.multiply_adds), _bytes(row.kept))
         rows.append((row.name, output, row.kernels or "-", *cost, f"{row.receptive_field}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(rows)
     stem = f", {summary.stem_channels} channels after the stem" if summary.stem_channels != 64 else ""
     lines += [
         f"{summary.name}{stem}: a picture of {summary.image_size}x{summary.image_size}, {summary.num_classes} classes",
@@ -122,14 +122,14 @@ def table(summary: Summary) -> str:
 
 def configuration_table(summaries: list[Summary]) -> str:
     """Markdown: a row for each model, as in the README."""
-    rows = [_MARKDOWN_HEAD, ("---",) * len(_MARKDOWN_HEAD)]
+    rows: list[tuple[str, ...]] = [_MARKDOWN_HEAD]
     for summary in summaries:
         architecture, layers = summary.architecture, summary.layers
         shape = (architecture.depth, architecture.cardinality, architecture.base_width)
         costs = (f"{layers.cost.parameters / 1e6:.1f} M", f"{layers.cost.multiply_adds / 1e9:.2f} G")
         cells = (f"`{summary.name}`", *map(str, shape), *costs, str(layers.receptive_field), str(summary.image_size))
         rows.append(cells)
-    return "\n".join(f"| {' | '.join(row)} |" if row[0] != "---" else "|---" * len(row) + "|" for row in rows)
+    return "\n".join(markdown(rows))
 
 
 def as_json(summary: Summary) -> dict[str, Any]:

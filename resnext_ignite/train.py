@@ -12,10 +12,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnext_ignite.console import set_up_streams
-from resnext_ignite.errors import ConfigError, DataError, run_command
 from resnext_ignite.launchers import ends_remembered, launched_world_size
-from resnext_ignite.signals import leave_on_signals
+from resnext_ignite.runtime.console import set_up_streams
+from resnext_ignite.runtime.errors import ConfigError, DataError, run_command
+from resnext_ignite.runtime.signals import leave_on_signals
 
 # torch, and all that imports it, waits until the command line and the config are known to be right.
 if TYPE_CHECKING:
@@ -40,13 +40,15 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     from resnext_ignite.data import build_loaders
     from resnext_ignite.distributed import Ranks, StopAgreement, stop_on_signals
     from resnext_ignite.handlers import Parts, attach_handlers, build_average
-    from resnext_ignite.handlers.loggers import describe, set_up_console
+    from resnext_ignite.handlers.loggers import describe
     from resnext_ignite.models import build_model
     from resnext_ignite.optim import build_lr_scheduler, build_optimizer
     from resnext_ignite.pretrained import load_pretrained, with_normalisation
     from resnext_ignite.rank_failures import failures_named
     from resnext_ignite.replicas import settle_buckets, wrap_for_ranks
     from resnext_ignite.run_folder import open_run
+    from resnext_ignite.runtime import devices
+    from resnext_ignite.runtime.console import set_up_console
     from resnext_ignite.tuning import tuned
 
     ranks = Ranks.current()
@@ -55,14 +57,14 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     run_folder = open_run(output_dir, config, ranks, resume=resume)
     with stop_on_signals(stop) as begin, run_folder as opened, failures_named(ranks):
         log.info(f"{ranks.placement()}, {config.train.batch_size // ranks.world_size} images each an iteration")
-        device = engines.resolve_device(opened.config.train.device, local_rank)
+        device = devices.resolve_device(opened.config.train.device, local_rank)
         loaders = build_loaders(with_normalisation(opened.config), device, ranks)
         opened.check_data(loaders.data.contents)
         config = settle(opened.config, loaders.data, device)
-        engines.set_up_machine(device, deterministic=bool(config.train.deterministic))
+        devices.set_up_machine(device, deterministic=bool(config.train.deterministic))
         config = tuned(config, loaders.data, device, ranks)
         torch.manual_seed(config.seed)
-        model = engines.place(build_model(config), device, channels_last=config.train.channels_last)
+        model = devices.place(build_model(config), device, channels_last=config.train.channels_last)
         if config.model.pretrained and opened.state is None:
             load_pretrained(model, config.model.name, config.model.pretrained, ranks)
         average = build_average(config, model, len(loaders.train))
@@ -94,7 +96,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
 def settle(config: Config, data: Data, device: torch.device) -> Config:
     """The config with everything settled that it leaves to the data or the machine."""
     from resnext_ignite.config import with_values
-    from resnext_ignite.engines import resolve_precision
+    from resnext_ignite.runtime.devices import resolve_precision
 
     if len(data.classes) < 2:
         raise DataError(f"{config.data.root}: a single class, {data.classes[0]}; there is nothing to tell apart")
@@ -163,8 +165,8 @@ def main(arguments: list[str]) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # torch's C++ parts warn of a rank that is gone with a stack of frames; the run says it in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from resnext_ignite.handlers.loggers import set_up_console
     from resnext_ignite.launch import launch
+    from resnext_ignite.runtime.console import set_up_console
 
     set_up_console()
     launch(

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from resnext_ignite.config import Config, with_values
 from resnext_ignite.data import Data
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.engines import DTYPES, place
 from resnext_ignite.models import build_model
 from resnext_ignite.models.grouped_conv import grouped_shapes, in_each_way
 from resnext_ignite.models.inference import Inference
-from resnext_ignite.timing import in_turns, medians, timed, timer
+from resnext_ignite.runtime.devices import DTYPES, place
+from resnext_ignite.runtime.timing import in_turns, medians, timed, timer
 
 log = logging.getLogger(__name__)
 _ROUNDS = 3

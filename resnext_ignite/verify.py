@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resnext_ignite.errors import CheckpointError, RunFolderError, run_command
+from resnext_ignite.runtime.errors import CheckpointError, RunFolderError, run_command
+from resnext_ignite.runtime.tables import aligned
 
 # What a resume reads, besides the config, and the average where the config has one.
 _PARTS = (
@@ -212,9 +213,7 @@ def table(files: list[Checked]) -> str:
                 file.state,
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(aligned(rows))
 
 
 def resume_line(run: CheckedRun) -> str:

@@ -24,10 +24,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from resnext_ignite import engines, launch, train
 from resnext_ignite.checkpoint import load_checkpoint, newest_resume_point, resume_candidates, verify_checkpoint
-from resnext_ignite.errors import run_command
 from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.run_folder import RunFolder
-from resnext_ignite.signals import leave_on_signals
+from resnext_ignite.runtime.errors import run_command
+from resnext_ignite.runtime.signals import leave_on_signals
 
 # One thread: no OpenMP pool exists, so that a test may fork a run and kill it.
 torch.set_num_threads(1)

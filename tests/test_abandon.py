@@ -13,10 +13,10 @@ from ignite.engine import Engine
 from resnext_ignite.config import Config, with_values
 from resnext_ignite.config_files import dump_config, load_config
 from resnext_ignite.distributed import Ranks, StopAgreement, StopReason
-from resnext_ignite.errors import ConfigError, RunFolderError
 from resnext_ignite.handlers.checkpointing import SaveCheckpoints
 from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runtime.errors import ConfigError, RunFolderError
 
 REASON = "abandoned: 62.1 % after epoch 2, above the 60 % of evaluation.abandon"
 

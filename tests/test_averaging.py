@@ -25,11 +25,11 @@ from resnext_ignite.config import Config, with_values
 from resnext_ignite.config_files import load_config
 from resnext_ignite.data import Loaders, build_loaders
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.errors import ConfigError, RunFolderError
 from resnext_ignite.handlers import build_average
 from resnext_ignite.handlers.averaging import FreshStatistics, Lookahead
 from resnext_ignite.models import build_model
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runtime.errors import ConfigError, RunFolderError
 
 CPU = torch.device("cpu")
 

@@ -26,8 +26,8 @@ from resnext_ignite.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from resnext_ignite.errors import CheckpointError
-from resnext_ignite.storage import replace_durably
+from resnext_ignite.runtime.errors import CheckpointError
+from resnext_ignite.runtime.storage import replace_durably
 
 STATE: dict[str, Any] = {"model": {"w": torch.arange(200.0)}, "config": {"seed": 1}}
 

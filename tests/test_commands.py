@@ -18,7 +18,8 @@ from test_imports import LEVELS
 
 from resnext_ignite import convert, evaluate, predict, report
 from resnext_ignite.config_changes import SAFE_ON_RESUME
-from resnext_ignite.errors import (
+from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runtime.errors import (
     CheckpointError,
     ConfigError,
     DataError,
@@ -26,7 +27,6 @@ from resnext_ignite.errors import (
     RunFolderError,
     as_resnext_error,
 )
-from resnext_ignite.run_folder import RunFolder
 
 COMMANDS = sorted(LEVELS[0])
 

@@ -15,7 +15,7 @@ from resnext_ignite.config_files import (
     load_config,
 )
 from resnext_ignite.config_reference import config_reference
-from resnext_ignite.errors import ConfigError
+from resnext_ignite.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from resnext_ignite import train
 from resnext_ignite.config import Config, flatten
 from resnext_ignite.config_files import dump_config, load_config
-from resnext_ignite.errors import ConfigError, run_command
+from resnext_ignite.runtime.errors import ConfigError, run_command
 
 ROOT = Path(__file__).parent.parent
 PRESETS = [path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))]

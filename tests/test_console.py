@@ -18,7 +18,7 @@ from ignite.engine import Engine
 from resnext_ignite.checkpoint import iteration_checkpoints, load_checkpoint
 from resnext_ignite.handlers import checkpointing
 from resnext_ignite.run_folder import RunFolder
-from resnext_ignite.signals import STOP_SIGNALS
+from resnext_ignite.runtime.signals import STOP_SIGNALS
 
 VALUES = ["train.epochs=2", "logging.every_iterations=1", "checkpoint.every_iterations=1"]
 
@@ -92,7 +92,7 @@ def test_a_signal_without_a_console_saves(tmp_path: Path, loss: str, number: sig
 
 def test_a_hang_up_is_a_stop_but_not_under_nohup(tmp_path: Path) -> None:
     hang_up = "import signal, sys\nsignal.signal(signal.SIGHUP, getattr(signal, sys.argv.pop(1)))\n"
-    code = hang_up + "from resnext_ignite.signals import STOP_SIGNALS\nprint(signal.SIGHUP in STOP_SIGNALS)"
+    code = hang_up + "from resnext_ignite.runtime.signals import STOP_SIGNALS\nprint(signal.SIGHUP in STOP_SIGNALS)"
     for action, heard in (("SIG_DFL", b"True\n"), ("SIG_IGN", b"False\n")):
         assert python(code, action, stdout=subprocess.PIPE).communicate()[0] == heard
 
@@ -139,7 +139,7 @@ def test_a_result_that_cannot_be_printed_is_an_error_unless_its_reader_has_left(
 
 def test_a_reader_that_has_left_hides_no_failure() -> None:
     code = (
-        "import sys\nfrom resnext_ignite.errors import StorageError, run_command\n"
+        "import sys\nfrom resnext_ignite.runtime.errors import StorageError, run_command\n"
         "def main(arguments):\n    print('one line')\n    raise StorageError('the disk is full')\nrun_command(main)"
     )
     reads, writes = os.pipe()
@@ -153,7 +153,7 @@ def test_a_reader_that_has_left_hides_no_failure() -> None:
 
 def test_what_is_printed_without_a_buffer_comes_at_once() -> None:
     code = (
-        "import time\nfrom resnext_ignite.errors import run_command\n"
+        "import time\nfrom resnext_ignite.runtime.errors import run_command\n"
         "def main(arguments):\n    print('one line')\n    time.sleep(30)\nrun_command(main)"
     )
     with subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE) as process:

@@ -26,11 +26,11 @@ from resnext_ignite.config import with_values
 from resnext_ignite.data import build_eval_loader, cifar
 from resnext_ignite.data.cifar import CLASSES
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.errors import CheckpointError, ConfigError
 from resnext_ignite.foreign import SOURCES, TARGETS, open_model, read_foreign
 from resnext_ignite.foreign.keys import SEED, TORCHVISION
 from resnext_ignite.models import create_model
 from resnext_ignite.pretrained import load_pretrained
+from resnext_ignite.runtime.errors import CheckpointError, ConfigError
 
 
 class SeedBlock(nn.Module):

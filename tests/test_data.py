@@ -28,7 +28,7 @@ from resnext_ignite.data.index import index_images
 from resnext_ignite.data.loaders import EvalLoader, TrainLoader
 from resnext_ignite.data.sampling import Purpose, TrainOrder, uniform
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.errors import ConfigError, DataError
+from resnext_ignite.runtime.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
 PLAIN = Augment(1, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), crop_padding=2, flip="random")

@@ -32,8 +32,8 @@ from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.sampling import Purpose, permutation
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.engines import create_trainer
-from resnext_ignite.errors import ConfigError, DataError, as_resnext_error
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runtime.errors import ConfigError, DataError, as_resnext_error
 
 IN_MEMORY = ["data.in_memory=true"]
 AS_FILES = ["data.in_memory=false", "data.workers=0"]

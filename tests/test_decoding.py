@@ -14,7 +14,7 @@ from torchvision.models import ResNeXt50_32X4D_Weights
 from resnext_ignite.data import decoding
 from resnext_ignite.data.cropping import random_crop, square_crop
 from resnext_ignite.data.decoding import _PlainJpeg, cut_and_resized, open_rgb, read_crop, resized
-from resnext_ignite.errors import DataError
+from resnext_ignite.runtime.errors import DataError
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:

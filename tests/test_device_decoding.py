@@ -31,7 +31,7 @@ from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.index import index_images
 from resnext_ignite.data.loaders import Batch, TrainLoader
 from resnext_ignite.data.sampling import TrainOrder
-from resnext_ignite.errors import ConfigError, DataError, RunFolderError
+from resnext_ignite.runtime.errors import ConfigError, DataError, RunFolderError
 
 CPU = torch.device("cpu")
 AUGMENT = Augment(5, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip="random", color=0.4)

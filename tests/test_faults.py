@@ -40,11 +40,12 @@ from resnext_ignite.checkpoint import (
     newest_resume_point,
     verify_checkpoint,
 )
-from resnext_ignite.errors import CheckpointError, RunFolderError, StorageError, as_resnext_error
 from resnext_ignite.handlers.checkpointing import SaveCheckpoints
-from resnext_ignite.handlers.loggers import EvaluationFile, TensorBoard, set_up_console
+from resnext_ignite.handlers.loggers import EvaluationFile, TensorBoard
 from resnext_ignite.handlers.pictures import Curves, MistakesPicture
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runtime.console import set_up_console
+from resnext_ignite.runtime.errors import CheckpointError, RunFolderError, StorageError, as_resnext_error
 
 DIED = 86
 VALUES = ["checkpoint.every_iterations=1", "logging.every_iterations=1", "train.ema_decay=0.9"]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import train_tiny
 
-from resnext_ignite.architecture import parse_model_name
 from resnext_ignite.benchmark.kernels import check
 from resnext_ignite.config import config_of, with_values
-from resnext_ignite.errors import ConfigError
 from resnext_ignite.models import build_model, create_model
 from resnext_ignite.models.grouped_conv import GroupedConv2d, grouped_shapes, in_each_way, ways_for
+from resnext_ignite.runtime.errors import ConfigError
+from resnext_ignite.runtime.model_names import parse_model_name
 from resnext_ignite.tuning import Arithmetic
 
 

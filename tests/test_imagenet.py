@@ -20,10 +20,10 @@ from scipy.io import savemat
 
 from resnext_ignite import imagenet
 from resnext_ignite.data.index import index_images
-from resnext_ignite.errors import ConfigError, DataError, PreemptedError, RunFolderError, StorageError
 from resnext_ignite.packing import ilsvrc
 from resnext_ignite.packing.options import locked
 from resnext_ignite.packing.shards import check_folder
+from resnext_ignite.runtime.errors import ConfigError, DataError, PreemptedError, RunFolderError, StorageError
 
 # By their ILSVRC2012_ID, which is not the order of their names; with how many training images.
 CLASSES = {1: ("n02119789", "kit fox, Vulpes macrotis", 4), 2: ("n01440764", "tench, Tinca tinca", 3)}

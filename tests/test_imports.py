@@ -37,9 +37,8 @@ LEVELS = [
     {"config_changes", "config_files", "config_reference"},
     {"config"},
     {"config_sections"},
-    {"launchers", "signals"},
-    {"architecture", "errors", "storage", "timing"},
-    {"console"},
+    {"launchers"},
+    {"runtime"},
 ]
 # The one command that is made of another's runs, by `train.run`.
 RUNS_ANOTHER = {("ablate", "train")}

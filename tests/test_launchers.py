@@ -15,7 +15,6 @@ from conftest import ROOT, digest, tiny_arguments
 
 from resnext_ignite import launch
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.errors import ConfigError, DataError, NonFiniteError, PreemptedError, RankError, ResnextError
 from resnext_ignite.launchers import (
     by_srun,
     by_torchrun,
@@ -24,6 +23,14 @@ from resnext_ignite.launchers import (
     launched_world_size,
 )
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runtime.errors import (
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    PreemptedError,
+    RankError,
+    ResnextError,
+)
 
 SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "4"}
 
@@ -128,7 +135,7 @@ def patched_train(script: Path, patch: str) -> Path:
         "from pathlib import Path\n"
         "from conftest import at_iteration, rank\n"
         "from resnext_ignite import train\n"
-        "from resnext_ignite.errors import run_command\n"
+        "from resnext_ignite.runtime.errors import run_command\n"
         f"{patch}\n"
         "run_command(train.main, prints_result=False)\n"
     )

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from resnext_ignite import convert
 from resnext_ignite.checkpoint import load_model
 from resnext_ignite.data import cifar, imagefolder
-from resnext_ignite.errors import CheckpointError
 from resnext_ignite.foreign import checkpoint_of, open_model, read_foreign
+from resnext_ignite.runtime.errors import CheckpointError
 
 CIFAR, IMAGENET = (1, 1, 1), (3, 4, 6, 3)
 

@@ -228,7 +228,7 @@ def test_two_of_three_machines_go_on_without_the_third(tmp_path: Path, machines:
             "stopped by SIGUSR1 and saved at iteration",
         ),
         (
-            "from resnext_ignite.errors import DataError\n"
+            "from resnext_ignite.runtime.errors import DataError\n"
             "def fail(engine):\n"
             "    if rank() == 1:\n"
             "        raise DataError('cat.jpg: not a picture')\n"

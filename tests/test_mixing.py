@@ -18,7 +18,7 @@ from resnext_ignite.data.loaders import Batch, TrainLoader
 from resnext_ignite.data.mixing import Mixing, beta, beta_quantiles, neighbours
 from resnext_ignite.data.sampling import Purpose, TrainOrder, uniform
 from resnext_ignite.engines import create_trainer
-from resnext_ignite.errors import ConfigError
+from resnext_ignite.runtime.errors import ConfigError
 
 CPU = torch.device("cpu")
 HALVES = torch.linspace(0, 1, 4097, dtype=torch.float64)

@@ -23,8 +23,8 @@ from PIL import Image
 
 from resnext_ignite import pack
 from resnext_ignite.data.sampling import Purpose, permutation
-from resnext_ignite.errors import ConfigError, DataError, RunFolderError, StorageError
 from resnext_ignite.packing import options, shards
+from resnext_ignite.runtime.errors import ConfigError, DataError, RunFolderError, StorageError
 
 TRAIN, VAL = 14, 4
 

@@ -14,10 +14,10 @@ from resnext_ignite import train
 from resnext_ignite.checkpoint import load_checkpoint, load_model
 from resnext_ignite.config import Config, with_values
 from resnext_ignite.config_files import load_config
-from resnext_ignite.errors import CheckpointError, ConfigError
 from resnext_ignite.models import build_model, create_model
 from resnext_ignite.optim import build_lr_scheduler, build_optimizer
 from resnext_ignite.pretrained import load_pretrained, with_normalisation
+from resnext_ignite.runtime.errors import CheckpointError, ConfigError
 
 TINY_NAME = "cifar_resnext11_2x8d"
 

@@ -25,9 +25,9 @@ from resnext_ignite.data.loaders import TrainLoader
 from resnext_ignite.data.resizing import GrowingSize
 from resnext_ignite.data.sampling import TrainOrder
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.errors import ConfigError
 from resnext_ignite.replicas import wrap_for_ranks
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runtime.errors import ConfigError
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)

@@ -26,9 +26,10 @@ from resnext_ignite import distributed, engines
 from resnext_ignite.checkpoint import load_checkpoint, verify_checkpoint
 from resnext_ignite.config_files import load_config
 from resnext_ignite.distributed import StopAgreement, StopReason
-from resnext_ignite.errors import ConfigError
 from resnext_ignite.handlers import pictures
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runtime import devices
+from resnext_ignite.runtime.errors import ConfigError
 
 pytestmark = pytest.mark.soak
 DIED = 86
@@ -154,13 +155,13 @@ class Cut:
         os.fsync = counted  # type: ignore[assignment]
 
     def _at_start(self) -> None:
-        place = engines.place
+        place = devices.place
 
         def placed(*args: Any, **kwargs: Any) -> torch.nn.Module:
             self.act()
             return place(*args, **kwargs)
 
-        engines.place = placed
+        devices.place = placed
 
     def _at_some(self) -> None:
         """The test sends it."""

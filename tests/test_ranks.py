@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from resnext_ignite import distributed
 from resnext_ignite.checkpoint import iteration_checkpoints, load_checkpoint, verify_checkpoint
-from resnext_ignite.errors import DataError
 from resnext_ignite.handlers import checkpointing
 from resnext_ignite.run_folder import RunFolder
-from resnext_ignite.signals import PARENT_GONE, leave
+from resnext_ignite.runtime.errors import DataError
+from resnext_ignite.runtime.signals import PARENT_GONE, leave
 
 OFTEN = ["checkpoint.every_iterations=2", "logging.every_iterations=1"]
 

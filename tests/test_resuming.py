@@ -25,9 +25,10 @@ from resnext_ignite.checkpoint import (
     save_checkpoint,
 )
 from resnext_ignite.distributed import StopAgreement, StopReason
-from resnext_ignite.errors import CheckpointError, DataError
 from resnext_ignite.handlers import checkpointing
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runtime import devices
+from resnext_ignite.runtime.errors import CheckpointError, DataError
 
 DIED = 86
 # Of the tiny run with 20 of its 70 images held out, in batches of 16.
@@ -45,7 +46,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, ranks: int) -
     values = [*OFTEN, "train.ema_decay=0.9", "evaluation.every=3", "evaluation.early=[]", "schedule.name=constant"]
 
     def patch() -> None:
-        place = engines.place
+        place = devices.place
 
         def burst_later(*arguments: Any, **options: Any) -> torch.nn.Module:
             model = place(*arguments, **options)
@@ -57,7 +58,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, ranks: int) -
             at_iteration(6, burst)
             return model
 
-        engines.place = burst_later
+        devices.place = burst_later
 
     outcome = Command(tmp_path / "run", *values, ranks=ranks, patch=patch).wait()
     assert outcome.code == 5, outcome.stderr

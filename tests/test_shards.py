@@ -26,7 +26,7 @@ from resnext_ignite.data.loaders import Batch
 from resnext_ignite.data.sampling import Purpose, permutation
 from resnext_ignite.data.shards import index_shards, members
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.errors import ConfigError, RunFolderError
+from resnext_ignite.runtime.errors import ConfigError, RunFolderError
 
 CPU = torch.device("cpu")
 Samples = list[tuple[str, bytes, bytes]]

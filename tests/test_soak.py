@@ -19,7 +19,7 @@ from conftest import Command, assert_newest_is_there, digest, scalars, train_tin
 from test_faults import DIED, VALUES, Steps
 
 from resnext_ignite.checkpoint import iteration_checkpoints, load_checkpoint, newest_resume_point
-from resnext_ignite.errors import CheckpointError
+from resnext_ignite.runtime.errors import CheckpointError
 
 pytestmark = pytest.mark.soak
 

@@ -22,9 +22,9 @@ from conftest import Command, assert_newest_is_there, at_iteration, digest, trai
 from ignite.engine import Engine
 
 from resnext_ignite.config_files import load_config
-from resnext_ignite.errors import StorageError, as_resnext_error
 from resnext_ignite.handlers import pictures
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runtime.errors import StorageError, as_resnext_error
 
 DIED = 86
 ERRNOS = (

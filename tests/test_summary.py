@@ -12,10 +12,10 @@ from conftest import ROOT, command
 from torch import nn
 
 from resnext_ignite import summary
-from resnext_ignite.errors import CheckpointError, ConfigError
 from resnext_ignite.models import create_model
 from resnext_ignite.models.layers import receptive_fields
 from resnext_ignite.models.resnext import Bottleneck, ResNeXt
+from resnext_ignite.runtime.errors import CheckpointError, ConfigError
 
 TABLE = """\
 | `model.name` | depth | cardinality | base width | parameters | multiply-adds | sees | picture |

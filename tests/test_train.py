@@ -20,7 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from resnext_ignite import evaluate, train
 from resnext_ignite.checkpoint import load_checkpoint, verify_checkpoint
 from resnext_ignite.config_files import load_config
-from resnext_ignite.errors import (
+from resnext_ignite.handlers.training import LogPoint
+from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runtime.errors import (
     CheckpointError,
     ConfigError,
     NonFiniteError,
@@ -28,8 +30,6 @@ from resnext_ignite.errors import (
     RunFolderError,
     StorageError,
 )
-from resnext_ignite.handlers.training import LogPoint
-from resnext_ignite.run_folder import RunFolder
 
 
 def test_a_run_folder_holds_what_is_promised(finished_run: Path) -> None:

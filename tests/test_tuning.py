@@ -11,10 +11,10 @@ from conftest import train_tiny
 from resnext_ignite import evaluate, tuning
 from resnext_ignite.checkpoint import load_checkpoint, load_model
 from resnext_ignite.engines import create_evaluator
-from resnext_ignite.errors import ConfigError
 from resnext_ignite.models import create_model
 from resnext_ignite.models.inference import Inference, fold_batch_norm
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runtime.errors import ConfigError
 
 
 def trained_network(name: str = "cifar_resnext11_2x8d") -> torch.nn.Module:

@@ -16,8 +16,8 @@ from conftest import TINY_ITERATIONS, Payload
 
 from resnext_ignite import checkpoint, verify
 from resnext_ignite.checkpoint import checksum_path, load_checkpoint, newest_resume_point, save_checkpoint
-from resnext_ignite.errors import CheckpointError, RunFolderError, run_command
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runtime.errors import CheckpointError, RunFolderError, run_command
 
 NEWEST, OLDER = "iteration_00000012.pt", "iteration_00000008.pt"
 NAMES = [NEWEST, OLDER, "final.pt", "best.pt"]

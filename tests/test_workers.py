@@ -25,7 +25,7 @@ from resnext_ignite.checkpoint import iteration_checkpoints, verify_checkpoint
 from resnext_ignite.data import build_train_loader, load_data
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.errors import DataError
+from resnext_ignite.runtime.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from resnext_ignite.data.images import Images
 from resnext_ignite.distributed import Ranks, StopAgreement, StopReason
 from resnext_ignite.models.resnext import ResNeXt
 from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runtime import devices
 
 OFTEN = ["checkpoint.every_iterations=2", "logging.every_iterations=1"]
 
@@ -93,13 +94,13 @@ WORLDS = (1, 2, 4)
 
 def train_in_float64() -> None:
     """Let this process's runs compute in double precision, in which a rounding is too small to grow into anything."""
-    place, forward = engines.place, ResNeXt.forward
+    place, forward = devices.place, ResNeXt.forward
 
     def in_float64(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         return place(model, *args, **kwargs).double()
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(engines, "place", in_float64)
+    patch.setattr(devices, "place", in_float64)
     patch.setattr(ResNeXt, "forward", lambda self, images: forward(self, images.double()))
 
 

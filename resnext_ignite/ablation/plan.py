@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from resnext_ignite.config import Config
 from resnext_ignite.config_files import COMMAND_LINE, DOTTED_KEY, Source, check_shares, one_line, read_source
-from resnext_ignite.errors import ConfigError
+from resnext_ignite.runtime.errors import ConfigError
 
 _KEYS = ("config", "overrides", "seeds", "baseline", "variants")
 _LONGEST_NAME = 60

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from resnext_ignite.runtime.tables import markdown
+
 _COLUMNS = ("variant", "seeds", "error at epoch 0 %", "last-epoch error %", "against the baseline", "seconds a run")
 
 
@@ -94,11 +96,7 @@ def _row(variant: str, results: Sequence[Result], errors: dict[str, dict[int, fl
 def table(rows: Sequence[Row], baseline: str) -> str:
     """Markdown, its columns aligned, with what the marks mean beneath."""
     cells = [_COLUMNS, *(_cells(row, baseline) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(_COLUMNS))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    lines = markdown(cells, align=True)
     notes = ["", "± is the standard error of the mean over seeds; differences are taken seed by seed."]
     if any(row.exceeds for row in rows):
         notes.append("`*`: a difference of more than twice its standard error; with few seeds a hint, no proof.")

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
-from resnext_ignite.errors import ConfigError, run_command
+from resnext_ignite.runtime.errors import ConfigError, run_command
 
 # A suite of several models is a part for each, as in train and train:resnext50_32x4d.
 SUITES = ("data", "train", "overhead", "eval", "startup", "checkpoint", "ranks", "kernels", "growth")
@@ -204,7 +204,7 @@ def choose_device(name: str) -> None:
 
 def write(path: Path, results: dict[str, Any]) -> None:
     """Write the results whole."""
-    from resnext_ignite.storage import replace_durably
+    from resnext_ignite.runtime.storage import replace_durably
 
     def write_to(file: IO[bytes]) -> None:
         file.write((json.dumps(results, indent=1) + "\n").encode())

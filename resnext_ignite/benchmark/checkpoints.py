@@ -16,7 +16,7 @@ from resnext_ignite.checkpoint import save_checkpoint
 from resnext_ignite.data import Data
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.handlers.checkpointing import RunState, Stateful
-from resnext_ignite.timing import in_turns, medians
+from resnext_ignite.runtime.timing import in_turns, medians
 
 _CIFAR_IMAGES = 50_000
 

@@ -13,13 +13,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from resnext_ignite import engines
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.cifar import MEAN, STD
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.loaders import TrainLoader
 from resnext_ignite.data.sampling import TrainOrder
-from resnext_ignite.timing import in_turns, medians
+from resnext_ignite.runtime import devices
+from resnext_ignite.runtime.timing import in_turns, medians
 
 _IMAGES = 10_000
 _BATCH = 128
@@ -30,7 +30,7 @@ def measure_data(rounds: int = 5) -> dict[str, Any]:
 
     Both crop with 4 pixels of padding, flip and normalise the same uint8 arrays, to float32 on the CPU.
     """
-    engines.set_up_machine(torch.device("cpu"), deterministic=True)
+    devices.set_up_machine(torch.device("cpu"), deterministic=True)
     pixels = np.random.default_rng(0).integers(0, 256, (_IMAGES, 32, 32, 3), dtype=np.uint8)
     labels = torch.zeros(_IMAGES, dtype=torch.int64)
     chain = transforms.Compose(

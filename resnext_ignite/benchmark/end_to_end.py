@@ -17,7 +17,7 @@ from resnext_ignite.config import with_values
 from resnext_ignite.data import Data, build_train_loader, load_data
 from resnext_ignite.data.loaders import TrainLoader
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.timing import in_turns, medians
+from resnext_ignite.runtime.timing import in_turns, medians
 
 _DECODERS = ("workers", "device")
 _ITERATIONS = 40

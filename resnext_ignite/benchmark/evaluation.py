@@ -14,11 +14,11 @@ from resnext_ignite.benchmark.peers import torchvision_network
 from resnext_ignite.benchmark.processes import Turn, in_processes
 from resnext_ignite.benchmark.setup import measured_device, random_batch
 from resnext_ignite.benchmark.training import OURS, Work
-from resnext_ignite.engines import place, set_up_machine
 from resnext_ignite.models import create_model
 from resnext_ignite.models.cost import cost_of
 from resnext_ignite.models.inference import Inference
-from resnext_ignite.timing import in_turns, medians, timed
+from resnext_ignite.runtime.devices import place, set_up_machine
+from resnext_ignite.runtime.timing import in_turns, medians, timed
 
 
 def infer_here(work: Work, way: str) -> Turn:

@@ -19,7 +19,7 @@ from resnext_ignite.exporting import Options, onnx_logits, write_onnx
 from resnext_ignite.models import create_model
 from resnext_ignite.models.inference import Inference
 from resnext_ignite.models.resnext import ResNeXt
-from resnext_ignite.timing import in_turns, medians, timed
+from resnext_ignite.runtime.timing import in_turns, medians, timed
 
 _CPU = torch.device("cpu")
 _SIZE, _CLASSES = 32, 10

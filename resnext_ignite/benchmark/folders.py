@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from resnext_ignite.timing import in_turns, medians
+from resnext_ignite.runtime.timing import in_turns, medians
 
 # ImageNet's training images and classes.
 _IMAGES, _CLASSES = 1_281_167, 1000

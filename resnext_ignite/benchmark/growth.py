@@ -25,7 +25,7 @@ from resnext_ignite.data.sampling import TrainOrder
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.launch import launch
 from resnext_ignite.replicas import wrap_for_ranks
-from resnext_ignite.timing import in_turns, medians, timed
+from resnext_ignite.runtime.timing import in_turns, medians, timed
 
 # An exponent above it is worse than linear; what lies between is noise.
 LINEAR = 1.1

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from resnext_ignite.benchmark.limits import measure_limits
 from resnext_ignite.benchmark.setup import measured_device
-from resnext_ignite.engines import set_up_machine
 from resnext_ignite.models import create_model
 from resnext_ignite.models.grouped_conv import GroupedConv2d, GroupedShape, grouped_shapes, in_each_way
-from resnext_ignite.timing import in_turns, medians, timer
+from resnext_ignite.runtime.devices import set_up_machine
+from resnext_ignite.runtime.timing import in_turns, medians, timer
 from resnext_ignite.tuning import Arithmetic, gradient_for
 
 PASSES = ("forward", "data gradient", "weight gradient")

@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
-from resnext_ignite.engines import DTYPES
 from resnext_ignite.models.cost import Cost
-from resnext_ignite.timing import in_turns, timer
+from resnext_ignite.runtime.devices import DTYPES
+from resnext_ignite.runtime.timing import in_turns, timer
 
 
 @dataclass(frozen=True)

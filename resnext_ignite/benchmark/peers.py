@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet as torchvision_resnet
 
-from resnext_ignite.architecture import parse_model_name
 from resnext_ignite.data.loaders import Batch
 from resnext_ignite.models import create_model
+from resnext_ignite.runtime.model_names import parse_model_name
 
 # Tiny, so that noise can be trained on for as long as it is timed without a number that is not finite.
 _LR = 1e-4

@@ -16,15 +16,15 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from resnext_ignite import engines
 from resnext_ignite.benchmark.peers import has_timm
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.imagefolder import MEAN, STD, ImageFiles
 from resnext_ignite.data.index import index_images
 from resnext_ignite.data.loaders import TrainLoader
 from resnext_ignite.data.sampling import TrainOrder
-from resnext_ignite.errors import DataError
-from resnext_ignite.timing import in_turns, medians
+from resnext_ignite.runtime import devices
+from resnext_ignite.runtime.errors import DataError
+from resnext_ignite.runtime.timing import in_turns, medians
 
 _BATCH = 64
 _IMAGES = 1280
@@ -45,7 +45,7 @@ def measure_photographs(folder: Path, sizes: tuple[int, ...] = (224, 176, 128, 6
     """
     files = jpegs_in(folder)
     # As a run does; the memory that is kept serves the others' batches as well.
-    engines.set_up_machine(torch.device("cpu"), deterministic=True)
+    devices.set_up_machine(torch.device("cpu"), deterministic=True)
     # The workers have the cores; threads that wait for more work here would take them away.
     torch.set_num_threads(1)
     workers = len(os.sched_getaffinity(0))

@@ -22,7 +22,7 @@ from resnext_ignite.distributed import Ranks
 from resnext_ignite.launch import launch
 from resnext_ignite.optim import build_optimizer
 from resnext_ignite.replicas import wrap_for_ranks
-from resnext_ignite.timing import in_turns, medians
+from resnext_ignite.runtime.timing import in_turns, medians
 
 
 def measure_ranks(contests: dict[Path, int], rounds: int = 5, iterations: int = 2) -> dict[str, Any]:

@@ -22,13 +22,14 @@ from resnext_ignite.models import build_model
 from resnext_ignite.optim import build_lr_scheduler, build_optimizer
 from resnext_ignite.optim.schedules import IterationLRScheduler
 from resnext_ignite.replicas import wrap_for_ranks
-from resnext_ignite.timing import timed
+from resnext_ignite.runtime import devices
+from resnext_ignite.runtime.timing import timed
 from resnext_ignite.tuning import Arithmetic, grouped_conv_for
 
 
 def measured_device() -> torch.device:
     """The GPU where there is one."""
-    return engines.resolve_device("auto", 0)
+    return devices.resolve_device("auto", 0)
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,13 @@ def build_training(
 ) -> Training:
     """The model, optimizer and trainer of a config, with the handlers of each iteration: log point and schedule."""
     config = load_config(config_path, overrides)
-    device, ranks = engines.resolve_device(config.train.device, local_rank), Ranks()
-    precision = engines.resolve_precision(config.train.precision, device)
+    device, ranks = devices.resolve_device(config.train.device, local_rank), Ranks()
+    precision = devices.resolve_precision(config.train.precision, device)
     config = with_values(config, {"model.num_classes": num_classes, "train.precision": precision})
-    engines.set_up_machine(device, deterministic=device.type == "cpu")
+    devices.set_up_machine(device, deterministic=device.type == "cpu")
     if "auto" in config.train.grouped_conv:
         config = with_values(config, {"train.grouped_conv": grouped_conv_for(config, image_size, device)})
-    model = engines.place(build_model(config), device, channels_last=config.train.channels_last)
+    model = devices.place(build_model(config), device, channels_last=config.train.channels_last)
     optimizer = build_optimizer(config, model)
     lr_scheduler = build_lr_scheduler(config, optimizer, 1000)
     model = wrap_for_ranks(model, device, ranks, sync_bn=False, compiled=config.train.compile)

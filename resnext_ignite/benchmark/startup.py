@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resnext_ignite.timing import in_turns, medians
+from resnext_ignite.runtime.timing import in_turns, medians
 
 _IMPORTS = "import torch, torchvision, ignite.engine, ignite.handlers, ignite.metrics, ignite.distributed"
 

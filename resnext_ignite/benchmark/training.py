@@ -25,10 +25,10 @@ from resnext_ignite.benchmark.peers import (
 )
 from resnext_ignite.benchmark.processes import Turn, in_processes
 from resnext_ignite.benchmark.setup import build_training, measured_device, prepare, random_batch
-from resnext_ignite.engines import resolve_precision
 from resnext_ignite.models import create_model
 from resnext_ignite.models.cost import cost_of
-from resnext_ignite.timing import in_turns, medians, timed
+from resnext_ignite.runtime.devices import resolve_precision
+from resnext_ignite.runtime.timing import in_turns, medians, timed
 
 OURS = "resnext_ignite"
 _SEED, _TORCHVISION, _AMP = "ResNeXt.pytorch's way", "torchvision's script, --amp", "bf16 channels_last"

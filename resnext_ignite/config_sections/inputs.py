@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from resnext_ignite.architecture import parse_model_name
 from resnext_ignite.config_sections.base import Fraction, PerChannel, Positive, Section
+from resnext_ignite.runtime.model_names import parse_model_name
 
 
 class ModelConfig(Section):

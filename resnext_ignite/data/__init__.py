@@ -19,7 +19,7 @@ from resnext_ignite.data.reuse import data_kept, loaded_or_kept
 from resnext_ignite.data.sampling import TrainOrder
 from resnext_ignite.data.splits import Data, load_data
 from resnext_ignite.distributed import Ranks
-from resnext_ignite.errors import ConfigError, DataError
+from resnext_ignite.runtime.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 

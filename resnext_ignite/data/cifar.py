@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import extract_archive
 
 from resnext_ignite.data.images import Images
-from resnext_ignite.errors import DataError, StorageError, errors_of_data
+from resnext_ignite.runtime.errors import DataError, StorageError, errors_of_data
 
 # facebookresearch/ResNeXt: 125.3 123.0 113.9 and 63.0 62.1 66.7, of 255.
 MEAN, STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)

@@ -15,7 +15,7 @@ from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.resizing import GrowingSize
 from resnext_ignite.data.workers import ignore_signals, watched
-from resnext_ignite.errors import DataError
+from resnext_ignite.runtime.errors import DataError
 
 # Pictures uint8 (n, size, size, 3), epoch, positions int64 (n,), and by place in the batch why some are unreadable.
 Decoded = tuple[Tensor, int, Tensor, dict[int, str]]

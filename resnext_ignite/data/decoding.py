@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional
 
 from resnext_ignite.data.cropping import Box, Crop
 from resnext_ignite.data.paths import Source
-from resnext_ignite.errors import DataError
+from resnext_ignite.runtime.errors import DataError
 
 Pixels = NDArray[np.uint8]
 _ORIENTATION = 0x0112

@@ -22,7 +22,7 @@ from resnext_ignite.data.decoding import WholeJpeg, no_warnings, undecoded
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.resizing import GrowingSize
 from resnext_ignite.data.workers import shared_room
-from resnext_ignite.errors import DataError
+from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from resnext_ignite.data.decoding import has_size, no_warnings, read_crop
 from resnext_ignite.data.images import UNREADABLE, Images
 from resnext_ignite.data.paths import Sources
 from resnext_ignite.data.workers import shared_room
-from resnext_ignite.errors import DataError
+from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from resnext_ignite.data.kept import Array, kept_or_found
 from resnext_ignite.data.paths import Paths
-from resnext_ignite.errors import DataError
+from resnext_ignite.runtime.errors import DataError
 
 _VERSION = 1
 # Fewer files are listed faster than a person would notice.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from resnext_ignite.storage import write_durably
+from resnext_ignite.runtime.storage import write_durably
 
 log = logging.getLogger(__name__)
 Array = NDArray[Any]

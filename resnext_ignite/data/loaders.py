@@ -20,7 +20,7 @@ from resnext_ignite.data.images import UNREADABLE, Images, whole_color
 from resnext_ignite.data.mixing import Mixing, neighbours
 from resnext_ignite.data.resizing import GrowingSize
 from resnext_ignite.data.sampling import TrainOrder, rank_share
-from resnext_ignite.errors import DataError
+from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 

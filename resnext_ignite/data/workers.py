@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from resnext_ignite.errors import DataError, errors_of_data
-from resnext_ignite.signals import STOP_SIGNALS, die_with_parent, held_back
+from resnext_ignite.runtime.errors import DataError, errors_of_data
+from resnext_ignite.runtime.signals import STOP_SIGNALS, die_with_parent, held_back
 
 _SHM_FULL = "/dev/shm is full: enlarge it (docker run --shm-size=8g) or set data.workers=0"
 # What torch says where a batch cannot be handed over for want of a file descriptor, by plain RuntimeErrors.

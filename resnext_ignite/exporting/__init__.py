@@ -18,7 +18,7 @@ from resnext_ignite.exporting.formats import (
     write_weights,
 )
 from resnext_ignite.exporting.model_card import Leaving, model_card
-from resnext_ignite.storage import write_durably
+from resnext_ignite.runtime.storage import write_durably
 
 __all__ = ["OPSET", "Options", "export_model", "onnx_logits", "write_onnx"]
 _WRITTEN_WITH = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime"), "torch-export": ("torch",)}

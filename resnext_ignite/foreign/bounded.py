@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnext_ignite.errors import CheckpointError
+from resnext_ignite.runtime.errors import CheckpointError
 
 _LONGEST_NAME = 1000
 

@@ -13,8 +13,8 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 from torch import Tensor
 
-from resnext_ignite.errors import CheckpointError
 from resnext_ignite.foreign.bounded import content_of, float_tensor
+from resnext_ignite.runtime.errors import CheckpointError
 
 # A NetParameter begins with its name (field 1) or, where it has none, with its first layer (field 100).
 STARTS = (b"\x0a", b"\xa2\x06")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resnext_ignite.architecture import depth_of
-from resnext_ignite.errors import CheckpointError
 from resnext_ignite.models import create_model
+from resnext_ignite.runtime.errors import CheckpointError
+from resnext_ignite.runtime.model_names import depth_of
 
 # As the config key model.num_classes has it.
 _MOST_CLASSES = 100_000

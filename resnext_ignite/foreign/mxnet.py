@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnext_ignite.errors import CheckpointError
 from resnext_ignite.foreign.blocks import with_our_eps
 from resnext_ignite.foreign.bounded import Cursor, content_of, float_tensor
 from resnext_ignite.foreign.keys import Statistics, Weights
+from resnext_ignite.runtime.errors import CheckpointError
 
 # An unsigned 64-bit number before all arrays.
 MAGIC = struct.pack("<Q", 0x112)

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from resnext_ignite.architecture import parse_model_name
 from resnext_ignite.data import cifar, imagefolder
 from resnext_ignite.foreign.fit import Network
 from resnext_ignite.foreign.keys import (
@@ -24,6 +23,7 @@ from resnext_ignite.foreign.keys import (
     spread_first_convolutions,
 )
 from resnext_ignite.foreign.mxnet import adapt_symbol_zoo, statistics_of_data
+from resnext_ignite.runtime.model_names import parse_model_name
 
 
 @dataclass(frozen=True)

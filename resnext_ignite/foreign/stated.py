@@ -14,8 +14,8 @@ from safetensors import safe_open
 
 from resnext_ignite.checkpoint import ModelMetadata, config_of_checkpoint
 from resnext_ignite.config import Config, Values, flatten, nest
-from resnext_ignite.errors import CheckpointError
 from resnext_ignite.foreign.fit import Network
+from resnext_ignite.runtime.errors import CheckpointError
 
 OWN = "resnext_ignite"
 _VERSION = "1"

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from resnext_ignite.errors import CheckpointError
 from resnext_ignite.foreign.bounded import Cursor, content_of, float_tensor
+from resnext_ignite.runtime.errors import CheckpointError
 
 _NIL, _NUMBER, _STRING, _TABLE, _OBJECT, _BOOLEAN, _FUNCTION = range(7)
 # Later functions, which may contain themselves.

@@ -15,9 +15,9 @@ from torch import nn
 
 from resnext_ignite.config import Config
 from resnext_ignite.data.loaders import TrainLoader
-from resnext_ignite.engines import DTYPES
-from resnext_ignite.errors import ConfigError
 from resnext_ignite.models.resnext import GhostBatchNorm2d
+from resnext_ignite.runtime.devices import DTYPES
+from resnext_ignite.runtime.errors import ConfigError
 
 
 class Lookahead:

@@ -19,10 +19,10 @@ from resnext_ignite.checkpoint import (
     save_checkpoint,
 )
 from resnext_ignite.distributed import Ranks, StopAgreement, StopReason
-from resnext_ignite.errors import CheckpointError, NonFiniteError
 from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.replicas import averaged_statistics, own_statistics
-from resnext_ignite.storage import warned_of
+from resnext_ignite.runtime.errors import CheckpointError, NonFiniteError
+from resnext_ignite.runtime.storage import warned_of
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from torch import nn
 from resnext_ignite.data.loaders import EvalLoader
 from resnext_ignite.distributed import Pace, StopAgreement, StopReason
 from resnext_ignite.engines import RunEvents
-from resnext_ignite.errors import NonFiniteError
 from resnext_ignite.metrics import FlipCounts
 from resnext_ignite.replicas import average_statistics
 from resnext_ignite.run_folder import Record
+from resnext_ignite.runtime.errors import NonFiniteError
 
 _FIGURES = ("images", "correct", "top1_error", "top5_error", "loss")
 

@@ -20,40 +20,17 @@ from ignite.handlers import ProgressBar, TensorboardLogger, global_step_from_eng
 from ignite.handlers.tensorboard_logger import OutputHandler, WeightsHistHandler
 from torch import nn
 from torch.utils.tensorboard.summary import hparams
-from tqdm import tqdm
 
 from resnext_ignite.config import Config, flatten
 from resnext_ignite.config_files import dump_config
 from resnext_ignite.engines import RunEvents
 from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.run_folder import Record, RunFolder
-from resnext_ignite.storage import warned_of
+from resnext_ignite.runtime.storage import warned_of
 
 log = logging.getLogger(__name__)
 _SCALARS = ("loss", "top1_error", "lr", "images_per_s")
 _EVALUATED_SCALARS = ("top1_error", "top5_error", "loss")
-
-
-class _AboveTheBar(logging.Handler):
-    """Prints log lines on standard error without breaking a progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def set_up_console(*, quiet: bool = False) -> None:
-    """Send this package's log to standard error: lines, or only warnings where `quiet` (other ranks)."""
-    logger = logging.getLogger("resnext_ignite")
-    # tqdm's own lock is one for all processes that were forked: one that is killed while it writes keeps it for ever.
-    tqdm.set_lock(threading.RLock())
-    handler = _AboveTheBar()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.handlers = [handler]
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    logger.propagate = False
-    # Ignite reports an error of the run too, which is answered once, at the end. Its launcher sets its own level anew.
-    for name in ("ignite.engine.engine.Engine", "ignite.distributed.launcher.Parallel"):
-        logging.getLogger(name).disabled = True
 
 
 def describe(record: Record) -> str:

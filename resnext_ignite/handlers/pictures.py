@@ -21,7 +21,7 @@ from resnext_ignite.pictures import (
     save_figure,
 )
 from resnext_ignite.run_folder import RunFolder
-from resnext_ignite.storage import warned_of
+from resnext_ignite.runtime.storage import warned_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

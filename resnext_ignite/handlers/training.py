@@ -10,8 +10,8 @@ from ignite.engine import Engine
 
 from resnext_ignite.distributed import Pace, StopAgreement
 from resnext_ignite.engines import RunEvents
-from resnext_ignite.errors import DataError, NonFiniteError
 from resnext_ignite.metrics import TrainingSums
+from resnext_ignite.runtime.errors import DataError, NonFiniteError
 
 
 class LogPoint:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from resnext_ignite.architecture import parse_model_name
 from resnext_ignite.config import Config
 from resnext_ignite.models.resnext import ResNeXt
+from resnext_ignite.runtime.model_names import parse_model_name
 
 
 def create_model(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from resnext_ignite.errors import DataError
+from resnext_ignite.runtime.errors import DataError
 
 _BLOCK = 512
 

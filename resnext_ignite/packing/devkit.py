@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.io import loadmat
 
-from resnext_ignite.errors import DataError
+from resnext_ignite.runtime.errors import DataError
 
 META, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 _FOLDER = "ILSVRC2012_devkit_t12"

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from resnext_ignite.errors import ConfigError, DataError, RunFolderError
 from resnext_ignite.packing.archives import entries_of
 from resnext_ignite.packing.devkit import GROUND_TRUTH, Devkit, read_devkit
 from resnext_ignite.packing.options import Encoding, locked
 from resnext_ignite.packing.pictures import content_of, shrunk
 from resnext_ignite.packing.sources import Picture, TrainClass, ValPicture, contents_of, train_classes, val_pictures
 from resnext_ignite.packing.workers import in_workers, storage_error
-from resnext_ignite.storage import write_durably
+from resnext_ignite.runtime.errors import ConfigError, DataError, RunFolderError
+from resnext_ignite.runtime.storage import write_durably
 
 _RECORD, _UNPACKING = "prepared.json", ".unpacking"
 _CHUNK = 250

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from resnext_ignite.errors import ConfigError, RunFolderError
+from resnext_ignite.runtime.errors import ConfigError, RunFolderError
 
 _QUALITY = 95
 IMAGES_PER_SHARD = 2000

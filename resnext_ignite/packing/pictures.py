@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from resnext_ignite.data.decoding import no_warnings, open_rgb
-from resnext_ignite.errors import DataError
 from resnext_ignite.packing.options import Encoding
+from resnext_ignite.runtime.errors import DataError
 
 _JPEG_SUFFIXES = ("jpg", "jpeg")
 

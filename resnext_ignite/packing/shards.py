@@ -24,11 +24,11 @@ from webdataset import TarWriter
 from resnext_ignite.data.index import ImageIndex, index_images
 from resnext_ignite.data.sampling import Purpose, permutation
 from resnext_ignite.data.shards import LIST_NAME, Shard, ShardList, index_shards, read_shard_list
-from resnext_ignite.errors import ConfigError, DataError, RunFolderError
 from resnext_ignite.packing.options import Encoding, locked
 from resnext_ignite.packing.pictures import read_picture
 from resnext_ignite.packing.workers import in_workers, storage_error
-from resnext_ignite.storage import HashingFile, replace_durably, sha256_of, write_durably
+from resnext_ignite.runtime.errors import ConfigError, DataError, RunFolderError
+from resnext_ignite.runtime.storage import HashingFile, replace_durably, sha256_of, write_durably
 
 SPLITS = ("train", "val", "test")
 # The order of a training split is that of the packed data, not of a run.

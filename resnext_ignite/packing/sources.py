@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from resnext_ignite.errors import DataError
 from resnext_ignite.packing.archives import content_in, entries_of, files_in, opened
 from resnext_ignite.packing.devkit import GROUND_TRUTH, Devkit
+from resnext_ignite.runtime.errors import DataError
 
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)
 Picture = bytes | Path

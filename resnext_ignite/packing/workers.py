@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from torch.utils.data import DataLoader, Dataset
 
 from resnext_ignite.data.workers import ignore_signals, watched
-from resnext_ignite.errors import DataError, ResnextError, StorageError
+from resnext_ignite.runtime.errors import DataError, ResnextError, StorageError
 
 Result = TypeVar("Result")
 # Tasks of each worker that are done before they are asked for: who takes them now and then waits for the disk.

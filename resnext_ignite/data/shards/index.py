@@ -19,7 +19,7 @@ from resnext_ignite.data.kept import Array, kept_or_found
 from resnext_ignite.data.shards.listing import LIST_NAME, ShardList, read_shard_list
 from resnext_ignite.data.shards.members import Members, OpenFiles
 from resnext_ignite.data.shards.tar import Tar
-from resnext_ignite.errors import DataError
+from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 _VERSION = 1

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from resnext_ignite.errors import DataError
+from resnext_ignite.runtime.errors import DataError
 
 LIST_NAME = "shards.json"
 

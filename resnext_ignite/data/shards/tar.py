@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from resnext_ignite.errors import DataError
+from resnext_ignite.runtime.errors import DataError
 
 BLOCK = 512
 _END = bytes(BLOCK)

@@ -9,8 +9,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from resnext_ignite.console import tell_from_signal_handler
-from resnext_ignite.errors import PreemptedError
+from resnext_ignite.runtime.console import tell_from_signal_handler
+from resnext_ignite.runtime.errors import PreemptedError
 
 _PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = tuple(

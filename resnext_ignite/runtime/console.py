@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
 import sys
+import threading
 from typing import Any, TextIO
 
 _STANDARD = {"stdout": 1, "stderr": 2}
@@ -92,3 +94,29 @@ def tell_from_signal_handler(line: str) -> None:
     """Write a line to standard error from a signal handler, which may interrupt a stream in the middle of its work."""
     with contextlib.suppress(OSError):
         os.write(2, line.encode() + b"\n")
+
+
+class _AboveTheBar(logging.Handler):
+    """Prints log lines on standard error without breaking a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def set_up_console(*, quiet: bool = False) -> None:
+    """Send this package's log to standard error: lines, or only warnings where `quiet` (other ranks)."""
+    from tqdm import tqdm
+
+    logger = logging.getLogger("resnext_ignite")
+    # tqdm's own lock is one for all processes that were forked: one that is killed while it writes keeps it for ever.
+    tqdm.set_lock(threading.RLock())
+    handler = _AboveTheBar()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False
+    # Ignite reports an error of the run too, which is answered once, at the end. Its launcher sets its own level anew.
+    for name in ("ignite.engine.engine.Engine", "ignite.distributed.launcher.Parallel"):
+        logging.getLogger(name).disabled = True

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from resnext_ignite.console import set_up_streams
+from resnext_ignite.runtime.console import set_up_streams
 
 
 class ResnextError(Exception):

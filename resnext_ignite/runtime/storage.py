@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from resnext_ignite.errors import ConfigError
+from resnext_ignite.runtime.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
