@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from resnext_ignite.config import Config, config_of
+from resnext_ignite.config.schema import Config, config_of
 from resnext_ignite.models import build_model
 from resnext_ignite.runtime.errors import CheckpointError, DamagedError, ForeignFileError, as_out_of_memory
 from resnext_ignite.runtime.storage import HashingFile, replace_durably, sha256_of, write_durably

@@ -11,7 +11,7 @@ from ignite.engine import Engine, EventEnum, Events
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnext_ignite.config import Config
+from resnext_ignite.config.schema import Config
 from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.loaders import Batch
 from resnext_ignite.data.mixing import neighbours

@@ -19,7 +19,7 @@ from resnext_ignite.runtime.storage import check_place
 if TYPE_CHECKING:
     import torch
 
-    from resnext_ignite.config import Config
+    from resnext_ignite.config.schema import Config
     from resnext_ignite.data import Data
     from resnext_ignite.data.loaders import CropsLoader, EvalLoader
     from resnext_ignite.distributed import Ranks
@@ -60,8 +60,8 @@ def evaluate(
     import torch
 
     from resnext_ignite import engines
-    from resnext_ignite.config import with_values
-    from resnext_ignite.config_files import override_config
+    from resnext_ignite.config.files import override_config
+    from resnext_ignite.config.schema import with_values
     from resnext_ignite.data import load_data
     from resnext_ignite.distributed import Ranks
     from resnext_ignite.foreign import open_model

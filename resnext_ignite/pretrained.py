@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from resnext_ignite.checkpoint import find_checkpoint, load_checkpoint
-from resnext_ignite.config import Config, with_values
+from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import imagefolder
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.foreign import checkpoint_of, read_foreign

@@ -89,7 +89,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def differences(runs: list[dict[str, Any]]) -> list[str]:
     """A line for each config key in which the runs differ."""
-    from resnext_ignite.config_changes import differing_values
+    from resnext_ignite.config.resume import differing_values
 
     differing = differing_values([run["config"] for run in runs])
     return [f"{key}: " + " | ".join(json.dumps(value) for value in values) for key, values in differing.items()]

@@ -12,8 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
-from resnext_ignite.config import Config, flatten
-from resnext_ignite.config_changes import changed_values, differing_values
+from resnext_ignite.config.resume import changed_values, differing_values
+from resnext_ignite.config.schema import Config, flatten
 from resnext_ignite.metrics import figures_by_class
 from resnext_ignite.pictures import (
     draw_confusion,

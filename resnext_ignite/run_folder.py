@@ -27,9 +27,9 @@ from resnext_ignite.checkpoint import (
     resume_candidates,
     set_aside,
 )
-from resnext_ignite.config import Config
-from resnext_ignite.config_changes import SAFE_ON_RESUME, adopt_resolved, changed_values
-from resnext_ignite.config_files import dump_config, load_config
+from resnext_ignite.config.files import load_config, save_config
+from resnext_ignite.config.resume import SAFE_ON_RESUME, adopt_resolved, changed_values
+from resnext_ignite.config.schema import Config
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.run_records import EvaluationInDetail, MetricsLine, Status
 from resnext_ignite.runtime.errors import PreemptedError, RunFolderError, StorageError, advice_for, as_resnext_error
@@ -130,7 +130,7 @@ class RunFolder:
         # No more than what is a run's own: a user may have chosen a folder with files of his.
         for file in (self._config, self._metrics, self._status, self._evaluation, self.curves, self.mistakes):
             temporary_path(file).unlink(missing_ok=True)
-        write_durably(self._config, dump_config(config))
+        save_config(config, self._config)
 
     def saved_config(self) -> Config | None:
         """The config of the run that lies here."""

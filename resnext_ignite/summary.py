@@ -60,8 +60,8 @@ def summarize(
         ConfigError: neither a name nor a file, or a number out of range.
         CheckpointError: a file that cannot be used.
     """
-    from resnext_ignite.config import Config
-    from resnext_ignite.config_files import override_config
+    from resnext_ignite.config.files import override_config
+    from resnext_ignite.config.schema import Config
 
     try:
         imagenet = parse_model_name(model).layout == "imagenet"

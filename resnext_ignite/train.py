@@ -21,7 +21,7 @@ from resnext_ignite.runtime.signals import leave_on_signals
 if TYPE_CHECKING:
     import torch
 
-    from resnext_ignite.config import Config
+    from resnext_ignite.config.schema import Config
     from resnext_ignite.data import Data
 
 # Not by __name__, which is `__main__` where this is the command.
@@ -95,7 +95,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
 
 def settle(config: Config, data: Data, device: torch.device) -> Config:
     """The config with everything settled that it leaves to the data or the machine."""
-    from resnext_ignite.config import with_values
+    from resnext_ignite.config.schema import with_values
     from resnext_ignite.runtime.devices import resolve_precision
 
     if len(data.classes) < 2:
@@ -143,10 +143,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """The command; raises ResnextError for what a user can mend."""
     parsed = parse_arguments(arguments)
-    from resnext_ignite.config_files import check_shares, load_config
+    from resnext_ignite.config.batches import check_batch_size
+    from resnext_ignite.config.files import load_config
 
     if parsed.help_config:
-        from resnext_ignite.config_reference import config_reference
+        from resnext_ignite.config.reference import config_reference
 
         set_up_streams(prints_result=True)
         print(config_reference(), end="")
@@ -157,7 +158,7 @@ def main(arguments: list[str]) -> int:
     if path is None:
         raise ConfigError("--config FILE: say what to train, as in --config configs/quickstart.yaml")
     config = load_config(path, parsed.overrides)
-    check_shares(config, parsed.nproc_per_node or launched_world_size())
+    check_batch_size(config, parsed.nproc_per_node or launched_world_size())
     output_dir = Path(parsed.output_dir) if parsed.output_dir else default_output_dir(Path(path))
 
     if config.train.device == "cpu":

@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, TINY, Command, rig_errors, train_tiny
 from ignite.engine import Engine
 
-from resnext_ignite.config import Config, with_values
-from resnext_ignite.config_files import dump_config, load_config
+from resnext_ignite.config.files import dump_config, load_config
+from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.distributed import Ranks, StopAgreement, StopReason
 from resnext_ignite.handlers.checkpointing import SaveCheckpoints
 from resnext_ignite.handlers.evaluation import BestRecord

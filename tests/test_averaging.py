@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from resnext_ignite import evaluate
 from resnext_ignite.checkpoint import load_checkpoint, load_model
-from resnext_ignite.config import Config, with_values
-from resnext_ignite.config_files import load_config
+from resnext_ignite.config.files import load_config
+from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import Loaders, build_loaders
 from resnext_ignite.distributed import Ranks
 from resnext_ignite.handlers import build_average

@@ -17,7 +17,7 @@ from PIL import Image
 from test_imports import LEVELS
 
 from resnext_ignite import convert, evaluate, predict, report
-from resnext_ignite.config_changes import SAFE_ON_RESUME
+from resnext_ignite.config.resume import SAFE_ON_RESUME
 from resnext_ignite.run_folder import RunFolder
 from resnext_ignite.runtime.errors import (
     CheckpointError,

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from resnext_ignite.config import Config, flatten, with_values
-from resnext_ignite.config_changes import adopt_resolved, changed_values
-from resnext_ignite.config_files import (
+from resnext_ignite.config.files import (
     dump_config,
     load_config,
 )
-from resnext_ignite.config_reference import config_reference
+from resnext_ignite.config.reference import config_reference
+from resnext_ignite.config.resume import adopt_resolved, changed_values
+from resnext_ignite.config.schema import Config, flatten, with_values
 from resnext_ignite.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent

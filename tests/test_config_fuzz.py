@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, configuration, given, settings
 from hypothesis import strategies as st
 
 from resnext_ignite import train
-from resnext_ignite.config import Config, flatten
-from resnext_ignite.config_files import dump_config, load_config
+from resnext_ignite.config.files import dump_config, load_config
+from resnext_ignite.config.schema import Config, flatten
 from resnext_ignite.runtime.errors import ConfigError, run_command
 
 ROOT = Path(__file__).parent.parent

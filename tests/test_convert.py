@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from resnext_ignite import convert, evaluate, predict
 from resnext_ignite.benchmark.peers import has_timm
 from resnext_ignite.checkpoint import load_checkpoint, load_model
-from resnext_ignite.config import with_values
+from resnext_ignite.config.schema import with_values
 from resnext_ignite.data import build_eval_loader, cifar
 from resnext_ignite.data.cifar import CLASSES
 from resnext_ignite.distributed import Ranks

@@ -17,7 +17,7 @@ import torchvision
 from conftest import Payload
 from PIL import Image
 
-from resnext_ignite.config import Config, with_values
+from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import build_eval_loader, build_loaders, build_train_loader, load_data, shapes
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.cropping import crop_draws, random_box, square_crop

@@ -13,7 +13,7 @@ from PIL import Image
 
 from resnext_ignite import evaluate, export, predict
 from resnext_ignite.checkpoint import load_model
-from resnext_ignite.config import Config, with_values
+from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import build_train_loader, load_data
 from resnext_ignite.data.augment import normalize
 from resnext_ignite.data.imagefolder import ImageFiles

@@ -9,7 +9,7 @@ import torch
 from conftest import train_tiny
 
 from resnext_ignite.benchmark.kernels import check
-from resnext_ignite.config import config_of, with_values
+from resnext_ignite.config.schema import config_of, with_values
 from resnext_ignite.models import build_model, create_model
 from resnext_ignite.models.grouped_conv import GroupedConv2d, grouped_shapes, in_each_way, ways_for
 from resnext_ignite.runtime.errors import ConfigError

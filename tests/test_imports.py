@@ -34,9 +34,7 @@ LEVELS = [
     {"rank_failures", "rendezvous"},
     {"replicas"},
     {"distributed"},
-    {"config_changes", "config_files", "config_reference"},
     {"config"},
-    {"config_sections"},
     {"launchers"},
     {"runtime"},
 ]

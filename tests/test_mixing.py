@@ -11,7 +11,8 @@ from conftest import ROOT, TINY, digest, train_tiny
 from torch import nn
 from torch.nn import functional as F
 
-from resnext_ignite.config_files import check_shares, load_config
+from resnext_ignite.config.batches import check_batch_size
+from resnext_ignite.config.files import load_config
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.images import UNREADABLE, Images
 from resnext_ignite.data.loaders import Batch, TrainLoader
@@ -149,9 +150,9 @@ def test_a_mixed_run_that_is_cut_ends_the_same(tmp_path: Path) -> None:
 
 def test_ranks_that_part_neighbours_are_refused() -> None:
     config = load_config(ROOT / "configs/quickstart.yaml", [*TINY, "augment.mixup=0.2", "train.batch_size=12"])
-    check_shares(config, 2)
+    check_batch_size(config, 2)
     with pytest.raises(ConfigError, match=r"train.batch_size: 12 cannot be shared by 4 ranks of .* pairs.*; 8 or 16"):
-        check_shares(config, 4)
+        check_batch_size(config, 4)
 
 
 @pytest.mark.parametrize(("accumulate", "ranks", "fits"), [(1, 2, 4), (2, 1, 4), (2, 2, 8), (3, 1, 6), (3, 2, 12)])
@@ -161,8 +162,8 @@ def test_neighbours_share_a_micro_batch(accumulate: int, ranks: int, fits: int) 
     for size in range(accumulate * ranks, fits, accumulate * ranks):
         config = load_config(ROOT / "configs/quickstart.yaml", [*keys, f"train.batch_size={size}"])
         with pytest.raises(ConfigError, match="pairs that are mixed"):
-            check_shares(config, ranks)
-    check_shares(load_config(ROOT / "configs/quickstart.yaml", [*keys, f"train.batch_size={fits}"]), ranks)
+            check_batch_size(config, ranks)
+    check_batch_size(load_config(ROOT / "configs/quickstart.yaml", [*keys, f"train.batch_size={fits}"]), ranks)
 
     def pairs(accumulate: int, ranks: int) -> set[frozenset[int]]:
         found = set()

@@ -15,7 +15,7 @@ from test_train import killed_at
 from torch import Tensor, nn
 
 from resnext_ignite.checkpoint import load_checkpoint
-from resnext_ignite.config import Config, with_values
+from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.models import build_model, create_model
 from resnext_ignite.optim import build_lr_scheduler, build_optimizer
 from resnext_ignite.optim.muon import Muon, orthogonalised

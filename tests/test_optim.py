@@ -9,7 +9,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from resnext_ignite.config import Config, with_values
+from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.models import create_model
 from resnext_ignite.optim import build_lr_scheduler, build_optimizer, lr_factor
 from resnext_ignite.optim.schedules import cosine, linear, multistep, warmup

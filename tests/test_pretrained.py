@@ -12,8 +12,8 @@ from conftest import ROOT, TINY, Command, Payload, digest, train_tiny
 
 from resnext_ignite import train
 from resnext_ignite.checkpoint import load_checkpoint, load_model
-from resnext_ignite.config import Config, with_values
-from resnext_ignite.config_files import load_config
+from resnext_ignite.config.files import load_config
+from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.models import build_model, create_model
 from resnext_ignite.optim import build_lr_scheduler, build_optimizer
 from resnext_ignite.pretrained import load_pretrained, with_normalisation

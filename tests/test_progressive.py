@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from resnext_ignite import evaluate
-from resnext_ignite.config_files import load_config
+from resnext_ignite.config.files import load_config
 from resnext_ignite.data import build_loaders, build_sizes
 from resnext_ignite.data.augment import Augment, normalize
 from resnext_ignite.data.images import Images

@@ -24,7 +24,7 @@ from ignite.engine import Engine, Events
 
 from resnext_ignite import distributed, engines
 from resnext_ignite.checkpoint import load_checkpoint, verify_checkpoint
-from resnext_ignite.config_files import load_config
+from resnext_ignite.config.files import load_config
 from resnext_ignite.distributed import StopAgreement, StopReason
 from resnext_ignite.handlers import pictures
 from resnext_ignite.run_folder import RunFolder

@@ -14,8 +14,8 @@ from PIL import Image
 
 from resnext_ignite import evaluate, train
 from resnext_ignite.checkpoint import load_checkpoint, load_model
-from resnext_ignite.config import Config
-from resnext_ignite.config_files import load_config
+from resnext_ignite.config.files import load_config
+from resnext_ignite.config.schema import Config
 from resnext_ignite.data.cropping import square_crop
 from resnext_ignite.models import create_model
 from resnext_ignite.optim import lr_factor

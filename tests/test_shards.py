@@ -18,7 +18,7 @@ import torch
 from conftest import Command, at_iteration, digest, rank, train_tiny
 from test_data import folder_config
 
-from resnext_ignite.config import Config
+from resnext_ignite.config.schema import Config
 from resnext_ignite.data import build_eval_loader, build_train_loader, load_data
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import Images

@@ -21,7 +21,7 @@ import pytest
 from conftest import Command, assert_newest_is_there, at_iteration, digest, train_tiny
 from ignite.engine import Engine
 
-from resnext_ignite.config_files import load_config
+from resnext_ignite.config.files import load_config
 from resnext_ignite.handlers import pictures
 from resnext_ignite.run_folder import RunFolder
 from resnext_ignite.runtime.errors import StorageError, as_resnext_error

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from resnext_ignite import evaluate, train
 from resnext_ignite.checkpoint import load_checkpoint, verify_checkpoint
-from resnext_ignite.config_files import load_config
+from resnext_ignite.config.files import load_config
 from resnext_ignite.handlers.training import LogPoint
 from resnext_ignite.run_folder import RunFolder
 from resnext_ignite.runtime.errors import (

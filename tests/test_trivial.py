@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional
 
-from resnext_ignite.config import Config, with_values
+from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import build_train_loader, load_data
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.images import Images

@@ -26,7 +26,7 @@ from torch import nn
 
 from resnext_ignite import engines, launch, train
 from resnext_ignite.checkpoint import load_checkpoint
-from resnext_ignite.config_files import load_config
+from resnext_ignite.config.files import load_config
 from resnext_ignite.data import build_eval_loader, load_data
 from resnext_ignite.data.cifar import prepare_cifar
 from resnext_ignite.data.images import Images

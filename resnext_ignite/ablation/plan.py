@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from resnext_ignite.config import Config
-from resnext_ignite.config_files import COMMAND_LINE, DOTTED_KEY, Source, check_shares, one_line, read_source
+from resnext_ignite.config.batches import check_batch_size
+from resnext_ignite.config.files import COMMAND_LINE, DOTTED_KEY, Source, one_line, read_source
+from resnext_ignite.config.schema import Config
 from resnext_ignite.runtime.errors import ConfigError
 
 _KEYS = ("config", "overrides", "seeds", "baseline", "variants")
@@ -75,7 +76,7 @@ def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
             if getattr(getattr(config, section), field):
                 reader.refuse(("variants", name), f"{key} would cut a run short; an ablation compares whole ones")
         try:
-            check_shares(config, world_size=1)
+            check_batch_size(config, world_size=1)
         except ConfigError as error:
             reader.refuse(("variants", name), str(error))
         configs[name] = config

@@ -13,7 +13,7 @@ from typing import Any
 from resnext_ignite.benchmark.photographs import OURS, jpegs_in, linked
 from resnext_ignite.benchmark.setup import Training, build_training
 from resnext_ignite.benchmark.training import Work
-from resnext_ignite.config import with_values
+from resnext_ignite.config.schema import with_values
 from resnext_ignite.data import Data, build_train_loader, load_data
 from resnext_ignite.data.loaders import TrainLoader
 from resnext_ignite.distributed import Ranks

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resnext_ignite.benchmark.processes import Turn, in_processes
 from resnext_ignite.checkpoint import ModelMetadata
-from resnext_ignite.config import config_of
+from resnext_ignite.config.schema import config_of
 from resnext_ignite.exporting import Options, onnx_logits, write_onnx
 from resnext_ignite.models import create_model
 from resnext_ignite.models.inference import Inference

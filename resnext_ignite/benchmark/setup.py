@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnext_ignite import engines
-from resnext_ignite.config import Config, with_values
-from resnext_ignite.config_files import load_config
+from resnext_ignite.config.files import load_config
+from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import Data, build_train_loader, load_data
 from resnext_ignite.data.loaders import Batch, TrainLoader
 from resnext_ignite.distributed import Ranks, StopAgreement

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from resnext_ignite.config import Config
-from resnext_ignite.config_files import check_shares
-from resnext_ignite.config_sections import size_step
+from resnext_ignite.config.batches import check_batch_size
+from resnext_ignite.config.schema import Config
+from resnext_ignite.config.sections import size_step
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.loaders import EvalLoader, TrainLoader
@@ -88,7 +88,7 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
             f"train.batch_size: {config.train.batch_size} is more than the {len(split)} training images; "
             f"at most {len(split)}"
         )
-    check_shares(config, ranks.world_size)
+    check_batch_size(config, ranks.world_size)
     if config.augment.crop_padding >= data.image_size:
         raise ConfigError(
             f"augment.crop_padding: {config.augment.crop_padding} pixels; less than the image's {data.image_size}"

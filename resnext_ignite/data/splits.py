@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from resnext_ignite.config import Config
+from resnext_ignite.config.schema import Config
 from resnext_ignite.data import cifar, imagefolder, shapes
 from resnext_ignite.data.imagefolder import ImageFiles, decode_into_memory
 from resnext_ignite.data.images import Images, whole_color

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from resnext_ignite.checkpoint import ModelMetadata
-from resnext_ignite.config import Config, nest
+from resnext_ignite.config.schema import Config, nest
 from resnext_ignite.exporting.formats import TOLERANCE, Options
 from resnext_ignite.foreign.stated import public_values
 from resnext_ignite.models import create_model

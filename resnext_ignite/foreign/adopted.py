@@ -6,7 +6,7 @@ from typing import Any
 
 from torchvision.models import ResNeXt50_32X4D_Weights
 
-from resnext_ignite.config import config_of
+from resnext_ignite.config.schema import config_of
 from resnext_ignite.data.cifar import CLASSES
 from resnext_ignite.foreign.sources import ForeignModel
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, Json, ValidationError
 from safetensors import safe_open
 
 from resnext_ignite.checkpoint import ModelMetadata, config_of_checkpoint
-from resnext_ignite.config import Config, Values, flatten, nest
+from resnext_ignite.config.schema import Config, Values, flatten, nest
 from resnext_ignite.foreign.fit import Network
 from resnext_ignite.runtime.errors import CheckpointError
 

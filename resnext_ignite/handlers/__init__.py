@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 
-from resnext_ignite.config import Config
+from resnext_ignite.config.schema import Config
 from resnext_ignite.data import Loaders
 from resnext_ignite.distributed import Ranks, StopAgreement
 from resnext_ignite.engines import RunEvents

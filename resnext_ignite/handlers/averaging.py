@@ -13,7 +13,7 @@ from ignite.engine import Engine
 from ignite.handlers import EMAHandler
 from torch import nn
 
-from resnext_ignite.config import Config
+from resnext_ignite.config.schema import Config
 from resnext_ignite.data.loaders import TrainLoader
 from resnext_ignite.models.resnext import GhostBatchNorm2d
 from resnext_ignite.runtime.devices import DTYPES

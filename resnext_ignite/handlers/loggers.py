@@ -21,8 +21,8 @@ from ignite.handlers.tensorboard_logger import OutputHandler, WeightsHistHandler
 from torch import nn
 from torch.utils.tensorboard.summary import hparams
 
-from resnext_ignite.config import Config, flatten
-from resnext_ignite.config_files import dump_config
+from resnext_ignite.config.files import dump_config
+from resnext_ignite.config.schema import Config, flatten
 from resnext_ignite.engines import RunEvents
 from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.run_folder import Record, RunFolder

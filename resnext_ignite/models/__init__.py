@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resnext_ignite.config import Config
+from resnext_ignite.config.schema import Config
 from resnext_ignite.models.resnext import ResNeXt
 from resnext_ignite.runtime.model_names import parse_model_name
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnext_ignite.config import Config
+from resnext_ignite.config.schema import Config
 from resnext_ignite.optim.muon import Muon
 from resnext_ignite.optim.schedules import IterationLRScheduler, cosine, linear, multistep, warmup
 

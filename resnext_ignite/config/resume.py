@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from resnext_ignite.config import Config, flatten, with_values
+from resnext_ignite.config.schema import Config, flatten, with_values
 
 # A run may be continued with other values of these: none changes what an iteration computes from its state, but for
 # `train.epochs`, at whose new number whatever depends on it (learning rate, growing images) is evaluated from there on.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from resnext_ignite.config_sections import (
+from resnext_ignite.config.sections import (
     AugmentConfig,
     CheckpointConfig,
     DataConfig,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import errno
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,8 +17,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from resnext_ignite.config import Config, Values, config_of, flatten
+from resnext_ignite.config.schema import Config, Values, config_of, flatten
 from resnext_ignite.runtime.errors import ConfigError
+from resnext_ignite.runtime.storage import write_durably
 
 COMMAND_LINE = "command line"
 _LONGEST_TEXT = 100_000
@@ -275,23 +275,10 @@ def dump_config(config: Config) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def check_shares(config: Config, world_size: int) -> None:
-    """Whether so many ranks can share each batch evenly.
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the config as YAML, every key; the file is whole or absent.
 
     Raises:
-        ConfigError: with the nearest sizes that they can.
+        OSError: it cannot be written.
     """
-    train = config.train
-    unit = world_size * train.accumulate * max(train.ghost_batch, 1)
-    mixed = config.augment.mixup or config.augment.cutmix
-    if mixed:
-        # Each image's neighbour is on its own rank and in its own micro-batch.
-        unit = math.lcm(unit, 2 * world_size * train.accumulate)
-    if train.batch_size % unit:
-        fits = [size for size in (train.batch_size // unit * unit, (train.batch_size // unit + 1) * unit) if size]
-        ghosts = f" of ghost batches of {train.ghost_batch}" if train.ghost_batch else ""
-        ghosts += " of pairs that are mixed" if mixed else ""
-        raise ConfigError(
-            f"train.batch_size: {train.batch_size} cannot be shared by {world_size} ranks of {train.accumulate} "
-            f"micro-batches{ghosts}; {' or '.join(map(str, fits))} can"
-        )
+    write_durably(Path(path), dump_config(config))

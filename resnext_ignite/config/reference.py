@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from resnext_ignite.config import Config
-from resnext_ignite.config_sections import Section
+from resnext_ignite.config.schema import Config
+from resnext_ignite.config.sections import Section
 
 
 def config_reference() -> str:

@@ -1,0 +1,19 @@
+"""The config of a run: its keys (`sections`, `schema`), its files (`files`), what a resume may change (`resume`)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resnext_ignite.config.files import load_config, save_config
+    from resnext_ignite.config.schema import Config
+
+__all__ = ["Config", "load_config", "save_config"]
+
+
+def __getattr__(name: str) -> Any:
+    # Only when it is used: code that needs the schema alone does not import the YAML reader.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{'schema' if name == 'Config' else 'files'}"), name)
