@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnext_ignite.launchers import launched_world_size
+from resnext_ignite.distributed.environment import launched_world_size
 from resnext_ignite.runtime.console import set_up_streams
 from resnext_ignite.runtime.errors import ConfigError, NonFiniteError, PreemptedError, run_command
 from resnext_ignite.runtime.signals import end_start_on_signals, leave_on_signals, stops_noted

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from resnext_ignite.config.schema import Config
     from resnext_ignite.data import Data
     from resnext_ignite.data.loaders import CropsLoader, EvalLoader
-    from resnext_ignite.distributed import Ranks
+    from resnext_ignite.distributed.ranks import Ranks
 
 log = logging.getLogger(__name__)
 _ALLOWED = (
@@ -63,7 +63,7 @@ def evaluate(
     from resnext_ignite.config.files import override_config
     from resnext_ignite.config.schema import with_values
     from resnext_ignite.data import load_data
-    from resnext_ignite.distributed import Ranks
+    from resnext_ignite.distributed.ranks import Ranks
     from resnext_ignite.foreign import open_model
     from resnext_ignite.metrics import Calibration
     from resnext_ignite.models.inference import MeanOverViews

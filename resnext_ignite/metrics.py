@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnext_ignite.data.loaders import Batch
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed.ranks import Ranks
 
 
 class TrainingSums:

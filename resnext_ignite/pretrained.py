@@ -11,7 +11,7 @@ from torch import nn
 from resnext_ignite.checkpoint import find_checkpoint, load_checkpoint
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import imagefolder
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.foreign import checkpoint_of, read_foreign
 from resnext_ignite.runtime.errors import CheckpointError, ForeignFileError
 

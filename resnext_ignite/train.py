@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnext_ignite.launchers import ends_remembered, launched_world_size
+from resnext_ignite.distributed.environment import ends_remembered, launched_world_size
 from resnext_ignite.runtime.console import set_up_streams
 from resnext_ignite.runtime.errors import ConfigError, DataError, run_command
 from resnext_ignite.runtime.signals import leave_on_signals
@@ -38,14 +38,15 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
 
     from resnext_ignite import engines
     from resnext_ignite.data import build_loaders
-    from resnext_ignite.distributed import Ranks, StopAgreement, stop_on_signals
+    from resnext_ignite.distributed.ddp import settle_buckets, wrap_for_ranks
+    from resnext_ignite.distributed.failures import failures_named
+    from resnext_ignite.distributed.ranks import Ranks
+    from resnext_ignite.distributed.stopping import StopAgreement, stop_on_signals
     from resnext_ignite.handlers import Parts, attach_handlers, build_average
     from resnext_ignite.handlers.loggers import describe
     from resnext_ignite.models import build_model
     from resnext_ignite.optim import build_lr_scheduler, build_optimizer
     from resnext_ignite.pretrained import load_pretrained, with_normalisation
-    from resnext_ignite.rank_failures import failures_named
-    from resnext_ignite.replicas import settle_buckets, wrap_for_ranks
     from resnext_ignite.run_folder import open_run
     from resnext_ignite.runtime import devices
     from resnext_ignite.runtime.console import set_up_console
@@ -166,7 +167,7 @@ def main(arguments: list[str]) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # torch's C++ parts warn of a rank that is gone with a stack of frames; the run says it in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from resnext_ignite.launch import launch
+    from resnext_ignite.distributed.launch import launch
     from resnext_ignite.runtime.console import set_up_console
 
     set_up_console()

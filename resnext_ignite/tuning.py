@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import Data
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.models import build_model
 from resnext_ignite.models.grouped_conv import grouped_shapes, in_each_way
 from resnext_ignite.models.inference import Inference

@@ -12,7 +12,8 @@ from ignite.engine import Engine
 
 from resnext_ignite.config.files import dump_config, load_config
 from resnext_ignite.config.schema import Config, with_values
-from resnext_ignite.distributed import Ranks, StopAgreement, StopReason
+from resnext_ignite.distributed.ranks import Ranks
+from resnext_ignite.distributed.stopping import StopAgreement, StopReason
 from resnext_ignite.handlers.checkpointing import SaveCheckpoints
 from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.run_folder import RunFolder

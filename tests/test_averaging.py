@@ -24,7 +24,7 @@ from resnext_ignite.checkpoint import load_checkpoint, load_model
 from resnext_ignite.config.files import load_config
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import Loaders, build_loaders
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.handlers import build_average
 from resnext_ignite.handlers.averaging import FreshStatistics, Lookahead
 from resnext_ignite.models import build_model

@@ -27,7 +27,7 @@ from resnext_ignite.data.images import Images
 from resnext_ignite.data.index import index_images
 from resnext_ignite.data.loaders import EvalLoader, TrainLoader
 from resnext_ignite.data.sampling import Purpose, TrainOrder, uniform
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ from resnext_ignite.data import build_train_loader, decoding, load_data
 from resnext_ignite.data.cifar import prepare_cifar
 from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.sampling import Purpose, permutation
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.engines import create_trainer
 from resnext_ignite.run_folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError, DataError, as_resnext_error

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnext_ignite.data.loaders import Batch
-from resnext_ignite.distributed import Ranks, StopAgreement, StopReason
+from resnext_ignite.distributed.ranks import Ranks
+from resnext_ignite.distributed.stopping import StopAgreement, StopReason
 from resnext_ignite.engines import RunEvents, create_evaluator, create_trainer
 from resnext_ignite.handlers.averaging import WeightAverage
 from resnext_ignite.handlers.evaluation import BestRecord

@@ -19,7 +19,7 @@ from resnext_ignite.data.augment import normalize
 from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.shapes import load_shapes
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.foreign import open_model
 from resnext_ignite.run_folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError, RunFolderError

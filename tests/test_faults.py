@@ -32,7 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-from resnext_ignite import checkpoint, distributed, engines
+from resnext_ignite import checkpoint, engines
 from resnext_ignite.checkpoint import (
     checksum_path,
     iteration_checkpoints,
@@ -40,6 +40,7 @@ from resnext_ignite.checkpoint import (
     newest_resume_point,
     verify_checkpoint,
 )
+from resnext_ignite.distributed import stopping
 from resnext_ignite.handlers.checkpointing import SaveCheckpoints
 from resnext_ignite.handlers.loggers import EvaluationFile, TensorBoard
 from resnext_ignite.handlers.pictures import Curves, MistakesPicture
@@ -314,7 +315,7 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path: Path, 
 
         engines.create_evaluator = with_hook
         # Every batch, as if each took its five seconds.
-        distributed._LONGEST_SILENCE_S = 0
+        stopping._LONGEST_SILENCE_S = 0
 
     values = [*WITH_EVENTS, "evaluation.batch_size=4", "logging.histograms=true"]
     outcome = Command(folder, *values, patch=patch).wait()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from resnext_ignite import evaluate, report
 from resnext_ignite.data.loaders import Batch
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.engines import create_evaluator
 from resnext_ignite.metrics import FlipCounts
 from resnext_ignite.run_folder import RunFolder

@@ -30,12 +30,8 @@ LEVELS = [
     {"tuning"},
     {"engines"},
     {"models", "optim", "data", "metrics"},
-    {"launch"},
-    {"rank_failures", "rendezvous"},
-    {"replicas"},
     {"distributed"},
     {"config"},
-    {"launchers"},
     {"runtime"},
 ]
 # The one command that is made of another's runs, by `train.run`.

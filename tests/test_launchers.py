@@ -13,15 +13,15 @@ import pytest
 import torch
 from conftest import ROOT, digest, tiny_arguments
 
-from resnext_ignite import launch
-from resnext_ignite.distributed import Ranks
-from resnext_ignite.launchers import (
+from resnext_ignite.distributed import launch
+from resnext_ignite.distributed.environment import (
     by_srun,
     by_torchrun,
     ends_remembered,
     launched_on_this_machine,
     launched_world_size,
 )
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.run_folder import RunFolder
 from resnext_ignite.runtime.errors import (
     ConfigError,

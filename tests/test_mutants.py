@@ -238,7 +238,7 @@ MUTANTS = [
     ),
     (
         "the end of a rank's parent is a stop like any other",
-        "distributed.py",
+        "distributed/stopping.py",
         "            stop.wish(StopReason.ORPHANED)\n",
         "            pass\n",
         "test_ranks.py::test_a_parent_that_ends_slowly",
@@ -301,7 +301,7 @@ MUTANTS = [
     ),
     (
         "a second signal interrupts",
-        "distributed.py",
+        "distributed/stopping.py",
         "        if heard:\n            return\n",
         "        if heard:\n            raise KeyboardInterrupt\n",
         "test_faults.py::test_more_signals",

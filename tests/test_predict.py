@@ -327,7 +327,7 @@ def test_ten_crops_by_hand(tmp_path: Path) -> None:
 
 def test_calibration_by_hand() -> None:
     from resnext_ignite.data.loaders import Batch
-    from resnext_ignite.distributed import Ranks
+    from resnext_ignite.distributed.ranks import Ranks
     from resnext_ignite.metrics import Calibration
 
     metric = Calibration(Ranks(), torch.device("cpu"))

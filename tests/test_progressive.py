@@ -24,8 +24,8 @@ from resnext_ignite.data.images import Images
 from resnext_ignite.data.loaders import TrainLoader
 from resnext_ignite.data.resizing import GrowingSize
 from resnext_ignite.data.sampling import TrainOrder
-from resnext_ignite.distributed import Ranks
-from resnext_ignite.replicas import wrap_for_ranks
+from resnext_ignite.distributed.ddp import wrap_for_ranks
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.run_folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError
 

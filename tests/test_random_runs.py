@@ -22,10 +22,11 @@ import torch
 from conftest import ROOT, Command, Outcome, at_iteration, plain, scalars, tiny_arguments
 from ignite.engine import Engine, Events
 
-from resnext_ignite import distributed, engines
+from resnext_ignite import engines
 from resnext_ignite.checkpoint import load_checkpoint, verify_checkpoint
 from resnext_ignite.config.files import load_config
-from resnext_ignite.distributed import StopAgreement, StopReason
+from resnext_ignite.distributed import stopping
+from resnext_ignite.distributed.stopping import StopAgreement, StopReason
 from resnext_ignite.handlers import pictures
 from resnext_ignite.run_folder import RunFolder
 from resnext_ignite.runtime import devices
@@ -187,7 +188,7 @@ def run(folder: Path, values: list[str], ranks: int, *, resume: bool, often: boo
         pictures.MistakesPicture.__call__ = lambda self, engine: None  # type: ignore[method-assign]
         if often:
             # Ranks meet at every iteration and at every batch of an evaluation.
-            distributed._LONGEST_SILENCE_S = 0
+            stopping._LONGEST_SILENCE_S = 0
         if cut is not None:
             cut.install()
 

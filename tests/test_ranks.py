@@ -19,8 +19,8 @@ from ignite.engine import Engine
 from torch import nn
 from tqdm import tqdm
 
-from resnext_ignite import distributed
 from resnext_ignite.checkpoint import iteration_checkpoints, load_checkpoint, verify_checkpoint
+from resnext_ignite.distributed import stopping
 from resnext_ignite.handlers import checkpointing
 from resnext_ignite.run_folder import RunFolder
 from resnext_ignite.runtime.errors import DataError
@@ -34,7 +34,7 @@ def on_rank(which: int, act: Callable[[Engine], Any]) -> Callable[[Engine], Any]
 
 
 def no_log_points_by_time() -> None:
-    distributed._LONGEST_SILENCE_S = 1e6
+    stopping._LONGEST_SILENCE_S = 1e6
 
 
 def raise_a_bug(engine: Engine) -> None:
@@ -95,7 +95,7 @@ def test_ranks_do_not_outlive_the_process_that_started_them(tmp_path: Path) -> N
 
     def slow() -> None:
         at_iteration(2, lambda engine: ready.touch())
-        distributed._LONGEST_SILENCE_S = 0.5
+        stopping._LONGEST_SILENCE_S = 0.5
 
     command = Command(tmp_path / "run", "train.epochs=100000", ranks=2, patch=slow)
     while not ready.exists():
@@ -300,13 +300,13 @@ def test_a_rank_that_is_done_leaves_no_thread_to_abort_it() -> None:
     script = """
 import os, time
 from torch import distributed as dist
-from resnext_ignite import rank_failures
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed import failures
+from resnext_ignite.distributed.ranks import Ranks
 
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
-rank_failures._POLL_S = 0
-with rank_failures.others_watched(Ranks(0, 2)):
+failures._POLL_S = 0
+with failures.others_watched(Ranks(0, 2)):
     time.sleep(0.2)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)

@@ -24,7 +24,7 @@ from resnext_ignite.checkpoint import (
     outdated_checkpoints,
     save_checkpoint,
 )
-from resnext_ignite.distributed import StopAgreement, StopReason
+from resnext_ignite.distributed.stopping import StopAgreement, StopReason
 from resnext_ignite.handlers import checkpointing
 from resnext_ignite.run_folder import RunFolder
 from resnext_ignite.runtime import devices

@@ -19,7 +19,7 @@ from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.shards import Members, index, index_shards
 from resnext_ignite.data.shards.tar import Tar
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.errors import DataError
 
 

@@ -25,7 +25,7 @@ from resnext_ignite.data.images import Images
 from resnext_ignite.data.loaders import Batch
 from resnext_ignite.data.sampling import Purpose, permutation
 from resnext_ignite.data.shards import index_shards, members
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.errors import ConfigError, RunFolderError
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from resnext_ignite.data import build_train_loader, load_data
 from resnext_ignite.data.augment import Augment
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.trivial import OPERATIONS, choices, trivial_augment
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed.ranks import Ranks
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)

@@ -16,7 +16,7 @@ from resnext_ignite.benchmark.training import Work
 from resnext_ignite.config.schema import with_values
 from resnext_ignite.data import Data, build_train_loader, load_data
 from resnext_ignite.data.loaders import TrainLoader
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.timing import in_turns, medians
 
 _DECODERS = ("workers", "device")

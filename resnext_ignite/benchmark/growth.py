@@ -22,9 +22,9 @@ from resnext_ignite.data.cifar import MEAN, STD
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.loaders import TrainLoader
 from resnext_ignite.data.sampling import TrainOrder
-from resnext_ignite.distributed import Ranks
-from resnext_ignite.launch import launch
-from resnext_ignite.replicas import wrap_for_ranks
+from resnext_ignite.distributed.ddp import wrap_for_ranks
+from resnext_ignite.distributed.launch import launch
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.timing import in_turns, medians, timed
 
 # An exponent above it is worse than linear; what lies between is noise.

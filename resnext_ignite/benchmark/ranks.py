@@ -18,10 +18,10 @@ from torch import nn
 
 from resnext_ignite.benchmark.setup import prepare
 from resnext_ignite.data.loaders import Batch
-from resnext_ignite.distributed import Ranks
-from resnext_ignite.launch import launch
+from resnext_ignite.distributed.ddp import wrap_for_ranks
+from resnext_ignite.distributed.launch import launch
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.optim import build_optimizer
-from resnext_ignite.replicas import wrap_for_ranks
 from resnext_ignite.runtime.timing import in_turns, medians
 
 

@@ -18,7 +18,7 @@ from resnext_ignite.data.resizing import GrowingSize
 from resnext_ignite.data.reuse import data_kept, loaded_or_kept
 from resnext_ignite.data.sampling import TrainOrder
 from resnext_ignite.data.splits import Data, load_data
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)

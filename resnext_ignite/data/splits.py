@@ -15,7 +15,7 @@ from resnext_ignite.data.index import folder_classes, index_images
 from resnext_ignite.data.loaders import Split
 from resnext_ignite.data.sampling import Purpose, permutation
 from resnext_ignite.data.shards import Members, index_shards, shard_classes
-from resnext_ignite.distributed import Ranks
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.errors import ConfigError, DataError, errors_of_data
 
 _SUBSET_SEED = 0

@@ -9,7 +9,8 @@ from ignite.engine import Engine, Events
 
 from resnext_ignite.config.schema import Config
 from resnext_ignite.data import Loaders
-from resnext_ignite.distributed import Ranks, StopAgreement
+from resnext_ignite.distributed.ranks import Ranks
+from resnext_ignite.distributed.stopping import StopAgreement
 from resnext_ignite.engines import RunEvents
 from resnext_ignite.handlers.averaging import build_average, build_fresh_statistics, build_lookahead
 from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints, Stateful

@@ -18,9 +18,10 @@ from resnext_ignite.checkpoint import (
     outdated_checkpoints,
     save_checkpoint,
 )
-from resnext_ignite.distributed import Ranks, StopAgreement, StopReason
+from resnext_ignite.distributed.ddp import averaged_statistics, own_statistics
+from resnext_ignite.distributed.ranks import Ranks
+from resnext_ignite.distributed.stopping import StopAgreement, StopReason
 from resnext_ignite.handlers.evaluation import BestRecord
-from resnext_ignite.replicas import averaged_statistics, own_statistics
 from resnext_ignite.runtime.errors import CheckpointError, NonFiniteError
 from resnext_ignite.runtime.storage import warned_of
 

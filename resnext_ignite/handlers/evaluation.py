@@ -12,10 +12,10 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from resnext_ignite.data.loaders import EvalLoader
-from resnext_ignite.distributed import Pace, StopAgreement, StopReason
+from resnext_ignite.distributed.ddp import average_statistics
+from resnext_ignite.distributed.stopping import Pace, StopAgreement, StopReason
 from resnext_ignite.engines import RunEvents
 from resnext_ignite.metrics import FlipCounts
-from resnext_ignite.replicas import average_statistics
 from resnext_ignite.run_folder import Record
 from resnext_ignite.runtime.errors import NonFiniteError
 

@@ -11,7 +11,7 @@ from ignite.engine import Engine, Events
 from torch import nn, optim
 
 from resnext_ignite.checkpoint import load_checkpoint
-from resnext_ignite.distributed import StopAgreement, StopReason
+from resnext_ignite.distributed.stopping import StopAgreement, StopReason
 from resnext_ignite.handlers.averaging import WeightAverage
 from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints, last_handled_epoch
 from resnext_ignite.handlers.evaluation import BestRecord, Evaluation

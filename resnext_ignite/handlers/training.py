@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine
 
-from resnext_ignite.distributed import Pace, StopAgreement
+from resnext_ignite.distributed.stopping import Pace, StopAgreement
 from resnext_ignite.engines import RunEvents
 from resnext_ignite.metrics import TrainingSums
 from resnext_ignite.runtime.errors import DataError, NonFiniteError

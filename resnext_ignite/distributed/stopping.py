@@ -1,113 +1,26 @@
-"""Ranks: where they stand, what they agree on, and every stop they make together.
+"""Every stop of a run: one owner, and an agreement of all ranks on the iteration at which it happens.
 
-All collectives of the training loop are called here: only `StopAgreement.exchange`, one packed all-reduce. A network on
-several ranks is `replicas.py`'s, how ranks start `launch.py`'s, how they fail `rank_failures.py`'s.
+`StopAgreement.exchange`, one packed all-reduce, is the only collective of the training loop.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import socket
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypeVar
 
 import ignite.distributed as idist
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from resnext_ignite.launchers import by_srun
+from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.console import tell_from_signal_handler
-from resnext_ignite.runtime.errors import RankError, ResnextError, as_resnext_error
 from resnext_ignite.runtime.signals import ENDING_SIGNALS, PARENT_GONE, cause, end_start, leave
 
-T = TypeVar("T")
 _LONGEST_SILENCE_S = 5.0
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where this process stands: its rank of all, and of those on its machine. The default is a single process."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-
-    @classmethod
-    def current(cls) -> Ranks:
-        """This process's, as idist knows it."""
-        return cls(idist.get_rank(), idist.get_world_size(), idist.get_local_rank(), idist.get_nproc_per_node())
-
-    def cores(self) -> int:
-        """How many of its machine's cores a rank may use: those that Slurm bound it to, else its share of all."""
-        own = len(os.sched_getaffinity(0))
-        bound = by_srun() and own < (os.cpu_count() or own)
-        return own if bound else max(1, own // self.local_world_size)
-
-    def placement(self) -> str:
-        """How many ranks there are, and where, in words; to be called on all ranks."""
-        if self.world_size == 1:
-            return "1 rank"
-        hosts = Counter(self.gather(socket.gethostname()))
-        places = ", ".join(f"{host}: {count}" for host, count in hosts.items())
-        return f"{self.world_size} ranks ({places}; {dist.get_backend()})"
-
-    def first_on_node(self, prepare: Callable[[], None]) -> None:
-        """Let one rank a machine prepare something the others then use; its failure fails all.
-
-        idist.one_rank_first would leave the others waiting for a first one that failed.
-        """
-        error = _result_or_error(prepare)[1] if self.local_rank == 0 else None
-        # The all-reduce is the barrier too.
-        failures = idist.all_reduce(int(error is not None)) if self.world_size > 1 else 0
-        if error is not None:
-            raise error
-        if failures:
-            raise RankError("another rank could not prepare the data; its line says why")
-
-    def from_rank_zero(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank; its failure fails all."""
-        if self.world_size == 1:
-            return make()
-        made: list[Any] = [*_result_or_error(make)] if self.rank == 0 else [None, None]
-        dist.broadcast_object_list(made, src=0)
-        if made[1] is not None:
-            raise made[1]
-        return made[0]
-
-    def gather(self, item: T) -> list[T]:
-        """Every rank's item, in order, on every rank."""
-        if self.world_size == 1:
-            return [item]
-        items: list[Any] = [None] * self.world_size
-        dist.all_gather_object(items, item)
-        return items
-
-    def gather_on_rank_zero(self, item: T) -> list[T]:
-        """Every rank's item, in order, on rank 0; nothing on the others."""
-        if self.world_size == 1:
-            return [item]
-        items: list[Any] = [None] * self.world_size if self.rank == 0 else []
-        dist.gather_object(item, items if self.rank == 0 else None)
-        return items
-
-
-def _result_or_error(make: Callable[[], T]) -> tuple[T | None, ResnextError | None]:
-    """What a call returns, or the error that the other ranks must hear of; a bug is raised."""
-    try:
-        return make(), None
-    except Exception as caught:
-        error = as_resnext_error(caught)
-        if error is None:
-            raise
-        return None, error
 
 
 class StopReason(IntEnum):

@@ -20,9 +20,9 @@ from typing import ClassVar
 
 from torch import distributed as dist
 
-from resnext_ignite.distributed import Ranks
-from resnext_ignite.launchers import refuse_to_repeat
-from resnext_ignite.rendezvous import answer_in_time
+from resnext_ignite.distributed.environment import refuse_to_repeat
+from resnext_ignite.distributed.ranks import Ranks
+from resnext_ignite.distributed.rendezvous import answer_in_time
 from resnext_ignite.runtime.errors import PreemptedError, RankError, ResnextError, as_resnext_error
 
 # A rank that lost another waits so long for word of it; one that fails waits for rank 0, which may fail alike.

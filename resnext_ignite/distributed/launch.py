@@ -16,10 +16,10 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
-from resnext_ignite.distributed import Ranks
-from resnext_ignite.launchers import by_srun, by_torchrun, launched_on_this_machine, launched_world_size
-from resnext_ignite.rank_failures import Failure, FailureBoard, failures_named, others_watched, refuse_what_ended
-from resnext_ignite.rendezvous import begin_life, connect_to_store, keeps_its_store, last_life
+from resnext_ignite.distributed.environment import by_srun, by_torchrun, launched_on_this_machine, launched_world_size
+from resnext_ignite.distributed.failures import Failure, FailureBoard, failures_named, others_watched, refuse_what_ended
+from resnext_ignite.distributed.ranks import Ranks
+from resnext_ignite.distributed.rendezvous import begin_life, connect_to_store, keeps_its_store, last_life
 from resnext_ignite.runtime.console import set_up_streams
 from resnext_ignite.runtime.errors import ConfigError, PreemptedError, RankError, report_error
 from resnext_ignite.runtime.signals import (

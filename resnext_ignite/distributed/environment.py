@@ -3,7 +3,7 @@
 torchrun starts failed ranks again (`--max-restarts`), whatever their exit code. Its agent gives each rank a file for
 its error, in a folder of the attempt; a rank leaves its exit code there, and a later attempt that finds one which no
 restart would cure ends at once with the same. What ended ranks of other machines is read where the ranks find one
-another (`rank_failures.refuse_what_ended`).
+another (`failures.refuse_what_ended`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Several ranks: how they start (`launch`), agree (`ranks`, `stopping`), share a model (`ddp`), fail (`failures`)."""

@@ -1,0 +1,97 @@
+"""The place of this process among all ranks, and the collectives that start-up, evaluation and saving need."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ignite.distributed as idist
+from torch import distributed as dist
+
+from resnext_ignite.distributed.environment import by_srun
+from resnext_ignite.runtime.errors import RankError, ResnextError, as_resnext_error
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands: its rank of all, and of those on its machine. The default is a single process."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """This process's, as idist knows it."""
+        return cls(idist.get_rank(), idist.get_world_size(), idist.get_local_rank(), idist.get_nproc_per_node())
+
+    def cores(self) -> int:
+        """How many of its machine's cores a rank may use: those that Slurm bound it to, else its share of all."""
+        own = len(os.sched_getaffinity(0))
+        bound = by_srun() and own < (os.cpu_count() or own)
+        return own if bound else max(1, own // self.local_world_size)
+
+    def placement(self) -> str:
+        """How many ranks there are, and where, in words; to be called on all ranks."""
+        if self.world_size == 1:
+            return "1 rank"
+        hosts = Counter(self.gather(socket.gethostname()))
+        places = ", ".join(f"{host}: {count}" for host, count in hosts.items())
+        return f"{self.world_size} ranks ({places}; {dist.get_backend()})"
+
+    def first_on_node(self, prepare: Callable[[], None]) -> None:
+        """Let one rank a machine prepare something the others then use; its failure fails all.
+
+        idist.one_rank_first would leave the others waiting for a first one that failed.
+        """
+        error = _result_or_error(prepare)[1] if self.local_rank == 0 else None
+        # The all-reduce is the barrier too.
+        failures = idist.all_reduce(int(error is not None)) if self.world_size > 1 else 0
+        if error is not None:
+            raise error
+        if failures:
+            raise RankError("another rank could not prepare the data; its line says why")
+
+    def from_rank_zero(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank; its failure fails all."""
+        if self.world_size == 1:
+            return make()
+        made: list[Any] = [*_result_or_error(make)] if self.rank == 0 else [None, None]
+        dist.broadcast_object_list(made, src=0)
+        if made[1] is not None:
+            raise made[1]
+        return made[0]
+
+    def gather(self, item: T) -> list[T]:
+        """Every rank's item, in order, on every rank."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return items
+
+    def gather_on_rank_zero(self, item: T) -> list[T]:
+        """Every rank's item, in order, on rank 0; nothing on the others."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world_size if self.rank == 0 else []
+        dist.gather_object(item, items if self.rank == 0 else None)
+        return items
+
+
+def _result_or_error(make: Callable[[], T]) -> tuple[T | None, ResnextError | None]:
+    """What a call returns, or the error that the other ranks must hear of; a bug is raised."""
+    try:
+        return make(), None
+    except Exception as caught:
+        error = as_resnext_error(caught)
+        if error is None:
+            raise
+        return None, error
