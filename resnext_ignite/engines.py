@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnext_ignite.config.schema import Config
+from resnext_ignite.data.augment.mixing import neighbours
 from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.loaders import Batch
-from resnext_ignite.data.mixing import neighbours
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.metrics import ClassificationCounts, FlipCounts, TrainingSums
 from resnext_ignite.models.inference import Inference

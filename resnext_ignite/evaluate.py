@@ -122,9 +122,9 @@ def _loader(
     config: Config, data: Data, split: str, device: torch.device, ranks: Ranks, views: str
 ) -> EvalLoader | CropsLoader:
     from resnext_ignite.data import build_eval_loader
-    from resnext_ignite.data.cropping import FIVE_CROPS
-    from resnext_ignite.data.imagefolder import ImageFiles
     from resnext_ignite.data.loaders import CropsLoader
+    from resnext_ignite.data.reading.cropping import FIVE_CROPS
+    from resnext_ignite.data.reading.image_files import ImageFiles
 
     if views != "ten-crop":
         return build_eval_loader(config, data, split, device, ranks)

@@ -139,9 +139,9 @@ class Predictor:
     def _load(self, files: Sequence[str]) -> Iterable[tuple[torch.Tensor, torch.Tensor, dict[int, str]]]:
         import torch
 
-        from resnext_ignite.data.imagefolder import ImageFiles
         from resnext_ignite.data.loaders import PictureLoader
-        from resnext_ignite.data.paths import Paths
+        from resnext_ignite.data.reading.image_files import ImageFiles
+        from resnext_ignite.data.sources.paths import Paths
 
         count = torch.arange(len(files))
         split = ImageFiles(Paths.of(files), count, count, self.metadata.image_size, self.config.data.eval_crop)
@@ -152,7 +152,7 @@ class Predictor:
         return PictureLoader(split, self._augment(), self.device, batch_size=self.batch_size, workers=workers)
 
     def _augment(self) -> Any:
-        from resnext_ignite.data.augment import Augment
+        from resnext_ignite.data.augment.chain import Augment
 
         metadata = self.metadata
         channels_last = self.config.train.channels_last

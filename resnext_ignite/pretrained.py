@@ -10,7 +10,7 @@ from torch import nn
 
 from resnext_ignite.checkpoint import find_checkpoint, load_checkpoint
 from resnext_ignite.config.schema import Config, with_values
-from resnext_ignite.data import imagefolder
+from resnext_ignite.data.sources import folders
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.foreign import checkpoint_of, read_foreign
 from resnext_ignite.runtime.errors import CheckpointError, ForeignFileError
@@ -55,7 +55,7 @@ def with_normalisation(config: Config) -> Config:
     source = config.model.pretrained
     if source is None or config.data.mean is not None:
         return config
-    moments: dict[str, Any] = {"mean": imagefolder.MEAN, "std": imagefolder.STD}
+    moments: dict[str, Any] = {"mean": folders.MEAN, "std": folders.STD}
     if not source.startswith(_TORCHVISION):
         moments = _checkpoint(source)
     try:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from resnext_ignite.data import augment
-from resnext_ignite.data.augment import Augment
+from resnext_ignite.data.augment import chain as augment
+from resnext_ignite.data.augment.chain import Augment
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.5)
 

@@ -23,8 +23,9 @@ from resnext_ignite import convert, evaluate, predict
 from resnext_ignite.benchmark.peers import has_timm
 from resnext_ignite.checkpoint import load_checkpoint, load_model
 from resnext_ignite.config.schema import with_values
-from resnext_ignite.data import build_eval_loader, cifar
-from resnext_ignite.data.cifar import CLASSES
+from resnext_ignite.data import build_eval_loader
+from resnext_ignite.data.sources import cifar
+from resnext_ignite.data.sources.cifar import CLASSES
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.foreign import SOURCES, TARGETS, open_model, read_foreign
 from resnext_ignite.foreign.keys import SEED, TORCHVISION

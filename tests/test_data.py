@@ -18,15 +18,16 @@ from conftest import Payload
 from PIL import Image
 
 from resnext_ignite.config.schema import Config, with_values
-from resnext_ignite.data import build_eval_loader, build_loaders, build_train_loader, load_data, shapes
-from resnext_ignite.data.augment import Augment
-from resnext_ignite.data.cropping import crop_draws, random_box, square_crop
-from resnext_ignite.data.decoding import resized
-from resnext_ignite.data.imagefolder import ImageFiles
+from resnext_ignite.data import build_eval_loader, build_loaders, build_train_loader, load_data
+from resnext_ignite.data.augment.chain import Augment
 from resnext_ignite.data.images import Images
-from resnext_ignite.data.index import index_images
 from resnext_ignite.data.loaders import EvalLoader, TrainLoader
+from resnext_ignite.data.reading.cropping import crop_draws, random_box, square_crop
+from resnext_ignite.data.reading.decoding import resized
+from resnext_ignite.data.reading.image_files import ImageFiles
 from resnext_ignite.data.sampling import Purpose, TrainOrder, uniform
+from resnext_ignite.data.sources import shapes
+from resnext_ignite.data.sources.folders import index_images
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.errors import ConfigError, DataError
 

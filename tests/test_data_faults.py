@@ -26,10 +26,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_data import folder_config, md5, write_cifar
 from torch import nn
 
-from resnext_ignite.data import build_train_loader, decoding, load_data
-from resnext_ignite.data.cifar import prepare_cifar
+from resnext_ignite.data import build_train_loader, load_data
 from resnext_ignite.data.images import UNREADABLE
+from resnext_ignite.data.reading import decoding
 from resnext_ignite.data.sampling import Purpose, permutation
+from resnext_ignite.data.sources.cifar import prepare_cifar
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.engines import create_trainer
 from resnext_ignite.run_folder import RunFolder

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torchvision.models import ResNeXt50_32X4D_Weights
 
-from resnext_ignite.data import decoding
-from resnext_ignite.data.cropping import random_crop, square_crop
-from resnext_ignite.data.decoding import _PlainJpeg, cut_and_resized, open_rgb, read_crop, resized
+from resnext_ignite.data.reading import decoding
+from resnext_ignite.data.reading.cropping import random_crop, square_crop
+from resnext_ignite.data.reading.decoding import _PlainJpeg, cut_and_resized, open_rgb, read_crop, resized
 from resnext_ignite.runtime.errors import DataError
 
 

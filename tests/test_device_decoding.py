@@ -22,15 +22,15 @@ from resnext_ignite.benchmark import photographs
 from resnext_ignite.benchmark.end_to_end import measure_end_to_end
 from resnext_ignite.benchmark.setup import Training
 from resnext_ignite.benchmark.training import Work
-from resnext_ignite.data import device_decoding
-from resnext_ignite.data.augment import Augment
-from resnext_ignite.data.decoding import WholeJpeg, undecoded
-from resnext_ignite.data.device_decoding import DeviceDecoding, JpegDecoder, JpegReader, Part, _at_once
-from resnext_ignite.data.imagefolder import ImageFiles
+from resnext_ignite.data.augment.chain import Augment
 from resnext_ignite.data.images import UNREADABLE
-from resnext_ignite.data.index import index_images
 from resnext_ignite.data.loaders import Batch, TrainLoader
+from resnext_ignite.data.reading import device_decoding
+from resnext_ignite.data.reading.decoding import WholeJpeg, undecoded
+from resnext_ignite.data.reading.device_decoding import DeviceDecoding, JpegDecoder, JpegReader, Part, _at_once
+from resnext_ignite.data.reading.image_files import ImageFiles
 from resnext_ignite.data.sampling import TrainOrder
+from resnext_ignite.data.sources.folders import index_images
 from resnext_ignite.runtime.errors import ConfigError, DataError, RunFolderError
 
 CPU = torch.device("cpu")

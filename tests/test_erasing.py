@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import RandomErasing
 
-from resnext_ignite.data import erasing
-from resnext_ignite.data.augment import Augment, cut_out
-from resnext_ignite.data.erasing import random_boxes
+from resnext_ignite.data.augment import erasing
+from resnext_ignite.data.augment.chain import Augment, cut_out
+from resnext_ignite.data.augment.erasing import random_boxes
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 

@@ -15,10 +15,10 @@ from resnext_ignite import evaluate, export, predict
 from resnext_ignite.checkpoint import load_model
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import build_train_loader, load_data
-from resnext_ignite.data.augment import normalize
-from resnext_ignite.data.imagefolder import ImageFiles
+from resnext_ignite.data.augment.chain import normalize
 from resnext_ignite.data.images import Images
-from resnext_ignite.data.shapes import load_shapes
+from resnext_ignite.data.reading.image_files import ImageFiles
+from resnext_ignite.data.sources.shapes import load_shapes
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.foreign import open_model
 from resnext_ignite.run_folder import RunFolder

@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from resnext_ignite import imagenet
-from resnext_ignite.data.index import index_images
+from resnext_ignite.data.sources.folders import index_images
 from resnext_ignite.packing import ilsvrc
 from resnext_ignite.packing.options import locked
 from resnext_ignite.packing.shards import check_folder

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from resnext_ignite.data import index, kept
-from resnext_ignite.data.index import ImageIndex, index_images
-from resnext_ignite.data.paths import Paths
+from resnext_ignite.data.sources import disk_cache, folders
+from resnext_ignite.data.sources.folders import ImageIndex, index_images
+from resnext_ignite.data.sources.paths import Paths
 
 NAMES = ["a/1.jpg", "a/with space.jpg", "b/\u00e4\u6f22.png", "b/\udcff.png", "c/" + "long" * 50 + ".jpg"]
 
@@ -47,8 +47,8 @@ def test_the_digest_is_that_of_the_names() -> None:
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three classes of 4, 3 and 2 empty files, large enough to be kept, and unchanged for a minute."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(index, "_WORTH_KEEPING", 5)
-    monkeypatch.setattr(kept, "time", Clock())
+    monkeypatch.setattr(folders, "_WORTH_KEEPING", 5)
+    monkeypatch.setattr(disk_cache, "time", Clock())
     for number, name in enumerate("abc"):
         folder = tmp_path / "data/train" / name
         folder.mkdir(parents=True)
@@ -69,14 +69,14 @@ class Clock:
 
 def listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ImageIndex, bool]:
     """The index, and whether the folders were read for it."""
-    real, calls = index._list_files, []
+    real, calls = folders._list_files, []
 
     def noted(*arguments: Any) -> Any:
         calls.append(1)
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(index, "_list_files", noted)
+        patch.setattr(folders, "_list_files", noted)
         return index_images(root, "train"), bool(calls)
 
 
@@ -140,7 +140,7 @@ def test_without_a_home_nothing_is_kept(root: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
-    monkeypatch.setattr(index.Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError("read-only")))
+    monkeypatch.setattr(folders.Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError("read-only")))
     assert listed(root, monkeypatch)[1]
     assert len(listed(root, monkeypatch)[0].labels) == 9
 
@@ -186,10 +186,10 @@ def test_a_damaged_cache_is_not_believed(
 def test_small_folders_and_unwritable_homes_are_left_alone(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index, "_WORTH_KEEPING", 10)
+    monkeypatch.setattr(folders, "_WORTH_KEEPING", 10)
     listed(root, monkeypatch)
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(index, "_WORTH_KEEPING", 5)
+    monkeypatch.setattr(folders, "_WORTH_KEEPING", 5)
     (tmp_path / "cache").write_text("not a folder")
     assert listed(root, monkeypatch)[1]
     assert len(listed(root, monkeypatch)[0].labels) == 9

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from resnext_ignite import convert
 from resnext_ignite.checkpoint import load_model
-from resnext_ignite.data import cifar, imagefolder
+from resnext_ignite.data.sources import cifar, folders
 from resnext_ignite.foreign import checkpoint_of, open_model, read_foreign
 from resnext_ignite.runtime.errors import CheckpointError
 
@@ -85,7 +85,7 @@ def test_torch7(tmp_path: Path, counts: tuple[int, ...]) -> None:
         assert (metadata.image_size, metadata.classes) == (32, cifar.CLASSES["cifar10"])
     else:
         assert metadata.config.model.name == "resnext50_4x16d"
-        assert (metadata.mean, metadata.std, metadata.image_size) == (imagefolder.MEAN, imagefolder.STD, 224)
+        assert (metadata.mean, metadata.std, metadata.image_size) == (folders.MEAN, folders.STD, 224)
 
 
 def in_table(model: Module) -> Any:
@@ -382,7 +382,7 @@ def test_mxnet_without_normalisation_and_in_half(tmp_path: Path) -> None:
     file.write_bytes(params_file(halves))
     found, metadata = logits_of(file, pictures())
     assert_same(found, model, pictures())
-    assert (metadata.mean, metadata.std) == (imagefolder.MEAN, imagefolder.STD)
+    assert (metadata.mean, metadata.std) == (folders.MEAN, folders.STD)
 
 
 def test_gluoncv(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_gluoncv(tmp_path: Path) -> None:
     file.write_bytes(params_file(gluoncv_arrays(model)))
     found, metadata = logits_of(file, pictures())
     assert_same(found, model, pictures())
-    assert (metadata.mean, metadata.std, metadata.image_size) == (imagefolder.MEAN, imagefolder.STD, 224)
+    assert (metadata.mean, metadata.std, metadata.image_size) == (folders.MEAN, folders.STD, 224)
 
 
 def test_what_is_no_resnext_of_mxnet_is_named(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from resnext_ignite.config.batches import check_batch_size
 from resnext_ignite.config.files import load_config
-from resnext_ignite.data.augment import Augment
+from resnext_ignite.data.augment.chain import Augment
+from resnext_ignite.data.augment.mixing import Mixing, beta, beta_quantiles, neighbours
 from resnext_ignite.data.images import UNREADABLE, Images
 from resnext_ignite.data.loaders import Batch, TrainLoader
-from resnext_ignite.data.mixing import Mixing, beta, beta_quantiles, neighbours
 from resnext_ignite.data.sampling import Purpose, TrainOrder, uniform
 from resnext_ignite.engines import create_trainer
 from resnext_ignite.runtime.errors import ConfigError

@@ -20,9 +20,9 @@ from torch import nn
 
 from resnext_ignite import evaluate, predict
 from resnext_ignite.checkpoint import load_model
-from resnext_ignite.data.cropping import square_crop
-from resnext_ignite.data.decoding import open_rgb, resized
-from resnext_ignite.data.shapes import CLASSES, load_shapes
+from resnext_ignite.data.reading.cropping import square_crop
+from resnext_ignite.data.reading.decoding import open_rgb, resized
+from resnext_ignite.data.sources.shapes import CLASSES, load_shapes
 from resnext_ignite.handlers.pictures import draw_mistakes
 from resnext_ignite.pictures import save_figure
 from resnext_ignite.runtime.errors import CheckpointError, ConfigError, DataError

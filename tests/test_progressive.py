@@ -19,10 +19,10 @@ from torch.nn import functional
 from resnext_ignite import evaluate
 from resnext_ignite.config.files import load_config
 from resnext_ignite.data import build_loaders, build_sizes
-from resnext_ignite.data.augment import Augment, normalize
+from resnext_ignite.data.augment.chain import Augment, normalize
+from resnext_ignite.data.augment.progressive import GrowingSize
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.loaders import TrainLoader
-from resnext_ignite.data.resizing import GrowingSize
 from resnext_ignite.data.sampling import TrainOrder
 from resnext_ignite.distributed.ddp import wrap_for_ranks
 from resnext_ignite.distributed.ranks import Ranks

@@ -16,7 +16,7 @@ from resnext_ignite import evaluate, train
 from resnext_ignite.checkpoint import load_checkpoint, load_model
 from resnext_ignite.config.files import load_config
 from resnext_ignite.config.schema import Config
-from resnext_ignite.data.cropping import square_crop
+from resnext_ignite.data.reading.cropping import square_crop
 from resnext_ignite.models import create_model
 from resnext_ignite.optim import lr_factor
 from resnext_ignite.run_folder import RunFolder

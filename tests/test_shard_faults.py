@@ -14,11 +14,12 @@ import torch
 from conftest import Command, train_tiny
 from test_shards import Samples, batches, describe, on, pack, shard_config, write_shard
 
-from resnext_ignite.data import kept, load_data
-from resnext_ignite.data.imagefolder import ImageFiles
+from resnext_ignite.data import load_data
 from resnext_ignite.data.images import UNREADABLE
-from resnext_ignite.data.shards import Members, index, index_shards
-from resnext_ignite.data.shards.tar import Tar
+from resnext_ignite.data.reading.image_files import ImageFiles
+from resnext_ignite.data.sources import disk_cache
+from resnext_ignite.data.sources.shards import Members, index, index_shards
+from resnext_ignite.data.sources.shards.tar import Tar
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.errors import DataError
 
@@ -235,7 +236,7 @@ def test_the_walk_is_kept_until_a_shard_changes(root: Path, tmp_path: Path, monk
     first = index_shards(root, "train")
     # Young shards may change within a tick of the clock.
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(kept, "SETTLED_S", -1.0)
+    monkeypatch.setattr(disk_cache, "SETTLED_S", -1.0)
     index_shards(root, "train")
     assert len(walks) == 2
     again = index_shards(root, "train")

@@ -20,11 +20,11 @@ from test_data import folder_config
 
 from resnext_ignite.config.schema import Config
 from resnext_ignite.data import build_eval_loader, build_train_loader, load_data
-from resnext_ignite.data.imagefolder import ImageFiles
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.loaders import Batch
+from resnext_ignite.data.reading.image_files import ImageFiles
 from resnext_ignite.data.sampling import Purpose, permutation
-from resnext_ignite.data.shards import index_shards, members
+from resnext_ignite.data.sources.shards import index_shards, members
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.errors import ConfigError, RunFolderError
 

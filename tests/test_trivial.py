@@ -16,9 +16,9 @@ from torchvision.transforms.v2 import functional
 
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import build_train_loader, load_data
-from resnext_ignite.data.augment import Augment
+from resnext_ignite.data.augment.chain import Augment
+from resnext_ignite.data.augment.trivial import OPERATIONS, choices, trivial_augment
 from resnext_ignite.data.images import Images
-from resnext_ignite.data.trivial import OPERATIONS, choices, trivial_augment
 from resnext_ignite.distributed.ranks import Ranks
 
 CPU = torch.device("cpu")

@@ -28,8 +28,8 @@ from resnext_ignite import engines, train
 from resnext_ignite.checkpoint import load_checkpoint
 from resnext_ignite.config.files import load_config
 from resnext_ignite.data import build_eval_loader, load_data
-from resnext_ignite.data.cifar import prepare_cifar
 from resnext_ignite.data.images import Images
+from resnext_ignite.data.sources.cifar import prepare_cifar
 from resnext_ignite.distributed import launch
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.distributed.stopping import StopAgreement, StopReason

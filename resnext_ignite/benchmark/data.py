@@ -13,11 +13,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from resnext_ignite.data.augment import Augment
-from resnext_ignite.data.cifar import MEAN, STD
+from resnext_ignite.data.augment.chain import Augment
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.loaders import TrainLoader
 from resnext_ignite.data.sampling import TrainOrder
+from resnext_ignite.data.sources.cifar import MEAN, STD
 from resnext_ignite.runtime import devices
 from resnext_ignite.runtime.timing import in_turns, medians
 

@@ -50,7 +50,7 @@ def _make_tree(folder: Path, images: int, classes: int) -> None:
 def _measured(root: Path, rounds: int) -> dict[str, Any]:
     from torchvision.datasets import ImageFolder
 
-    from resnext_ignite.data.index import index_images
+    from resnext_ignite.data.sources.folders import index_images
 
     def seconds(work: Callable[[], object]) -> float:
         start = time.perf_counter()

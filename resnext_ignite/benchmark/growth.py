@@ -17,11 +17,11 @@ import torch
 
 from resnext_ignite.benchmark.processes import Turn, in_processes, peak_bytes
 from resnext_ignite.benchmark.setup import build_training, measured_device, random_batch
-from resnext_ignite.data.augment import Augment
-from resnext_ignite.data.cifar import MEAN, STD
+from resnext_ignite.data.augment.chain import Augment
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.loaders import TrainLoader
 from resnext_ignite.data.sampling import TrainOrder
+from resnext_ignite.data.sources.cifar import MEAN, STD
 from resnext_ignite.distributed.ddp import wrap_for_ranks
 from resnext_ignite.distributed.launch import launch
 from resnext_ignite.distributed.ranks import Ranks

@@ -17,11 +17,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from resnext_ignite.benchmark.peers import has_timm
-from resnext_ignite.data.augment import Augment
-from resnext_ignite.data.imagefolder import MEAN, STD, ImageFiles
-from resnext_ignite.data.index import index_images
+from resnext_ignite.data.augment.chain import Augment
 from resnext_ignite.data.loaders import TrainLoader
+from resnext_ignite.data.reading.image_files import ImageFiles
 from resnext_ignite.data.sampling import TrainOrder
+from resnext_ignite.data.sources.folders import MEAN, STD, index_images
 from resnext_ignite.runtime import devices
 from resnext_ignite.runtime.errors import DataError
 from resnext_ignite.runtime.timing import in_turns, medians

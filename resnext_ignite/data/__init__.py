@@ -10,12 +10,12 @@ import torch
 from resnext_ignite.config.batches import check_batch_size
 from resnext_ignite.config.schema import Config
 from resnext_ignite.config.sections import size_step
-from resnext_ignite.data.augment import Augment
+from resnext_ignite.data.augment.chain import Augment
+from resnext_ignite.data.augment.mixing import Mixing
+from resnext_ignite.data.augment.progressive import GrowingSize
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.loaders import EvalLoader, TrainLoader
-from resnext_ignite.data.mixing import Mixing
-from resnext_ignite.data.resizing import GrowingSize
-from resnext_ignite.data.reuse import data_kept, loaded_or_kept
+from resnext_ignite.data.memory_cache import data_kept, loaded_or_kept
 from resnext_ignite.data.sampling import TrainOrder
 from resnext_ignite.data.splits import Data, load_data
 from resnext_ignite.distributed.ranks import Ranks

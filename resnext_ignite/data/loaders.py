@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from resnext_ignite.data.augment import Augment
-from resnext_ignite.data.decoders import Decoded, PictureReader, decoded
-from resnext_ignite.data.device_decoding import DeviceDecoding, JpegDecoder, JpegReader
-from resnext_ignite.data.imagefolder import ImageFiles
+from resnext_ignite.data.augment.chain import Augment
+from resnext_ignite.data.augment.mixing import Mixing, neighbours
+from resnext_ignite.data.augment.progressive import GrowingSize
 from resnext_ignite.data.images import UNREADABLE, Images, whole_color
-from resnext_ignite.data.mixing import Mixing, neighbours
-from resnext_ignite.data.resizing import GrowingSize
+from resnext_ignite.data.reading.device_decoding import DeviceDecoding, JpegDecoder, JpegReader
+from resnext_ignite.data.reading.image_files import ImageFiles
+from resnext_ignite.data.reading.readers import Decoded, PictureReader, decoded
 from resnext_ignite.data.sampling import TrainOrder, rank_share
 from resnext_ignite.runtime.errors import DataError
 

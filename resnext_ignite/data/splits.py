@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from resnext_ignite.config.schema import Config
-from resnext_ignite.data import cifar, imagefolder, shapes
-from resnext_ignite.data.imagefolder import ImageFiles, decode_into_memory
 from resnext_ignite.data.images import Images, whole_color
-from resnext_ignite.data.index import folder_classes, index_images
 from resnext_ignite.data.loaders import Split
+from resnext_ignite.data.reading.image_files import ImageFiles, decode_into_memory
 from resnext_ignite.data.sampling import Purpose, permutation
-from resnext_ignite.data.shards import Members, index_shards, shard_classes
+from resnext_ignite.data.sources import cifar, folders, shapes
+from resnext_ignite.data.sources.folders import folder_classes, index_images
+from resnext_ignite.data.sources.shards import Members, index_shards, shard_classes
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.errors import ConfigError, DataError, errors_of_data
 
@@ -113,14 +113,14 @@ def _load_folder(config: Config, root: Path, sizes: dict[str, int], splits: tupl
     if both and config.data.val_size:
         raise ConfigError(f"data.val_size: {root} has a val/ folder to choose on already; set it to 0")
     # With only one of val/ and test/ it is the test split.
-    folders = {"train": "train", "val": "val" if both else "", "test": "test" if "test" in there else "val"}
-    folders = {split: folder for split, folder in folders.items() if folder in there}
+    found_in = {"train": "train", "val": "val" if both else "", "test": "test" if "test" in there else "val"}
+    found_in = {split: folder for split, folder in found_in.items() if folder in there}
     limits = {"train": config.data.train_size, "test": config.data.test_size}
     wanted = set(splits or ("train", "val", "test"))
     needed = wanted | ({"train"} if config.data.val_size and "val" in wanted else set())
     classes: tuple[str, ...] | None = None
     files: dict[str, Split] = {}
-    for split, folder in folders.items():
+    for split, folder in found_in.items():
         if split in needed:
             index = index_shards(root, folder, classes) if in_shards else index_images(root, folder, classes)
             classes = index.classes
@@ -137,7 +137,7 @@ def _load_folder(config: Config, root: Path, sizes: dict[str, int], splits: tupl
     for name, files_of in loaded.items():
         # Held-out images are of the training folder, but evaluated.
         loaded[name] = replace(files_of, size=sizes[name]) if isinstance(files_of, ImageFiles) else files_of
-    return loaded, contents, classes, (imagefolder.MEAN, imagefolder.STD)
+    return loaded, contents, classes, (folders.MEAN, folders.STD)
 
 
 def _shards_of(split: Split | None) -> torch.Tensor | None:
@@ -153,7 +153,7 @@ def _decoded(files: Split, config: Config, split: str, ranks: Ranks) -> Split:
         raise ConfigError("data.in_memory: a random-resized crop reads the files; set one of the two to false")
     whole = config.data.in_memory is True
     skips = split == "train" and config.data.on_error == "skip"
-    fill = whole_color(config.data.mean or imagefolder.MEAN) if skips else None
+    fill = whole_color(config.data.mean or folders.MEAN) if skips else None
     images = decode_into_memory(
         files,
         any_size=whole,

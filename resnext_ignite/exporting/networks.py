@@ -10,7 +10,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as shape_config
 from torch.nn import functional as F
 
-from resnext_ignite.data.augment import Color, normalize
+from resnext_ignite.data.augment.chain import Color, normalize
 from resnext_ignite.models.grouped_conv import GroupedConv2d
 from resnext_ignite.models.inference import fold_batch_norm
 from resnext_ignite.models.resnext import ResNeXt

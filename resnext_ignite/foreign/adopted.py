@@ -7,7 +7,7 @@ from typing import Any
 from torchvision.models import ResNeXt50_32X4D_Weights
 
 from resnext_ignite.config.schema import config_of
-from resnext_ignite.data.cifar import CLASSES
+from resnext_ignite.data.sources.cifar import CLASSES
 from resnext_ignite.foreign.sources import ForeignModel
 
 

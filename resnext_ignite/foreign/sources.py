@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from resnext_ignite.data import cifar, imagefolder
+from resnext_ignite.data.sources import cifar, folders
 from resnext_ignite.foreign.fit import Network
 from resnext_ignite.foreign.keys import (
     GLUONCV,
@@ -66,23 +66,21 @@ SOURCES = {
     ),
     # Their own have a 7x7 stem; under their names, CIFAR's come as `convert --to` writes them.
     "torchvision": Source(
-        TORCHVISION, imagefolder.MEAN, imagefolder.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem
+        TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem
     ),
     # The tv_, fb_ssl_ and fb_swsl_ weights too.
-    "timm": Source(
-        TORCHVISION, imagefolder.MEAN, imagefolder.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem
-    ),
-    "torch7": Source(None, imagefolder.MEAN, imagefolder.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
-    "caffe": Source(None, imagefolder.MEAN, imagefolder.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
+    "timm": Source(TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
+    "torch7": Source(None, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
+    "caffe": Source(None, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
     "mxnet": Source(
         MXNET,
-        imagefolder.MEAN,
-        imagefolder.STD,
+        folders.MEAN,
+        folders.STD,
         is_imagenet=None,
         adapt=adapt_symbol_zoo,
         statistics=statistics_of_data,
     ),
-    "gluoncv": Source(GLUONCV, imagefolder.MEAN, imagefolder.STD, is_imagenet=True),
+    "gluoncv": Source(GLUONCV, folders.MEAN, folders.STD, is_imagenet=True),
 }
 TARGETS = {"torchvision": TORCHVISION, "timm": TORCHVISION, "seed": SEED}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ignite.engine import Engine
 
-from resnext_ignite.data.augment import Augment
+from resnext_ignite.data.augment.chain import Augment
 from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.loaders import Split
 from resnext_ignite.handlers.loggers import TensorBoard

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from resnext_ignite.data.decoding import no_warnings, open_rgb
+from resnext_ignite.data.reading.decoding import no_warnings, open_rgb
 from resnext_ignite.packing.options import Encoding
 from resnext_ignite.runtime.errors import DataError
 

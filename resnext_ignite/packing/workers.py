@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from resnext_ignite.data.workers import ignore_signals, watched
+from resnext_ignite.data.reading.workers import ignore_signals, watched
 from resnext_ignite.runtime.errors import DataError, ResnextError, StorageError
 
 Result = TypeVar("Result")

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional
 
-from resnext_ignite.data.cropping import Box, Crop
-from resnext_ignite.data.paths import Source
+from resnext_ignite.data.reading.cropping import Box, Crop
+from resnext_ignite.data.sources.paths import Source
 from resnext_ignite.runtime.errors import DataError
 
 Pixels = NDArray[np.uint8]

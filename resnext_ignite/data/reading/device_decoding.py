@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional
 
-from resnext_ignite.data.cropping import Box
-from resnext_ignite.data.decoding import WholeJpeg, no_warnings, undecoded
-from resnext_ignite.data.imagefolder import ImageFiles
-from resnext_ignite.data.resizing import GrowingSize
-from resnext_ignite.data.workers import shared_room
+from resnext_ignite.data.augment.progressive import GrowingSize
+from resnext_ignite.data.reading.cropping import Box
+from resnext_ignite.data.reading.decoding import WholeJpeg, no_warnings, undecoded
+from resnext_ignite.data.reading.image_files import ImageFiles
+from resnext_ignite.data.reading.workers import shared_room
 from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)

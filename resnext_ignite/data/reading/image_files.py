@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from resnext_ignite.data.cropping import CENTRE, Box, Crop, crop_draws, random_crop, square_crop
-from resnext_ignite.data.decoding import has_size, no_warnings, read_crop
 from resnext_ignite.data.images import UNREADABLE, Images
-from resnext_ignite.data.paths import Sources
-from resnext_ignite.data.workers import shared_room
+from resnext_ignite.data.reading.cropping import CENTRE, Box, Crop, crop_draws, random_crop, square_crop
+from resnext_ignite.data.reading.decoding import has_size, no_warnings, read_crop
+from resnext_ignite.data.reading.workers import shared_room
+from resnext_ignite.data.sources.paths import Sources
 from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# ImageNet's, as torchvision publishes them.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SHARE_OF_MEMORY = 0.4
 _PROBES = 64
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from resnext_ignite.data.erasing import random_boxes
+from resnext_ignite.data.augment.erasing import random_boxes
+from resnext_ignite.data.augment.trivial import trivial_augment
 from resnext_ignite.data.images import whole_color
 from resnext_ignite.data.sampling import Purpose, integers, uniform
-from resnext_ignite.data.trivial import trivial_augment
 
 Color = tuple[float, float, float]
 # ITU-R 601 luma, as in fb.resnext.torch's grayscale.

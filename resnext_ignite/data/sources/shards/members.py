@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resnext_ignite.data.shards.tar import BLOCK, header_name
+from resnext_ignite.data.sources.shards.tar import BLOCK, header_name
 
 # Descriptors that each process holds open.
 _OPEN = 32

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from resnext_ignite.data.kept import Array, kept_or_found
-from resnext_ignite.data.shards.listing import LIST_NAME, ShardList, read_shard_list
-from resnext_ignite.data.shards.members import Members, OpenFiles
-from resnext_ignite.data.shards.tar import Tar
+from resnext_ignite.data.sources.disk_cache import Array, kept_or_found
+from resnext_ignite.data.sources.shards.listing import LIST_NAME, ShardList, read_shard_list
+from resnext_ignite.data.sources.shards.members import Members, OpenFiles
+from resnext_ignite.data.sources.shards.tar import Tar
 from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)

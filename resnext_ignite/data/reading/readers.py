@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from resnext_ignite.data.augment import Augment
-from resnext_ignite.data.imagefolder import ImageFiles
-from resnext_ignite.data.resizing import GrowingSize
-from resnext_ignite.data.workers import ignore_signals, watched
+from resnext_ignite.data.augment.chain import Augment
+from resnext_ignite.data.augment.progressive import GrowingSize
+from resnext_ignite.data.reading.image_files import ImageFiles
+from resnext_ignite.data.reading.workers import ignore_signals, watched
 from resnext_ignite.runtime.errors import DataError
 
 # Pictures uint8 (n, size, size, 3), epoch, positions int64 (n,), and by place in the batch why some are unreadable.

@@ -1,8 +1,8 @@
 """Pictures in tar shards, as WebDataset writes them: `<split>/shards.json`, and where each picture lies in them."""
 
-from resnext_ignite.data.shards.index import ShardIndex, index_shards, shard_classes
-from resnext_ignite.data.shards.listing import LIST_NAME, Shard, ShardList, read_shard_list
-from resnext_ignite.data.shards.members import Members
+from resnext_ignite.data.sources.shards.index import ShardIndex, index_shards, shard_classes
+from resnext_ignite.data.sources.shards.listing import LIST_NAME, Shard, ShardList, read_shard_list
+from resnext_ignite.data.sources.shards.members import Members
 
 __all__ = [
     "LIST_NAME",

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from resnext_ignite.data.kept import Array, kept_or_found
-from resnext_ignite.data.paths import Paths
+from resnext_ignite.data.sources.disk_cache import Array, kept_or_found
+from resnext_ignite.data.sources.paths import Paths
 from resnext_ignite.runtime.errors import DataError
+
+# ImageNet's, as torchvision publishes them.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _VERSION = 1
 # Fewer files are listed faster than a person would notice.
