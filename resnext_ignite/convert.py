@@ -35,8 +35,8 @@ def convert(checkpoint: Path, output: Path, source: str, target: str) -> str:
     """
     import torch
 
-    from resnext_ignite.checkpoint import load_model, save_checkpoint
     from resnext_ignite.foreign import checkpoint_of, read_foreign, renamed_for
+    from resnext_ignite.runs.checkpoint import load_model, save_checkpoint
     from resnext_ignite.runtime.storage import replace_durably
 
     if target == "ours":

@@ -143,11 +143,11 @@ def _shortened(names: tuple[str, ...]) -> str:
 
 def per_class_table(confusion: Any, classes: tuple[str, ...]) -> str:
     """Images, error and the most frequent wrong answer of each class, from counts int64 (C, C)."""
-    from resnext_ignite.metrics import figures_by_class
+    from resnext_ignite.runs.class_metrics import metrics_by_class
 
     width = max(len("class"), *(len(name) for name in classes))
     lines = [f"{'class':<{width}}  images  error %  mostly taken for"]
-    for name, figures in zip(classes, figures_by_class(confusion), strict=True):
+    for name, figures in zip(classes, metrics_by_class(confusion), strict=True):
         error = "-" if figures.error is None else f"{figures.error:.2f}"
         mostly = f"{classes[figures.taken_for]} ({figures.times})" if figures.times else "-"
         lines.append(f"{name:<{width}}  {figures.images:>6}  {error:>7}  {mostly}")

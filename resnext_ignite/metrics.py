@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,32 +53,6 @@ class TrainingSums:
         numbers = torch.cat([self._sums, self._first_bad[None]]).cpu()
         self._sums.zero_()
         return numbers
-
-
-@dataclass(frozen=True)
-class ClassFigures:
-    """One class in a confusion matrix: its images, the correct ones, and which class the wrong ones mostly got."""
-
-    label: int
-    images: int
-    correct: int
-    taken_for: int
-    times: int
-
-    @property
-    def error(self) -> float | None:
-        """In percent; None without an image."""
-        return 100 * (self.images - self.correct) / self.images if self.images else None
-
-
-def figures_by_class(confusion: Tensor) -> list[ClassFigures]:
-    """Of each class, from counts int64 (C, C)."""
-    figures = []
-    for label, row in enumerate(confusion.tolist()):
-        wrong = [(count, other) for other, count in enumerate(row) if other != label and count]
-        times, taken_for = max(wrong, default=(0, label))
-        figures.append(ClassFigures(label, sum(row), row[label], taken_for, times))
-    return figures
 
 
 class ClassificationCounts(Metric):

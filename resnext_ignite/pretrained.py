@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnext_ignite.checkpoint import find_checkpoint, load_checkpoint
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data.sources import folders
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.foreign import checkpoint_of, read_foreign
+from resnext_ignite.runs.checkpoint import find_checkpoint, load_checkpoint
 from resnext_ignite.runtime.errors import CheckpointError, ForeignFileError
 
 _TORCHVISION = "torchvision:"

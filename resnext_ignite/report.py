@@ -26,7 +26,7 @@ def summarize(path: Path) -> dict[str, Any]:
     Raises:
         RunFolderError: no run is there, or it has not evaluated yet.
     """
-    from resnext_ignite.run_folder import RunFolder
+    from resnext_ignite.runs.folder import RunFolder
 
     folder = RunFolder(path)
     records, config = folder.read_metrics(), folder.saved_config()

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from resnext_ignite.config.resume import changed_values, differing_values
 from resnext_ignite.config.schema import Config, flatten
-from resnext_ignite.metrics import figures_by_class
 from resnext_ignite.pictures import (
     draw_confusion,
     draw_curves,
@@ -23,7 +22,8 @@ from resnext_ignite.pictures import (
     name_of_evaluation,
     pyplot,
 )
-from resnext_ignite.run_folder import Record, RunFolder
+from resnext_ignite.runs.class_metrics import metrics_by_class
+from resnext_ignite.runs.folder import Record, RunFolder
 from resnext_ignite.runtime.storage import write_durably
 
 # More cells than that are a picture.
@@ -118,7 +118,7 @@ def _details(evaluation: Record) -> dict[str, Any]:
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     for true, predicted, count in evaluation["confusion"]:
         confusion[true, predicted] = count
-    worst_first = sorted(figures_by_class(confusion), key=lambda figures: -(figures.error or 0))
+    worst_first = sorted(metrics_by_class(confusion), key=lambda figures: -(figures.error or 0))
     small = len(classes) <= _MOST_CELLS_A_SIDE
     return {
         "classes": classes,

@@ -47,7 +47,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     from resnext_ignite.models import build_model
     from resnext_ignite.optim import build_lr_scheduler, build_optimizer
     from resnext_ignite.pretrained import load_pretrained, with_normalisation
-    from resnext_ignite.run_folder import open_run
+    from resnext_ignite.runs.folder import open_run
     from resnext_ignite.runtime import devices
     from resnext_ignite.runtime.console import set_up_console
     from resnext_ignite.tuning import tuned

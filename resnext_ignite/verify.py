@@ -92,7 +92,7 @@ def refuse_what_is_no_run(path: Path) -> None:
     Raises:
         RunFolderError: it is neither.
     """
-    from resnext_ignite.run_folder import RunFolder
+    from resnext_ignite.runs.folder import RunFolder
 
     if not path.exists():
         raise RunFolderError(f"{path}: no such file or folder; name a run folder or a checkpoint file")
@@ -102,7 +102,7 @@ def refuse_what_is_no_run(path: Path) -> None:
 
 def check_run(path: Path) -> CheckedRun:
     """Check all checkpoints of a run folder, or one checkpoint file; each is read once."""
-    from resnext_ignite.checkpoint import resume_candidates
+    from resnext_ignite.runs.checkpoint import resume_candidates
 
     folder = path / "checkpoints"
     checked = [check_file(file) for file in (resume_candidates(folder) if path.is_dir() else [path])]
@@ -112,7 +112,7 @@ def check_run(path: Path) -> CheckedRun:
 
 def check_file(path: Path) -> Checked | None:
     """Check one file; None where it is gone by then: a training process beside this one prunes its old files."""
-    from resnext_ignite.checkpoint import checksum_path, load_checkpoint
+    from resnext_ignite.runs.checkpoint import checksum_path, load_checkpoint
 
     while True:
         before = _identity(path)
@@ -146,7 +146,7 @@ def _reason(path: Path, error: CheckpointError) -> str:
 
 def _check_state(path: Path, size: int, state: dict[str, Any], *, has_sum: bool) -> Checked:
     """What a resume would find in a file that is whole."""
-    from resnext_ignite.checkpoint import config_of_checkpoint
+    from resnext_ignite.runs.checkpoint import config_of_checkpoint
 
     iteration, length = (_count(state, name) for name in _COUNTS)
     missing = [name for name in _PARTS if _part(state, name) is None]

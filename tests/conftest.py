@@ -23,10 +23,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from resnext_ignite import engines, train
-from resnext_ignite.checkpoint import load_checkpoint, newest_resume_point, resume_candidates, verify_checkpoint
 from resnext_ignite.distributed import launch
 from resnext_ignite.handlers.evaluation import BestRecord
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.checkpoint import load_checkpoint, newest_resume_point, resume_candidates, verify_checkpoint
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import run_command
 from resnext_ignite.runtime.signals import leave_on_signals
 

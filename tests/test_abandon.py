@@ -16,7 +16,7 @@ from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.distributed.stopping import StopAgreement, StopReason
 from resnext_ignite.handlers.checkpointing import SaveCheckpoints
 from resnext_ignite.handlers.evaluation import BestRecord
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError, RunFolderError
 
 REASON = "abandoned: 62.1 % after epoch 2, above the 60 % of evaluation.abandon"

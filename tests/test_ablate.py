@@ -24,7 +24,7 @@ from resnext_ignite import ablate, data, models
 from resnext_ignite.ablation import runs
 from resnext_ignite.ablation.plan import load_plan, slug
 from resnext_ignite.ablation.results import Result, Row, compare, standard_error, table
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError, PreemptedError, RunFolderError
 from resnext_ignite.runtime.signals import end_start_on_signals
 

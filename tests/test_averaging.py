@@ -20,7 +20,6 @@ from test_world_sizes import assert_alike, run_logged, train_in_float64
 from torch import Tensor, nn
 
 from resnext_ignite import evaluate
-from resnext_ignite.checkpoint import load_checkpoint, load_model
 from resnext_ignite.config.files import load_config
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import Loaders, build_loaders
@@ -28,7 +27,8 @@ from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.handlers import build_average
 from resnext_ignite.handlers.averaging import FreshStatistics, Lookahead
 from resnext_ignite.models import build_model
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.checkpoint import load_checkpoint, load_model
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError, RunFolderError
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import Payload
 
-from resnext_ignite import checkpoint
-from resnext_ignite.checkpoint import (
+from resnext_ignite.runs import checkpoint
+from resnext_ignite.runs.checkpoint import (
     checksum_path,
     find_checkpoint,
     iteration_checkpoints,

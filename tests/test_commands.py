@@ -18,7 +18,7 @@ from test_imports import LEVELS
 
 from resnext_ignite import convert, evaluate, predict, report
 from resnext_ignite.config.resume import SAFE_ON_RESUME
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import (
     CheckpointError,
     ConfigError,

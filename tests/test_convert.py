@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from resnext_ignite import convert, evaluate, predict
 from resnext_ignite.benchmark.peers import has_timm
-from resnext_ignite.checkpoint import load_checkpoint, load_model
 from resnext_ignite.config.schema import with_values
 from resnext_ignite.data import build_eval_loader
 from resnext_ignite.data.sources import cifar
@@ -31,6 +30,7 @@ from resnext_ignite.foreign import SOURCES, TARGETS, open_model, read_foreign
 from resnext_ignite.foreign.keys import SEED, TORCHVISION
 from resnext_ignite.models import create_model
 from resnext_ignite.pretrained import load_pretrained
+from resnext_ignite.runs.checkpoint import load_checkpoint, load_model
 from resnext_ignite.runtime.errors import CheckpointError, ConfigError
 
 

@@ -33,7 +33,7 @@ from resnext_ignite.data.sampling import Purpose, permutation
 from resnext_ignite.data.sources.cifar import prepare_cifar
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.engines import create_trainer
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError, DataError, as_resnext_error
 
 IN_MEMORY = ["data.in_memory=true"]

@@ -12,7 +12,6 @@ from ignite.engine import Engine
 from PIL import Image
 
 from resnext_ignite import evaluate, export, predict
-from resnext_ignite.checkpoint import load_model
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import build_train_loader, load_data
 from resnext_ignite.data.augment.chain import normalize
@@ -21,7 +20,8 @@ from resnext_ignite.data.reading.image_files import ImageFiles
 from resnext_ignite.data.sources.shapes import load_shapes
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.foreign import open_model
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.checkpoint import load_model
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError, RunFolderError
 
 

@@ -32,19 +32,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-from resnext_ignite import checkpoint, engines
-from resnext_ignite.checkpoint import (
+from resnext_ignite import engines
+from resnext_ignite.distributed import stopping
+from resnext_ignite.handlers.checkpointing import SaveCheckpoints
+from resnext_ignite.handlers.loggers import EvaluationFile, TensorBoard
+from resnext_ignite.handlers.pictures import Curves, MistakesPicture
+from resnext_ignite.runs import checkpoint
+from resnext_ignite.runs.checkpoint import (
     checksum_path,
     iteration_checkpoints,
     load_checkpoint,
     newest_resume_point,
     verify_checkpoint,
 )
-from resnext_ignite.distributed import stopping
-from resnext_ignite.handlers.checkpointing import SaveCheckpoints
-from resnext_ignite.handlers.loggers import EvaluationFile, TensorBoard
-from resnext_ignite.handlers.pictures import Curves, MistakesPicture
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.console import set_up_console
 from resnext_ignite.runtime.errors import CheckpointError, RunFolderError, StorageError, as_resnext_error
 

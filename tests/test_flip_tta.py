@@ -16,7 +16,7 @@ from resnext_ignite.data.loaders import Batch
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.engines import create_evaluator
 from resnext_ignite.metrics import FlipCounts
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.folder import RunFolder
 
 CPU = torch.device("cpu")
 FLIP = ("correct_flip", "loss_flip", "top1_error_flip", "top5_error_flip")

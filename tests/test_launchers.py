@@ -22,7 +22,7 @@ from resnext_ignite.distributed.environment import (
     launched_world_size,
 )
 from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import (
     ConfigError,
     DataError,

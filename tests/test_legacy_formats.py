@@ -29,9 +29,9 @@ from test_convert import living
 from torch import Tensor, nn
 
 from resnext_ignite import convert
-from resnext_ignite.checkpoint import load_model
 from resnext_ignite.data.sources import cifar, folders
 from resnext_ignite.foreign import checkpoint_of, open_model, read_foreign
+from resnext_ignite.runs.checkpoint import load_model
 from resnext_ignite.runtime.errors import CheckpointError
 
 CIFAR, IMAGENET = (1, 1, 1), (3, 4, 6, 3)

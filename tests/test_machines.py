@@ -18,7 +18,7 @@ import pytest
 from conftest import Command, digest, tiny_arguments
 from test_launchers import OFTEN, RANK_ENVIRONMENT, patched_train
 
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 NAMES = ("alpha", "beta", "gamma")

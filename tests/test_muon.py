@@ -14,12 +14,12 @@ from conftest import digest, train_tiny
 from test_train import killed_at
 from torch import Tensor, nn
 
-from resnext_ignite.checkpoint import load_checkpoint
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.models import build_model, create_model
 from resnext_ignite.optim import build_lr_scheduler, build_optimizer
 from resnext_ignite.optim.muon import Muon, orthogonalised
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.checkpoint import load_checkpoint
+from resnext_ignite.runs.folder import RunFolder
 
 # What the quintic leaves of singular values of 1, after five iterations of 3.4445 s - 4.7750 s^3 + 2.0315 s^5:
 # 1, 0.7010, 1.1136, 0.7207, 1.0900, 0.6964. From 0.002 on, whatever it is, it ends within the band.

@@ -11,12 +11,12 @@ import torchvision
 from conftest import ROOT, TINY, Command, Payload, digest, train_tiny
 
 from resnext_ignite import train
-from resnext_ignite.checkpoint import load_checkpoint, load_model
 from resnext_ignite.config.files import load_config
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.models import build_model, create_model
 from resnext_ignite.optim import build_lr_scheduler, build_optimizer
 from resnext_ignite.pretrained import load_pretrained, with_normalisation
+from resnext_ignite.runs.checkpoint import load_checkpoint, load_model
 from resnext_ignite.runtime.errors import CheckpointError, ConfigError
 
 TINY_NAME = "cifar_resnext11_2x8d"

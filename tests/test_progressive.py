@@ -26,7 +26,7 @@ from resnext_ignite.data.loaders import TrainLoader
 from resnext_ignite.data.sampling import TrainOrder
 from resnext_ignite.distributed.ddp import wrap_for_ranks
 from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError
 
 CPU = torch.device("cpu")

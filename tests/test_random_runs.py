@@ -23,12 +23,12 @@ from conftest import ROOT, Command, Outcome, at_iteration, plain, scalars, tiny_
 from ignite.engine import Engine, Events
 
 from resnext_ignite import engines
-from resnext_ignite.checkpoint import load_checkpoint, verify_checkpoint
 from resnext_ignite.config.files import load_config
 from resnext_ignite.distributed import stopping
 from resnext_ignite.distributed.stopping import StopAgreement, StopReason
 from resnext_ignite.handlers import pictures
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.checkpoint import load_checkpoint, verify_checkpoint
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime import devices
 from resnext_ignite.runtime.errors import ConfigError
 

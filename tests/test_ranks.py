@@ -19,10 +19,10 @@ from ignite.engine import Engine
 from torch import nn
 from tqdm import tqdm
 
-from resnext_ignite.checkpoint import iteration_checkpoints, load_checkpoint, verify_checkpoint
 from resnext_ignite.distributed import stopping
 from resnext_ignite.handlers import checkpointing
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.checkpoint import iteration_checkpoints, load_checkpoint, verify_checkpoint
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import DataError
 from resnext_ignite.runtime.signals import PARENT_GONE, leave
 

@@ -13,13 +13,13 @@ from conftest import ROOT, fork_ranks
 from PIL import Image
 
 from resnext_ignite import evaluate, train
-from resnext_ignite.checkpoint import load_checkpoint, load_model
 from resnext_ignite.config.files import load_config
 from resnext_ignite.config.schema import Config
 from resnext_ignite.data.reading.cropping import square_crop
 from resnext_ignite.models import create_model
 from resnext_ignite.optim import lr_factor
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.checkpoint import load_checkpoint, load_model
+from resnext_ignite.runs.folder import RunFolder
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 # Parameters for 1000 classes, as torchvision states them, and for 10, as the paper's table 7 does (in millions).

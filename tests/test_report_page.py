@@ -17,7 +17,7 @@ from conftest import train_tiny
 from PIL import Image
 
 from resnext_ignite import report
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.folder import RunFolder
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "link", "img", "source"}

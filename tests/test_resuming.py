@@ -15,8 +15,11 @@ import torch
 from conftest import Command, at_iteration, digest, rig_errors, tensors, train_tiny
 from ignite.engine import Engine, Events
 
-from resnext_ignite import checkpoint, engines
-from resnext_ignite.checkpoint import (
+from resnext_ignite import engines
+from resnext_ignite.distributed.stopping import StopAgreement, StopReason
+from resnext_ignite.handlers import checkpointing
+from resnext_ignite.runs import checkpoint
+from resnext_ignite.runs.checkpoint import (
     checksum_path,
     iteration_checkpoint_path,
     iteration_checkpoints,
@@ -24,9 +27,7 @@ from resnext_ignite.checkpoint import (
     outdated_checkpoints,
     save_checkpoint,
 )
-from resnext_ignite.distributed.stopping import StopAgreement, StopReason
-from resnext_ignite.handlers import checkpointing
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime import devices
 from resnext_ignite.runtime.errors import CheckpointError, DataError
 

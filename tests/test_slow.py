@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT, train_tiny
 
 from resnext_ignite import train
-from resnext_ignite.checkpoint import load_checkpoint
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.checkpoint import load_checkpoint
+from resnext_ignite.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ import torch
 from conftest import Command, assert_newest_is_there, digest, scalars, train_tiny
 from test_faults import DIED, VALUES, Steps
 
-from resnext_ignite.checkpoint import iteration_checkpoints, load_checkpoint, newest_resume_point
+from resnext_ignite.runs.checkpoint import iteration_checkpoints, load_checkpoint, newest_resume_point
 from resnext_ignite.runtime.errors import CheckpointError
 
 pytestmark = pytest.mark.soak

@@ -23,7 +23,7 @@ from ignite.engine import Engine
 
 from resnext_ignite.config.files import load_config
 from resnext_ignite.handlers import pictures
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import StorageError, as_resnext_error
 
 DIED = 86

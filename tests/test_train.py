@@ -18,10 +18,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from resnext_ignite import evaluate, train
-from resnext_ignite.checkpoint import load_checkpoint, verify_checkpoint
 from resnext_ignite.config.files import load_config
 from resnext_ignite.handlers.training import LogPoint
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.checkpoint import load_checkpoint, verify_checkpoint
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import (
     CheckpointError,
     ConfigError,

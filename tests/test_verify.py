@@ -14,9 +14,10 @@ import pytest
 import torch
 from conftest import TINY_ITERATIONS, Payload
 
-from resnext_ignite import checkpoint, verify
-from resnext_ignite.checkpoint import checksum_path, load_checkpoint, newest_resume_point, save_checkpoint
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite import verify
+from resnext_ignite.runs import checkpoint
+from resnext_ignite.runs.checkpoint import checksum_path, load_checkpoint, newest_resume_point, save_checkpoint
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import CheckpointError, RunFolderError, run_command
 
 NEWEST, OLDER = "iteration_00000012.pt", "iteration_00000008.pt"

@@ -21,10 +21,10 @@ from ignite.engine import Engine
 from test_data import folder_config
 from test_data_faults import AS_FILES, IN_WORKERS, PROMISED_S, assert_one_line, on
 
-from resnext_ignite.checkpoint import iteration_checkpoints, verify_checkpoint
 from resnext_ignite.data import build_train_loader, load_data
 from resnext_ignite.data.reading.image_files import ImageFiles
 from resnext_ignite.distributed.ranks import Ranks
+from resnext_ignite.runs.checkpoint import iteration_checkpoints, verify_checkpoint
 from resnext_ignite.runtime.errors import DataError
 
 

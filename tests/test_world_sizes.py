@@ -25,7 +25,6 @@ from torch import distributed as dist
 from torch import nn
 
 from resnext_ignite import engines, train
-from resnext_ignite.checkpoint import load_checkpoint
 from resnext_ignite.config.files import load_config
 from resnext_ignite.data import build_eval_loader, load_data
 from resnext_ignite.data.images import Images
@@ -34,7 +33,8 @@ from resnext_ignite.distributed import launch
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.distributed.stopping import StopAgreement, StopReason
 from resnext_ignite.models.resnext import ResNeXt
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.checkpoint import load_checkpoint
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime import devices
 
 OFTEN = ["checkpoint.every_iterations=2", "logging.every_iterations=1"]

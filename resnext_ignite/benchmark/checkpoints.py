@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from resnext_ignite.benchmark.setup import Training, prepare
-from resnext_ignite.checkpoint import save_checkpoint
 from resnext_ignite.data import Data
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.handlers.checkpointing import RunState, Stateful
+from resnext_ignite.runs.checkpoint import save_checkpoint
 from resnext_ignite.runtime.timing import in_turns, medians
 
 _CIFAR_IMAGES = 50_000

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from resnext_ignite.benchmark.processes import Turn, in_processes
-from resnext_ignite.checkpoint import ModelMetadata
 from resnext_ignite.config.schema import config_of
 from resnext_ignite.exporting import Options, onnx_logits, write_onnx
 from resnext_ignite.models import create_model
 from resnext_ignite.models.inference import Inference
 from resnext_ignite.models.resnext import ResNeXt
+from resnext_ignite.runs.checkpoint import ModelMetadata
 from resnext_ignite.runtime.timing import in_turns, medians, timed
 
 _CPU = torch.device("cpu")

@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import nn
 
 from resnext_ignite import __version__
-from resnext_ignite.checkpoint import ModelMetadata
 from resnext_ignite.exporting.formats import (
     OPSET,
     Options,
@@ -18,6 +17,7 @@ from resnext_ignite.exporting.formats import (
     write_weights,
 )
 from resnext_ignite.exporting.model_card import Leaving, model_card
+from resnext_ignite.runs.checkpoint import ModelMetadata
 from resnext_ignite.runtime.storage import write_durably
 
 __all__ = ["OPSET", "Options", "export_model", "onnx_logits", "write_onnx"]

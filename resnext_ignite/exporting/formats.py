@@ -13,9 +13,9 @@ from typing import IO
 import torch
 from torch import Tensor, nn
 
-from resnext_ignite.checkpoint import ModelMetadata
 from resnext_ignite.exporting.networks import prepared, program_of, reference, traced_images
 from resnext_ignite.foreign.stated import strings_of
+from resnext_ignite.runs.checkpoint import ModelMetadata
 from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.runtime.storage import replace_durably, write_durably
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from resnext_ignite.checkpoint import ModelMetadata
 from resnext_ignite.config.schema import Config, nest
 from resnext_ignite.exporting.formats import TOLERANCE, Options
 from resnext_ignite.foreign.stated import public_values
 from resnext_ignite.models import create_model
 from resnext_ignite.models.cost import cost_of
+from resnext_ignite.runs.checkpoint import ModelMetadata
 
 _DATA = {
     "cifar10": "CIFAR-10",

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnext_ignite.checkpoint import ModelMetadata, find_checkpoint, load_model, model_of, verify_archive
 from resnext_ignite.foreign import caffe, mxnet, torch7
 from resnext_ignite.foreign.adopted import checkpoint_of
 from resnext_ignite.foreign.caffe_model import read_caffe
@@ -23,6 +22,7 @@ from resnext_ignite.foreign.keys import GLUONCV, MXNET, PYTORCH_CIFAR100, SEED, 
 from resnext_ignite.foreign.sources import SOURCES, TARGETS, ForeignModel
 from resnext_ignite.foreign.stated import OWN, stated_in, stated_network
 from resnext_ignite.foreign.torch7_model import read_torch7
+from resnext_ignite.runs.checkpoint import ModelMetadata, find_checkpoint, load_model, model_of, verify_archive
 from resnext_ignite.runtime.errors import CheckpointError, ForeignFileError
 
 __all__ = ["SOURCES", "TARGETS", "ForeignModel", "checkpoint_of", "open_model", "read_foreign", "renamed_for"]

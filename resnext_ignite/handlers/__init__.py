@@ -18,7 +18,7 @@ from resnext_ignite.handlers.evaluation import BestRecord, Evaluation, FinalTest
 from resnext_ignite.handlers.loggers import EvaluationFile, MetricsFile, Progress, StatusFile, TensorBoard
 from resnext_ignite.handlers.session import AttachedRun, EpochEnds, Parts
 from resnext_ignite.handlers.training import LogPoint
-from resnext_ignite.run_folder import OpenRun
+from resnext_ignite.runs.folder import OpenRun
 
 __all__ = ["AttachedRun", "Parts", "attach_handlers", "build_average"]
 

@@ -11,17 +11,17 @@ import torch
 from ignite.engine import Engine
 from torch import nn
 
-from resnext_ignite.checkpoint import (
+from resnext_ignite.distributed.ddp import averaged_statistics, own_statistics
+from resnext_ignite.distributed.ranks import Ranks
+from resnext_ignite.distributed.stopping import StopAgreement, StopReason
+from resnext_ignite.handlers.evaluation import BestRecord
+from resnext_ignite.runs.checkpoint import (
     checksum_path,
     iteration_checkpoint_path,
     load_checkpoint,
     outdated_checkpoints,
     save_checkpoint,
 )
-from resnext_ignite.distributed.ddp import averaged_statistics, own_statistics
-from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.distributed.stopping import StopAgreement, StopReason
-from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.runtime.errors import CheckpointError, NonFiniteError
 from resnext_ignite.runtime.storage import warned_of
 

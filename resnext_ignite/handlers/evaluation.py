@@ -16,7 +16,7 @@ from resnext_ignite.distributed.ddp import average_statistics
 from resnext_ignite.distributed.stopping import Pace, StopAgreement, StopReason
 from resnext_ignite.engines import RunEvents
 from resnext_ignite.metrics import FlipCounts
-from resnext_ignite.run_folder import Record
+from resnext_ignite.runs.folder import Record
 from resnext_ignite.runtime.errors import NonFiniteError
 
 _FIGURES = ("images", "correct", "top1_error", "top5_error", "loss")

@@ -25,7 +25,7 @@ from resnext_ignite.config.files import dump_config
 from resnext_ignite.config.schema import Config, flatten
 from resnext_ignite.engines import RunEvents
 from resnext_ignite.handlers.evaluation import BestRecord
-from resnext_ignite.run_folder import Record, RunFolder
+from resnext_ignite.runs.folder import Record, RunFolder
 from resnext_ignite.runtime.storage import warned_of
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from resnext_ignite.pictures import (
     name_of_evaluation,
     save_figure,
 )
-from resnext_ignite.run_folder import RunFolder
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.storage import warned_of
 
 if TYPE_CHECKING:

@@ -10,14 +10,14 @@ from typing import Any
 from ignite.engine import Engine, Events
 from torch import nn, optim
 
-from resnext_ignite.checkpoint import load_checkpoint
 from resnext_ignite.distributed.stopping import StopAgreement, StopReason
 from resnext_ignite.handlers.averaging import WeightAverage
 from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints, last_handled_epoch
 from resnext_ignite.handlers.evaluation import BestRecord, Evaluation
 from resnext_ignite.handlers.loggers import StatusFile
 from resnext_ignite.optim.schedules import IterationLRScheduler
-from resnext_ignite.run_folder import ENDED, OpenRun, Record
+from resnext_ignite.runs.checkpoint import load_checkpoint
+from resnext_ignite.runs.folder import ENDED, OpenRun, Record
 from resnext_ignite.runtime.errors import CheckpointError, OrphanedError, PreemptedError
 
 log = logging.getLogger(__name__)

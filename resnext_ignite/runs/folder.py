@@ -19,7 +19,11 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from resnext_ignite import __version__
-from resnext_ignite.checkpoint import (
+from resnext_ignite.config.files import load_config, save_config
+from resnext_ignite.config.resume import SAFE_ON_RESUME, adopt_resolved, changed_values
+from resnext_ignite.config.schema import Config
+from resnext_ignite.distributed.ranks import Ranks
+from resnext_ignite.runs.checkpoint import (
     ResumePoint,
     config_of_checkpoint,
     newest_resume_point,
@@ -27,11 +31,7 @@ from resnext_ignite.checkpoint import (
     resume_candidates,
     set_aside,
 )
-from resnext_ignite.config.files import load_config, save_config
-from resnext_ignite.config.resume import SAFE_ON_RESUME, adopt_resolved, changed_values
-from resnext_ignite.config.schema import Config
-from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.run_records import EvaluationInDetail, MetricsLine, Status
+from resnext_ignite.runs.records import EvaluationInDetail, MetricsLine, Status
 from resnext_ignite.runtime.errors import PreemptedError, RunFolderError, StorageError, advice_for, as_resnext_error
 from resnext_ignite.runtime.storage import append_durably, errors_named, temporary_path, write_durably
 

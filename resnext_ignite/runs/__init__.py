@@ -1,0 +1,1 @@
+"""What a run leaves on disk: its folder, the records in it, and its checkpoint files."""

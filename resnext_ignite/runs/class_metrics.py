@@ -1,0 +1,33 @@
+"""The error of each class, from the confusion matrix of an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """One class in a confusion matrix: its images, the correct ones, and which class the wrong ones mostly got."""
+
+    label: int
+    images: int
+    correct: int
+    taken_for: int
+    times: int
+
+    @property
+    def error(self) -> float | None:
+        """In percent; None without an image."""
+        return 100 * (self.images - self.correct) / self.images if self.images else None
+
+
+def metrics_by_class(confusion: Tensor) -> list[ClassMetrics]:
+    """The metrics of each class, from a confusion matrix of counts, int64 (C, C): a row for each true class."""
+    metrics = []
+    for label, row in enumerate(confusion.tolist()):
+        wrong = [(count, other) for other, count in enumerate(row) if other != label and count]
+        times, taken_for = max(wrong, default=(0, label))
+        metrics.append(ClassMetrics(label, sum(row), row[label], taken_for, times))
+    return metrics
