@@ -159,7 +159,7 @@ def draw(pictures: dict[str, Path], metrics: dict[str, Any], data: Data, split: 
     if not pictures:
         return
     from resnext_ignite.handlers.pictures import draw_mistakes
-    from resnext_ignite.pictures import draw_calibration, draw_confusion, save_figure
+    from resnext_ignite.plots.figures import draw_calibration, draw_confusion, save_figure
 
     if "confusion" in pictures:
         save_figure(draw_confusion(metrics["confusion"], data.classes), pictures["confusion"])

@@ -191,7 +191,7 @@ def write_csv(predictions: Iterable[Prediction]) -> None:
 
 def save_sheet(predictor: Predictor, predictions: Sequence[Prediction], path: Path) -> None:
     """Draw the first pictures as the model sees them, each with its name and its likeliest class."""
-    from resnext_ignite.pictures import draw_sheet, save_figure
+    from resnext_ignite.plots.figures import draw_sheet, save_figure
 
     shown = predictions[:_MOST_ON_SHEET]
     captions = [f"{Path(p.file).name[-22:]}\n{p.top[0].name} {100 * p.top[0].probability:.0f} %" for p in shown]

@@ -110,14 +110,14 @@ def main(arguments: list[str]) -> int:
             check_place(f"--{option}", Path(vars(parsed)[option]))
     runs = [summarize(Path(path)) for path in dict.fromkeys(parsed.runs)]
 
-    from resnext_ignite.pictures import draw_curves, save_figure
+    from resnext_ignite.plots.figures import draw_curves, save_figure
 
     single = Path(runs[0]["run"]) / "curves.png"
     output = Path(parsed.output) if parsed.output else single if len(runs) == 1 else Path("curves.png")
     named = {_short_name(run, runs): run for run in runs}
     save_figure(draw_curves({name: run["records"] for name, run in named.items()}), output)
     if parsed.html:
-        from resnext_ignite.report_page import save_page
+        from resnext_ignite.plots.report_page import save_page
 
         save_page(named, Path(parsed.html))
     if parsed.json:

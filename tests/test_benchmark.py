@@ -29,13 +29,13 @@ from resnext_ignite.benchmark import (
 )
 from resnext_ignite.benchmark.folders import measure_folders
 from resnext_ignite.benchmark.limits import Limits
-from resnext_ignite.benchmark.picture import draw_benchmark
+from resnext_ignite.benchmark.plot import draw_benchmark
 from resnext_ignite.benchmark.processes import in_processes, peak_bytes
 from resnext_ignite.benchmark.training import Work
 from resnext_ignite.models import create_model
 from resnext_ignite.models.cost import cost_of
 from resnext_ignite.models.grouped_conv import GroupedConv2d, grouped_shapes
-from resnext_ignite.pictures import save_figure
+from resnext_ignite.plots.figures import save_figure
 from resnext_ignite.runtime.errors import ConfigError, DataError
 from resnext_ignite.runtime.timing import in_turns, medians
 from resnext_ignite.tuning import Arithmetic

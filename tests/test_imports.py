@@ -29,10 +29,10 @@ ALIASES = {"checkpoint"}
 # own where the rooms beside it have an order too.
 LEVELS = [
     COMMANDS | ALIASES,
-    {"ablation", "exporting", "handlers", "packing", "report_page"},
+    {"ablation", "exporting", "handlers", "packing"},
     {"pretrained"},
     {"foreign"},
-    {"pictures"},
+    {"plots"},
     {"runs"},
     {"tuning"},
     {"engines"},

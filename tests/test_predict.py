@@ -23,7 +23,7 @@ from resnext_ignite.data.reading.cropping import square_crop
 from resnext_ignite.data.reading.decoding import open_rgb, resized
 from resnext_ignite.data.sources.shapes import CLASSES, load_shapes
 from resnext_ignite.handlers.pictures import draw_mistakes
-from resnext_ignite.pictures import save_figure
+from resnext_ignite.plots.figures import save_figure
 from resnext_ignite.runs.checkpoint import load_model
 from resnext_ignite.runtime.errors import CheckpointError, ConfigError, DataError
 

@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from resnext_ignite.ablation.picture import draw_ablation
 from resnext_ignite.ablation.plan import Plan, PlannedRun
+from resnext_ignite.ablation.plot import draw_ablation
 from resnext_ignite.ablation.results import Result, as_json, compare, table
 from resnext_ignite.config.resume import SAFE_ON_RESUME, adopt_resolved, changed_values
-from resnext_ignite.pictures import save_figure
+from resnext_ignite.plots.figures import save_figure
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import NonFiniteError, RunFolderError
 from resnext_ignite.runtime.storage import write_durably

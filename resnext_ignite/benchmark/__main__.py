@@ -166,8 +166,8 @@ def main(arguments: list[str]) -> int:
             # After each suite: a machine that is lent for some minutes may be gone before the last.
             write(parsed.json, results)
     if parsed.json:
-        from resnext_ignite.benchmark.picture import draw_benchmark
-        from resnext_ignite.pictures import save_figure
+        from resnext_ignite.benchmark.plot import draw_benchmark
+        from resnext_ignite.plots.figures import save_figure
 
         save_figure(draw_benchmark(results), parsed.json.with_suffix(".png"))
     return 0

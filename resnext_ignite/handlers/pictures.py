@@ -12,7 +12,7 @@ from resnext_ignite.data.augment.chain import Augment
 from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.loaders import Split
 from resnext_ignite.handlers.loggers import TensorBoard
-from resnext_ignite.pictures import (
+from resnext_ignite.plots.figures import (
     draw_confusion,
     draw_curves,
     draw_sheet,

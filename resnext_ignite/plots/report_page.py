@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resnext_ignite.config.resume import changed_values, differing_values
 from resnext_ignite.config.schema import Config, flatten
-from resnext_ignite.pictures import (
+from resnext_ignite.plots.figures import (
     draw_confusion,
     draw_curves,
     figure_to_png,

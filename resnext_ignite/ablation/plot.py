@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from resnext_ignite.ablation.results import Result, Row
-from resnext_ignite.pictures import pyplot, shown
+from resnext_ignite.plots.figures import pyplot, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from resnext_ignite.pictures import pyplot
+from resnext_ignite.plots.figures import pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
