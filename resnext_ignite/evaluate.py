@@ -59,17 +59,17 @@ def evaluate(
     """
     import torch
 
-    from resnext_ignite import engines
     from resnext_ignite.config.files import override_config
     from resnext_ignite.config.schema import with_values
     from resnext_ignite.data import load_data
     from resnext_ignite.distributed.ranks import Ranks
     from resnext_ignite.foreign import open_model
-    from resnext_ignite.metrics import Calibration
     from resnext_ignite.models.inference import MeanOverViews
     from resnext_ignite.runtime import devices
     from resnext_ignite.runtime.console import set_up_console
-    from resnext_ignite.tuning import inference_for
+    from resnext_ignite.training import engines
+    from resnext_ignite.training.metrics import Calibration
+    from resnext_ignite.training.tuning import inference_for
 
     set_up_console()
     refused = [override for override in overrides if not override.startswith(_ALLOWED)]
@@ -158,8 +158,7 @@ def draw(pictures: dict[str, Path], metrics: dict[str, Any], data: Data, split: 
     """Draw what is asked for, by name."""
     if not pictures:
         return
-    from resnext_ignite.handlers.pictures import draw_mistakes
-    from resnext_ignite.plots.figures import draw_calibration, draw_confusion, save_figure
+    from resnext_ignite.plots.figures import draw_calibration, draw_confusion, draw_mistakes, save_figure
 
     if "confusion" in pictures:
         save_figure(draw_confusion(metrics["confusion"], data.classes), pictures["confusion"])

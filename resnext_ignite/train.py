@@ -36,21 +36,23 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     """
     import torch
 
-    from resnext_ignite import engines
     from resnext_ignite.data import build_loaders
     from resnext_ignite.distributed.ddp import settle_buckets, wrap_for_ranks
     from resnext_ignite.distributed.failures import failures_named
     from resnext_ignite.distributed.ranks import Ranks
     from resnext_ignite.distributed.stopping import StopAgreement, stop_on_signals
-    from resnext_ignite.handlers import Parts, attach_handlers, build_average
-    from resnext_ignite.handlers.loggers import describe
     from resnext_ignite.models import build_model
     from resnext_ignite.optim import build_lr_scheduler, build_optimizer
     from resnext_ignite.pretrained import load_pretrained, with_normalisation
     from resnext_ignite.runs.folder import open_run
     from resnext_ignite.runtime import devices
     from resnext_ignite.runtime.console import set_up_console
-    from resnext_ignite.tuning import tuned
+    from resnext_ignite.training import engines
+    from resnext_ignite.training.handlers.attach import attach_handlers
+    from resnext_ignite.training.handlers.averaging import build_average
+    from resnext_ignite.training.handlers.progress import describe
+    from resnext_ignite.training.handlers.session import Parts
+    from resnext_ignite.training.tuning import tuned
 
     ranks = Ranks.current()
     set_up_console(quiet=ranks.rank != 0)

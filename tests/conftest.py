@@ -22,13 +22,14 @@ from ignite.engine import Engine, Events
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from resnext_ignite import engines, train
+from resnext_ignite import train
 from resnext_ignite.distributed import launch
-from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.runs.checkpoint import load_checkpoint, newest_resume_point, resume_candidates, verify_checkpoint
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import run_command
 from resnext_ignite.runtime.signals import leave_on_signals
+from resnext_ignite.training import engines
+from resnext_ignite.training.handlers.evaluation import BestRecord
 
 # One thread: no OpenMP pool exists, so that a test may fork a run and kill it.
 torch.set_num_threads(1)

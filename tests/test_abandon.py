@@ -14,10 +14,10 @@ from resnext_ignite.config.files import dump_config, load_config
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.distributed.stopping import StopAgreement, StopReason
-from resnext_ignite.handlers.checkpointing import SaveCheckpoints
-from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError, RunFolderError
+from resnext_ignite.training.handlers.checkpointing import SaveCheckpoints
+from resnext_ignite.training.handlers.evaluation import BestRecord
 
 REASON = "abandoned: 62.1 % after epoch 2, above the 60 % of evaluation.abandon"
 

@@ -236,7 +236,7 @@ def test_a_signal_that_no_run_answers_ends_the_ablation(
 
     if moment == "after the last iteration":
         # The last picture is drawn when all is trained and evaluated: the run completes.
-        monkeypatch.setattr("resnext_ignite.handlers.pictures.MistakesPicture.__call__", stop)
+        monkeypatch.setattr("resnext_ignite.training.handlers.plots.MistakesPicture.__call__", stop)
     elif moment == "while results are written":
         monkeypatch.setattr(runs, "write_results", stop)
     else:

@@ -24,12 +24,11 @@ from resnext_ignite.config.files import load_config
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import Loaders, build_loaders
 from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.handlers import build_average
-from resnext_ignite.handlers.averaging import FreshStatistics, Lookahead
 from resnext_ignite.models import build_model
 from resnext_ignite.runs.checkpoint import load_checkpoint, load_model
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError, RunFolderError
+from resnext_ignite.training.handlers.averaging import FreshStatistics, Lookahead, build_average
 
 CPU = torch.device("cpu")
 

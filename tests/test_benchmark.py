@@ -38,7 +38,7 @@ from resnext_ignite.models.grouped_conv import GroupedConv2d, grouped_shapes
 from resnext_ignite.plots.figures import save_figure
 from resnext_ignite.runtime.errors import ConfigError, DataError
 from resnext_ignite.runtime.timing import in_turns, medians
-from resnext_ignite.tuning import Arithmetic
+from resnext_ignite.training.tuning import Arithmetic
 
 TINY = "cifar_resnext11_2x8d"
 

@@ -15,10 +15,10 @@ import pytest
 from conftest import Command, Outcome, at_iteration, digest, tiny_arguments, train_tiny
 from ignite.engine import Engine
 
-from resnext_ignite.handlers import checkpointing
 from resnext_ignite.runs.checkpoint import iteration_checkpoints, load_checkpoint
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.signals import STOP_SIGNALS
+from resnext_ignite.training.handlers import checkpointing
 
 VALUES = ["train.epochs=2", "logging.every_iterations=1", "checkpoint.every_iterations=1"]
 

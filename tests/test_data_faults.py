@@ -32,9 +32,9 @@ from resnext_ignite.data.reading import decoding
 from resnext_ignite.data.sampling import Purpose, permutation
 from resnext_ignite.data.sources.cifar import prepare_cifar
 from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.engines import create_trainer
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError, DataError, as_resnext_error
+from resnext_ignite.training.engines import create_trainer
 
 IN_MEMORY = ["data.in_memory=true"]
 AS_FILES = ["data.in_memory=false", "data.workers=0"]

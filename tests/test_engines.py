@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from resnext_ignite.data.loaders import Batch
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.distributed.stopping import StopAgreement, StopReason
-from resnext_ignite.engines import RunEvents, create_evaluator, create_trainer
-from resnext_ignite.handlers.averaging import WeightAverage
-from resnext_ignite.handlers.evaluation import BestRecord
-from resnext_ignite.handlers.training import LogPoint
 from resnext_ignite.models import create_model
 from resnext_ignite.runtime.devices import resolve_precision
 from resnext_ignite.runtime.errors import NonFiniteError
+from resnext_ignite.training.engines import RunEvents, create_evaluator, create_trainer
+from resnext_ignite.training.handlers.averaging import WeightAverage
+from resnext_ignite.training.handlers.evaluation import BestRecord
+from resnext_ignite.training.handlers.log_point import LogPoint
 
 CPU = torch.device("cpu")
 

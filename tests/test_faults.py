@@ -32,11 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-from resnext_ignite import engines
 from resnext_ignite.distributed import stopping
-from resnext_ignite.handlers.checkpointing import SaveCheckpoints
-from resnext_ignite.handlers.loggers import EvaluationFile, TensorBoard
-from resnext_ignite.handlers.pictures import Curves, MistakesPicture
 from resnext_ignite.runs import checkpoint
 from resnext_ignite.runs.checkpoint import (
     checksum_path,
@@ -48,6 +44,11 @@ from resnext_ignite.runs.checkpoint import (
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.console import set_up_console
 from resnext_ignite.runtime.errors import CheckpointError, RunFolderError, StorageError, as_resnext_error
+from resnext_ignite.training import engines
+from resnext_ignite.training.handlers.checkpointing import SaveCheckpoints
+from resnext_ignite.training.handlers.files import EvaluationFile
+from resnext_ignite.training.handlers.plots import Curves, MistakesPicture
+from resnext_ignite.training.handlers.tensorboard import TensorBoard
 
 DIED = 86
 VALUES = ["checkpoint.every_iterations=1", "logging.every_iterations=1", "train.ema_decay=0.9"]

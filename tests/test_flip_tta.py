@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from resnext_ignite import evaluate, report
 from resnext_ignite.data.loaders import Batch
 from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.engines import create_evaluator
-from resnext_ignite.metrics import FlipCounts
 from resnext_ignite.runs.folder import RunFolder
+from resnext_ignite.training.engines import create_evaluator
+from resnext_ignite.training.metrics import FlipCounts
 
 CPU = torch.device("cpu")
 FLIP = ("correct_flip", "loss_flip", "top1_error_flip", "top5_error_flip")

@@ -14,7 +14,7 @@ from resnext_ignite.models import build_model, create_model
 from resnext_ignite.models.grouped_conv import GroupedConv2d, grouped_shapes, in_each_way, ways_for
 from resnext_ignite.runtime.errors import ConfigError
 from resnext_ignite.runtime.model_names import parse_model_name
-from resnext_ignite.tuning import Arithmetic
+from resnext_ignite.training.tuning import Arithmetic
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -24,19 +24,16 @@ COMMANDS = {
     "benchmark",
 }
 # Files of nothing but public names whose code is in a room; nothing in the package imports them.
-ALIASES = {"checkpoint"}
+ALIASES = {"checkpoint", "engines"}
 # From the top: a room may import from those on lower lines, and from no other. A room inside another has a line of its
 # own where the rooms beside it have an order too.
 LEVELS = [
     COMMANDS | ALIASES,
-    {"ablation", "exporting", "handlers", "packing"},
+    {"ablation", "exporting", "packing", "training"},
     {"pretrained"},
     {"foreign"},
     {"plots"},
     {"runs"},
-    {"tuning"},
-    {"engines"},
-    {"metrics"},
     {"models", "optim", "data"},
     {"data.reading"},
     {"data.augment", "data.sources"},

@@ -25,7 +25,7 @@ NAMES = ("alpha", "beta", "gamma")
 HUB = "resnext-hub"
 # What each rank was told at the end, beside the run folder.
 RECORD = """
-from resnext_ignite.handlers.session import AttachedRun
+from resnext_ignite.training.handlers.session import AttachedRun
 inner = AttachedRun.train
 def train_and_tell(self, *arguments):
     record = inner(self, *arguments)

@@ -18,8 +18,8 @@ from resnext_ignite.data.augment.mixing import Mixing, beta, beta_quantiles, nei
 from resnext_ignite.data.images import UNREADABLE, Images
 from resnext_ignite.data.loaders import Batch, TrainLoader
 from resnext_ignite.data.sampling import Purpose, TrainOrder, uniform
-from resnext_ignite.engines import create_trainer
 from resnext_ignite.runtime.errors import ConfigError
+from resnext_ignite.training.engines import create_trainer
 
 CPU = torch.device("cpu")
 HALVES = torch.linspace(0, 1, 4097, dtype=torch.float64)

@@ -158,14 +158,14 @@ MUTANTS = [
     ),
     (
         "lost evaluations stay in metrics.jsonl",
-        "handlers/session.py",
+        "training/handlers/session.py",
         "            self.run.folder.keep_metrics(self.evaluation.records)\n",
         "            pass\n",
         DIES,
     ),
     (
         "pruned before the save",
-        "handlers/checkpointing.py",
+        "training/handlers/checkpointing.py",
         "        save_checkpoint(newest, content)\n",
         "        for old in sorted(self.folder.glob('iteration_*.pt'), reverse=True)[self.keep - 1 :]:\n"
         "            old.unlink()\n"
@@ -175,7 +175,7 @@ MUTANTS = [
     ),
     (
         "one is kept",
-        "handlers/checkpointing.py",
+        "training/handlers/checkpointing.py",
         "outdated_checkpoints(newest, self.keep, ",
         "outdated_checkpoints(newest, 1, ",
         "test_train.py::test_a_run_folder_holds_what_is_promised",
@@ -196,21 +196,21 @@ MUTANTS = [
     ),
     (
         "the end of an epoch that a stop cut off is lost",
-        "handlers/session.py",
+        "training/handlers/session.py",
         "        handled = last_handled_epoch(state) >= epoch\n",
         "        handled = True\n",
         "test_resuming.py::test_the_end_of_an_epoch",
     ),
     (
         "an evaluation that a stop cut off in an older file is lost",
-        "handlers/session.py",
+        "training/handlers/session.py",
         "return not handled or (self.evaluation.due(epoch, max_epochs) and not evaluated)",
         "return not handled",
         "test_resuming.py::test_a_checkpoint_of_before",
     ),
     (
         "fp16 begins with a momentum of whatever lay there",
-        "engines.py",
+        "training/engines.py",
         "        _begin_momentum_at_zero(optimizer)\n",
         "        pass\n",
         "test_engines.py::test_a_first_update_that_fp16_skips",
@@ -253,7 +253,7 @@ MUTANTS = [
     *(
         (
             f"{part} not restored",
-            "handlers/checkpointing.py",
+            "training/handlers/checkpointing.py",
             "            if part is not None:\n",
             f'            if part is not None and name != "{part}":\n',
             GOES_ON if part == "scaler" else KILLED,
@@ -271,7 +271,7 @@ MUTANTS = [
     *(
         (
             f"{handler} not restored",
-            "handlers/checkpointing.py",
+            "training/handlers/checkpointing.py",
             "            handler.load_state_dict(",
             f'            name == "{handler}" or handler.load_state_dict(',
             caught,
@@ -280,21 +280,21 @@ MUTANTS = [
     ),
     (
         "generators not restored",
-        "handlers/checkpointing.py",
+        "training/handlers/checkpointing.py",
         '            torch.set_rng_state(own["cpu"])\n',
         "            pass\n",
         GOES_ON,
     ),
     (
         "the ranks' own statistics not restored",
-        "handlers/checkpointing.py",
+        "training/handlers/checkpointing.py",
         'state["statistics"][self.ranks.rank].items()',
         "{}.items()",
         "test_ranks.py::test_two_ranks_killed_and_resumed",
     ),
     (
         "a signal saves nothing",
-        "handlers/checkpointing.py",
+        "training/handlers/checkpointing.py",
         "        if stopping or (",
         "        if (",
         "test_faults.py::test_more_signals",
@@ -315,35 +315,35 @@ MUTANTS = [
     ),
     (
         "the slow weights begin anew",
-        "handlers/__init__.py",
+        "training/handlers/attach.py",
         '        state.handlers["lookahead"] = lookahead\n',
         "",
         "test_averaging.py::test_a_run_killed",
     ),
     (
         "the statistics of an average go on from the last ones",
-        "handlers/averaging.py",
+        "training/handlers/averaging.py",
         "            norm.reset_running_stats()\n",
         "",
         "test_averaging.py::test_statistics_do_not_depend",
     ),
     (
         "a bad number is saved",
-        "handlers/training.py",
+        "training/handlers/log_point.py",
         "if logs or in_time or self.save_due(iteration):",
         "if logs or in_time:",
         "test_train.py::test_a_number_that_is_not_finite",
     ),
     (
         "a bad number that is no loss or gradient is saved",
-        "handlers/checkpointing.py",
+        "training/handlers/checkpointing.py",
         "        self._refuse_what_is_not_finite(parts)\n",
         "",
         "test_resuming.py::test_a_state_that_is_not_finite",
     ),
     (
         "the best weights go before a resume point knows the new ones",
-        "handlers/__init__.py",
+        "training/handlers/attach.py",
         "    trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.at_epoch_end)\n"
         "    trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.save_best)\n",
         "    trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.save_best)\n"
@@ -352,7 +352,7 @@ MUTANTS = [
     ),
     (
         "the best weights of a run that died before they were kept are lost",
-        "handlers/session.py",
+        "training/handlers/session.py",
         "        self.saver.restore_best()\n",
         "",
         DIES,
@@ -366,28 +366,28 @@ MUTANTS = [
     ),
     (
         "points are doubled in TensorBoard",
-        "handlers/loggers.py",
+        "training/handlers/tensorboard.py",
         ", purge_step=purge_from",
         "",
         "test_train.py::test_a_run_killed_three_times",
     ),
     (
         "a clock set back mixes TensorBoard's files",
-        "handlers/loggers.py",
+        "training/handlers/tensorboard.py",
         "        _put_before(int(time.time()), folder.path)\n",
         "",
         "test_faults.py::test_a_clock_set_back",
     ),
     (
         "points are lost in TensorBoard",
-        "handlers/__init__.py",
+        "training/handlers/attach.py",
         "    saver.before = board.flush\n",
         "",
         "test_faults.py::test_what_tensorboard_was_told",
     ),
     (
         "a best that could not be saved is the best",
-        "handlers/checkpointing.py",
+        "training/handlers/checkpointing.py",
         "            self.best.withdraw()\n",
         "            pass\n",
         "test_faults.py::test_a_full_disk_at_what",

@@ -22,8 +22,7 @@ from resnext_ignite import evaluate, predict
 from resnext_ignite.data.reading.cropping import square_crop
 from resnext_ignite.data.reading.decoding import open_rgb, resized
 from resnext_ignite.data.sources.shapes import CLASSES, load_shapes
-from resnext_ignite.handlers.pictures import draw_mistakes
-from resnext_ignite.plots.figures import save_figure
+from resnext_ignite.plots.figures import draw_mistakes, save_figure
 from resnext_ignite.runs.checkpoint import load_model
 from resnext_ignite.runtime.errors import CheckpointError, ConfigError, DataError
 
@@ -328,7 +327,7 @@ def test_ten_crops_by_hand(tmp_path: Path) -> None:
 def test_calibration_by_hand() -> None:
     from resnext_ignite.data.loaders import Batch
     from resnext_ignite.distributed.ranks import Ranks
-    from resnext_ignite.metrics import Calibration
+    from resnext_ignite.training.metrics import Calibration
 
     metric = Calibration(Ranks(), torch.device("cpu"))
     # Confidences 0.9 (right), 0.9 (wrong) in one bin, 0.5 (right) in another.

@@ -22,15 +22,15 @@ import torch
 from conftest import ROOT, Command, Outcome, at_iteration, plain, scalars, tiny_arguments
 from ignite.engine import Engine, Events
 
-from resnext_ignite import engines
 from resnext_ignite.config.files import load_config
 from resnext_ignite.distributed import stopping
 from resnext_ignite.distributed.stopping import StopAgreement, StopReason
-from resnext_ignite.handlers import pictures
 from resnext_ignite.runs.checkpoint import load_checkpoint, verify_checkpoint
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime import devices
 from resnext_ignite.runtime.errors import ConfigError
+from resnext_ignite.training import engines
+from resnext_ignite.training.handlers import plots
 
 pytestmark = pytest.mark.soak
 DIED = 86
@@ -184,8 +184,8 @@ def random_cut(draw: random.Random, ways: tuple[str, ...]) -> Cut:
 
 def run(folder: Path, values: list[str], ranks: int, *, resume: bool, often: bool, cut: Cut | None = None) -> Outcome:
     def patch() -> None:
-        pictures.Curves.draw = lambda self: None  # type: ignore[method-assign]
-        pictures.MistakesPicture.__call__ = lambda self, engine: None  # type: ignore[method-assign]
+        plots.Curves.draw = lambda self: None  # type: ignore[method-assign]
+        plots.MistakesPicture.__call__ = lambda self, engine: None  # type: ignore[method-assign]
         if often:
             # Ranks meet at every iteration and at every batch of an evaluation.
             stopping._LONGEST_SILENCE_S = 0

@@ -20,11 +20,11 @@ from torch import nn
 from tqdm import tqdm
 
 from resnext_ignite.distributed import stopping
-from resnext_ignite.handlers import checkpointing
 from resnext_ignite.runs.checkpoint import iteration_checkpoints, load_checkpoint, verify_checkpoint
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import DataError
 from resnext_ignite.runtime.signals import PARENT_GONE, leave
+from resnext_ignite.training.handlers import checkpointing
 
 OFTEN = ["checkpoint.every_iterations=2", "logging.every_iterations=1"]
 
@@ -258,7 +258,7 @@ def test_a_bad_number_of_one_rank_stops_all_and_is_never_written(tmp_path: Path,
     def patch() -> None:
         from ignite.engine import Events
 
-        from resnext_ignite import engines
+        from resnext_ignite.training import engines
 
         no_log_points_by_time()
         create = engines.create_trainer

@@ -15,9 +15,7 @@ import torch
 from conftest import Command, at_iteration, digest, rig_errors, tensors, train_tiny
 from ignite.engine import Engine, Events
 
-from resnext_ignite import engines
 from resnext_ignite.distributed.stopping import StopAgreement, StopReason
-from resnext_ignite.handlers import checkpointing
 from resnext_ignite.runs import checkpoint
 from resnext_ignite.runs.checkpoint import (
     checksum_path,
@@ -30,6 +28,8 @@ from resnext_ignite.runs.checkpoint import (
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime import devices
 from resnext_ignite.runtime.errors import CheckpointError, DataError
+from resnext_ignite.training import engines
+from resnext_ignite.training.handlers import checkpointing
 
 DIED = 86
 # Of the tiny run with 20 of its 70 images held out, in batches of 16.

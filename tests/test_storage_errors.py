@@ -22,9 +22,9 @@ from conftest import Command, assert_newest_is_there, at_iteration, digest, trai
 from ignite.engine import Engine
 
 from resnext_ignite.config.files import load_config
-from resnext_ignite.handlers import pictures
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import StorageError, as_resnext_error
+from resnext_ignite.training.handlers import plots
 
 DIED = 86
 ERRNOS = (
@@ -109,8 +109,8 @@ class Calls:
         for name in ("fsync", "open", "replace", "rename", "unlink", "mkdir"):
             setattr(os, name, self._hooked(name, getattr(os, name)))
         fcntl.flock = self._hooked("flock", fcntl.flock)
-        pictures.Curves.draw = lambda self: None  # type: ignore[method-assign]
-        pictures.MistakesPicture.__call__ = lambda self, engine: None  # type: ignore[method-assign]
+        plots.Curves.draw = lambda self: None  # type: ignore[method-assign]
+        plots.MistakesPicture.__call__ = lambda self, engine: None  # type: ignore[method-assign]
 
     def _hooked(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def hooked(what: Any, *args: Any, **kwargs: Any) -> Any:

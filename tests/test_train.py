@@ -19,7 +19,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from resnext_ignite import evaluate, train
 from resnext_ignite.config.files import load_config
-from resnext_ignite.handlers.training import LogPoint
 from resnext_ignite.runs.checkpoint import load_checkpoint, verify_checkpoint
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import (
@@ -30,6 +29,7 @@ from resnext_ignite.runtime.errors import (
     RunFolderError,
     StorageError,
 )
+from resnext_ignite.training.handlers.log_point import LogPoint
 
 
 def test_a_run_folder_holds_what_is_promised(finished_run: Path) -> None:
@@ -295,7 +295,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, capsys: pytest.
 def test_a_run_killed_after_its_last_save_is_brought_to_its_end(
     tmp_path: Path, in_fork: Callable[[Callable[[], Any]], int]
 ) -> None:
-    from resnext_ignite.handlers.checkpointing import SaveCheckpoints
+    from resnext_ignite.training.handlers.checkpointing import SaveCheckpoints
 
     def child() -> None:
         patch = pytest.MonkeyPatch()

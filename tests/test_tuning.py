@@ -8,13 +8,14 @@ import pytest
 import torch
 from conftest import train_tiny
 
-from resnext_ignite import evaluate, tuning
-from resnext_ignite.engines import create_evaluator
+from resnext_ignite import evaluate
 from resnext_ignite.models import create_model
 from resnext_ignite.models.inference import Inference, fold_batch_norm
 from resnext_ignite.runs.checkpoint import load_checkpoint, load_model
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError
+from resnext_ignite.training import tuning
+from resnext_ignite.training.engines import create_evaluator
 
 
 def trained_network(name: str = "cifar_resnext11_2x8d") -> torch.nn.Module:

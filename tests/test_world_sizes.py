@@ -24,7 +24,7 @@ from test_data_faults import CIFAR
 from torch import distributed as dist
 from torch import nn
 
-from resnext_ignite import engines, train
+from resnext_ignite import train
 from resnext_ignite.config.files import load_config
 from resnext_ignite.data import build_eval_loader, load_data
 from resnext_ignite.data.images import Images
@@ -36,6 +36,7 @@ from resnext_ignite.models.resnext import ResNeXt
 from resnext_ignite.runs.checkpoint import load_checkpoint
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime import devices
+from resnext_ignite.training import engines
 
 OFTEN = ["checkpoint.every_iterations=2", "logging.every_iterations=1"]
 

@@ -14,9 +14,9 @@ import torch
 from resnext_ignite.benchmark.setup import Training, prepare
 from resnext_ignite.data import Data
 from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.handlers.checkpointing import RunState, Stateful
 from resnext_ignite.runs.checkpoint import save_checkpoint
 from resnext_ignite.runtime.timing import in_turns, medians
+from resnext_ignite.training.handlers.checkpointing import RunState, Stateful
 
 _CIFAR_IMAGES = 50_000
 

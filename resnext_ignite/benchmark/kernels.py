@@ -15,7 +15,7 @@ from resnext_ignite.models import create_model
 from resnext_ignite.models.grouped_conv import GroupedConv2d, GroupedShape, grouped_shapes, in_each_way
 from resnext_ignite.runtime.devices import set_up_machine
 from resnext_ignite.runtime.timing import in_turns, medians, timer
-from resnext_ignite.tuning import Arithmetic, gradient_for
+from resnext_ignite.training.tuning import Arithmetic, gradient_for
 
 PASSES = ("forward", "data gradient", "weight gradient")
 # A bf16 product keeps 8 bits; sums of thousands of them, rounded once, stay well below this share.

@@ -11,7 +11,6 @@ from ignite.engine import Engine, Events
 from torch import nn
 from torch.nn import functional as F
 
-from resnext_ignite import engines
 from resnext_ignite.config.files import load_config
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import Data, build_train_loader, load_data
@@ -19,13 +18,14 @@ from resnext_ignite.data.loaders import Batch, TrainLoader
 from resnext_ignite.distributed.ddp import wrap_for_ranks
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.distributed.stopping import StopAgreement
-from resnext_ignite.handlers.training import LogPoint
 from resnext_ignite.models import build_model
 from resnext_ignite.optim import build_lr_scheduler, build_optimizer
 from resnext_ignite.optim.schedules import IterationLRScheduler
 from resnext_ignite.runtime import devices
 from resnext_ignite.runtime.timing import timed
-from resnext_ignite.tuning import Arithmetic, grouped_conv_for
+from resnext_ignite.training import engines
+from resnext_ignite.training.handlers.log_point import LogPoint
+from resnext_ignite.training.tuning import Arithmetic, grouped_conv_for
 
 
 def measured_device() -> torch.device:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from resnext_ignite.data.loaders import Split
 from resnext_ignite.runtime.storage import replace_durably
 
 if TYPE_CHECKING:
@@ -159,6 +161,15 @@ def draw_sheet(images: Tensor, captions: Sequence[str] = (), columns: int = 8) -
             if number < len(captions):
                 place.set_title(shown(captions[number]), fontsize=7)
     return figure
+
+
+def draw_mistakes(mistakes: list[dict[str, Any]], split: Split, classes: tuple[str, ...]) -> Figure:
+    """The pictures of an evaluation's mistakes, each under 'true -> predicted (loss)'."""
+    wanted = torch.tensor([mistake["index"] for mistake in mistakes], dtype=torch.int64, device=split.indices.device)
+    # Splits keep their images in the order of their indices.
+    pictures = split.load(torch.searchsorted(split.indices, wanted)).cpu()
+    captions = [f"{classes[m['label']]}\n\u2192 {classes[m['predicted']]} ({m['loss']:.1f})" for m in mistakes]
+    return draw_sheet(pictures, captions)
 
 
 def name_of_evaluation(record: Record) -> str:

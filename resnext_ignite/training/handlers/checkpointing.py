@@ -14,7 +14,6 @@ from torch import nn
 from resnext_ignite.distributed.ddp import averaged_statistics, own_statistics
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.distributed.stopping import StopAgreement, StopReason
-from resnext_ignite.handlers.evaluation import BestRecord
 from resnext_ignite.runs.checkpoint import (
     checksum_path,
     iteration_checkpoint_path,
@@ -24,6 +23,7 @@ from resnext_ignite.runs.checkpoint import (
 )
 from resnext_ignite.runtime.errors import CheckpointError, NonFiniteError
 from resnext_ignite.runtime.storage import warned_of
+from resnext_ignite.training.handlers.evaluation import BestRecord
 
 log = logging.getLogger(__name__)
 

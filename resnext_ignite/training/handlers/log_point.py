@@ -9,9 +9,9 @@ import torch
 from ignite.engine import Engine
 
 from resnext_ignite.distributed.stopping import Pace, StopAgreement
-from resnext_ignite.engines import RunEvents
-from resnext_ignite.metrics import TrainingSums
 from resnext_ignite.runtime.errors import DataError, NonFiniteError
+from resnext_ignite.training.engines import RunEvents
+from resnext_ignite.training.metrics import TrainingSums
 
 
 class LogPoint:

@@ -14,10 +14,10 @@ from torch import nn
 from resnext_ignite.data.loaders import EvalLoader
 from resnext_ignite.distributed.ddp import average_statistics
 from resnext_ignite.distributed.stopping import Pace, StopAgreement, StopReason
-from resnext_ignite.engines import RunEvents
-from resnext_ignite.metrics import FlipCounts
 from resnext_ignite.runs.folder import Record
 from resnext_ignite.runtime.errors import NonFiniteError
+from resnext_ignite.training.engines import RunEvents
+from resnext_ignite.training.metrics import FlipCounts
 
 _FIGURES = ("images", "correct", "top1_error", "top5_error", "loss")
 

@@ -11,16 +11,16 @@ from resnext_ignite.config.schema import Config
 from resnext_ignite.data import Loaders
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.distributed.stopping import StopAgreement
-from resnext_ignite.engines import RunEvents
-from resnext_ignite.handlers.averaging import build_average, build_fresh_statistics, build_lookahead
-from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints, Stateful
-from resnext_ignite.handlers.evaluation import BestRecord, Evaluation, FinalTest
-from resnext_ignite.handlers.loggers import EvaluationFile, MetricsFile, Progress, StatusFile, TensorBoard
-from resnext_ignite.handlers.session import AttachedRun, EpochEnds, Parts
-from resnext_ignite.handlers.training import LogPoint
 from resnext_ignite.runs.folder import OpenRun
-
-__all__ = ["AttachedRun", "Parts", "attach_handlers", "build_average"]
+from resnext_ignite.training.engines import RunEvents
+from resnext_ignite.training.handlers.averaging import build_fresh_statistics, build_lookahead
+from resnext_ignite.training.handlers.checkpointing import RunState, SaveCheckpoints, Stateful
+from resnext_ignite.training.handlers.evaluation import BestRecord, Evaluation, FinalTest
+from resnext_ignite.training.handlers.files import EvaluationFile, MetricsFile, StatusFile
+from resnext_ignite.training.handlers.log_point import LogPoint
+from resnext_ignite.training.handlers.plots import Curves, MistakesPicture
+from resnext_ignite.training.handlers.progress import Progress
+from resnext_ignite.training.handlers.session import AttachedRun, EpochEnds, Parts
 
 
 def attach_handlers(
@@ -161,8 +161,6 @@ def _attach_pictures(
     config: Config, parts: Parts, loaders: Loaders, run: OpenRun, saver: SaveCheckpoints, epoch_ends: EpochEnds
 ) -> None:
     """TensorBoard, `curves.png` and `mistakes.png`, on rank 0; after everything whose figures they show."""
-    from resnext_ignite.handlers.pictures import AugmentedSheet, Curves, MistakeSheets, MistakesPicture
-
     trainer, classes = parts.trainer, loaders.data.classes
     curves = Curves(run.folder, run.folder.path.name)
     trainer.add_event_handler(RunEvents.EVALUATED, curves)
@@ -171,6 +169,9 @@ def _attach_pictures(
     trainer.add_event_handler(Events.COMPLETED, MistakesPicture(run.folder, splits, classes))
     if not config.logging.tensorboard:
         return
+    # Not at the top: a run without TensorBoard does not wait for it to load.
+    from resnext_ignite.training.handlers.tensorboard import AugmentedSheet, MistakeSheets, TensorBoard
+
     new = run.state is None
     resumed = -1 if run.state is None else run.state["trainer"]["iteration"]
     pending = run.state is not None and epoch_ends.outstanding(run.state, config.train.epochs)

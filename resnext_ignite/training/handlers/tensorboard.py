@@ -1,163 +1,35 @@
-"""What a run tells: console, `metrics.jsonl`, `evaluation.json`, `status.json`, TensorBoard's scalars. Of rank 0."""
+"""TensorBoard, on rank 0: scalars, images, histograms and the config, none lost or doubled by a resume."""
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import json
 import logging
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import ProgressBar, TensorboardLogger, global_step_from_engine
+from ignite.handlers import TensorboardLogger, global_step_from_engine
 from ignite.handlers.tensorboard_logger import OutputHandler, WeightsHistHandler
 from torch import nn
 from torch.utils.tensorboard.summary import hparams
 
 from resnext_ignite.config.files import dump_config
 from resnext_ignite.config.schema import Config, flatten
-from resnext_ignite.engines import RunEvents
-from resnext_ignite.handlers.evaluation import BestRecord
-from resnext_ignite.runs.folder import Record, RunFolder
+from resnext_ignite.data.augment.chain import Augment
+from resnext_ignite.data.images import UNREADABLE
+from resnext_ignite.data.loaders import Split
+from resnext_ignite.plots.figures import draw_confusion, draw_mistakes, draw_sheet, figure_to_array
+from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.storage import warned_of
+from resnext_ignite.training.engines import RunEvents
 
 log = logging.getLogger(__name__)
 _SCALARS = ("loss", "top1_error", "lr", "images_per_s")
 _EVALUATED_SCALARS = ("top1_error", "top5_error", "loss")
-
-
-def describe(record: Record) -> str:
-    """A record of an evaluation as people say it."""
-    wrong = record["images"] - record["correct"]
-    flip = f" (with mirror images {record['top1_error_flip']:.2f} %)" if "top1_error_flip" in record else ""
-    return (
-        f"{record['split']} error {record['top1_error']:.2f} % ({wrong} of {record['images']}), "
-        f"top-5 {record['top5_error']:.2f} %, loss {record['loss']:.4f}{flip}"
-    )
-
-
-class Progress:
-    """Training progress: a bar where standard error is a terminal, else a line at each RunEvents.PROGRESS.
-
-    Args:
-        images_per_iteration: over all ranks, for the time that is left.
-    """
-
-    def __init__(self, images_per_iteration: int) -> None:
-        self.images_per_iteration = images_per_iteration
-        self._drawn = -1
-
-    def attach(self, trainer: Engine) -> None:
-        """Attach to the trainer, in the form that fits standard error."""
-        trainer.add_event_handler(RunEvents.EVALUATED, self.say_evaluation)
-        if not sys.stderr.isatty():
-            trainer.add_event_handler(RunEvents.PROGRESS, self.say_metrics)
-            return
-        trainer.add_event_handler(RunEvents.PROGRESS, self._mark)
-        # Drawn at these points only: a terminal is slower than an iteration, and nothing new is known between.
-        at_log_point = Events.ITERATION_COMPLETED(event_filter=lambda engine, iteration: iteration == self._drawn)
-        bar = ProgressBar(file=sys.stderr)
-        bar.attach(trainer, output_transform=lambda output: self._postfix(trainer), event_name=at_log_point)
-
-    def _mark(self, engine: Engine) -> None:
-        self._drawn = engine.state.iteration
-
-    def _postfix(self, engine: Engine) -> dict[str, str]:
-        metrics = engine.state.metrics
-        return {
-            "loss": f"{metrics['loss']:.4f}",
-            "images/s": f"{metrics['images_per_s']:.0f}",
-            "run": f"{self._left(engine)} left",
-        }
-
-    def _left(self, engine: Engine) -> datetime.timedelta:
-        state = engine.state
-        iterations = (state.max_epochs or 0) * (state.epoch_length or 0) - state.iteration
-        seconds = iterations * self.images_per_iteration / max(state.metrics["images_per_s"], 1e-9)
-        return datetime.timedelta(seconds=round(seconds))
-
-    def say_metrics(self, engine: Engine) -> None:
-        state, metrics = engine.state, engine.state.metrics
-        log.info(
-            f"epoch {state.epoch}/{state.max_epochs} iteration {state.iteration} loss {metrics['loss']:.4f} "
-            f"lr {metrics['lr']:.4g} {metrics['images_per_s']:.0f} images/s {self._left(engine)} left"
-        )
-
-    def say_evaluation(self, engine: Engine) -> None:
-        log.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs} {describe(engine.state.record)}")
-
-
-class MetricsFile:
-    """Adds each evaluation to `metrics.jsonl`; attach to RunEvents.EVALUATED."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-
-    def __call__(self, engine: Engine) -> None:
-        self.folder.append_metrics(engine.state.record)
-
-
-class EvaluationFile:
-    """Keeps the latest evaluation's confusion matrix and worst mistakes in `evaluation.json`.
-
-    Attach to RunEvents.EVALUATED after MetricsFile: where a run is cut between the two, the file is of an evaluation
-    before the last line of `metrics.jsonl`, which whoever reads both can see.
-
-    Args:
-        classes: names, in the order of the labels.
-    """
-
-    def __init__(self, folder: RunFolder, classes: tuple[str, ...]) -> None:
-        self.folder, self.classes = folder, classes
-
-    def __call__(self, engine: Engine) -> None:
-        record, result = engine.state.record, engine.state.evaluation
-        confusion = result["confusion"]
-        # Most of a thousand classes' million pairs are never confused.
-        cells = torch.cat([confusion.nonzero(), confusion[confusion != 0][:, None]], dim=1)
-        evaluation = {
-            **{key: record[key] for key in ("split", "epoch", "iteration")},
-            "classes": list(self.classes),
-            "confusion": cells.tolist(),
-            "mistakes": result["mistakes"],
-        }
-        with warned_of("evaluation.json"):
-            self.folder.write_evaluation(evaluation)
-
-
-class StatusFile:
-    """Keeps `status.json`; attach to STARTED, RunEvents.EVALUATED, and call at the end.
-
-    Args:
-        best: the record that is the best so far.
-        facts: what else the file says of the run.
-    """
-
-    def __init__(self, folder: RunFolder, best: BestRecord, facts: dict[str, Any]) -> None:
-        self.folder, self.best, self.facts = folder, best, facts
-        self.last: Record | None = None
-
-    def __call__(self, engine: Engine, state: str = "running", exit_code: int | None = None, reason: str = "") -> None:
-        self.last = getattr(engine.state, "record", None) or self.last
-        # A run that goes on can do without this file. One that has ended must not be left marked as running.
-        with warned_of("status.json") if state == "running" else contextlib.nullcontext():
-            self.folder.write_status(
-                state,
-                exit_code=exit_code,
-                epoch=engine.state.epoch,
-                iteration=engine.state.iteration,
-                reason=reason,
-                last=self.last,
-                best=self.best.best,
-                **self.facts,
-            )
 
 
 class _DispensableEvents:
@@ -276,3 +148,49 @@ class TensorBoard:
     def close(self) -> None:
         """Write what is left."""
         self.logger.close()
+
+
+class AugmentedSheet:
+    """A sheet of the first batch as the model sees it; attach to the first ITERATION_COMPLETED."""
+
+    def __init__(self, board: TensorBoard, augment: Augment, classes: tuple[str, ...], count: int) -> None:
+        self.board, self.augment, self.classes, self.count = board, augment, classes, count
+
+    def __call__(self, engine: Engine) -> None:
+        batch = engine.state.batch
+        images = self.augment.unnormalize(batch.images[: self.count]).permute(0, 2, 3, 1).cpu()
+        labels = batch.labels[: self.count].tolist()
+        captions = ["(unreadable)" if label == UNREADABLE else self.classes[label] for label in labels]
+        sheet = figure_to_array(draw_sheet(images, captions))
+        self.board.writer.add_image("train/augmented", sheet, engine.state.iteration, dataformats="HWC")
+
+
+class MistakeSheets:
+    """The worst mistakes and the confusion matrix, after evaluations at most every `seconds`; `draw` at the end.
+
+    Args:
+        splits: the images of each split that is evaluated.
+    """
+
+    def __init__(
+        self, board: TensorBoard, splits: dict[str, Split], classes: tuple[str, ...], seconds: float = 300
+    ) -> None:
+        self.board, self.splits, self.classes, self.seconds = board, splits, classes, seconds
+        self._last = time.monotonic()
+
+    def __call__(self, engine: Engine) -> None:
+        if time.monotonic() - self._last >= self.seconds:
+            self.draw(engine)
+
+    def draw(self, engine: Engine) -> None:
+        """Draw the latest evaluation now, if there was one."""
+        record, result = getattr(engine.state, "record", None), getattr(engine.state, "evaluation", None)
+        if record is None or result is None:
+            return
+        split, iteration = record["split"], record["iteration"]
+        confusion = figure_to_array(draw_confusion(result["confusion"], self.classes))
+        self.board.writer.add_image(f"{split}/confusion", confusion, iteration, dataformats="HWC")
+        if result["mistakes"]:
+            sheet = figure_to_array(draw_mistakes(result["mistakes"], self.splits[split], self.classes))
+            self.board.writer.add_image(f"{split}/worst_mistakes", sheet, iteration, dataformats="HWC")
+        self._last = time.monotonic()

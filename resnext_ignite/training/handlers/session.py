@@ -11,14 +11,14 @@ from ignite.engine import Engine, Events
 from torch import nn, optim
 
 from resnext_ignite.distributed.stopping import StopAgreement, StopReason
-from resnext_ignite.handlers.averaging import WeightAverage
-from resnext_ignite.handlers.checkpointing import RunState, SaveCheckpoints, last_handled_epoch
-from resnext_ignite.handlers.evaluation import BestRecord, Evaluation
-from resnext_ignite.handlers.loggers import StatusFile
 from resnext_ignite.optim.schedules import IterationLRScheduler
 from resnext_ignite.runs.checkpoint import load_checkpoint
 from resnext_ignite.runs.folder import ENDED, OpenRun, Record
 from resnext_ignite.runtime.errors import CheckpointError, OrphanedError, PreemptedError
+from resnext_ignite.training.handlers.averaging import WeightAverage
+from resnext_ignite.training.handlers.checkpointing import RunState, SaveCheckpoints, last_handled_epoch
+from resnext_ignite.training.handlers.evaluation import BestRecord, Evaluation
+from resnext_ignite.training.handlers.files import StatusFile
 
 log = logging.getLogger(__name__)
 _REASONS = {

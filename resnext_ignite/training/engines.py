@@ -1,0 +1,238 @@
+"""The two engines: one iteration of training, one batch of evaluation. What both count is `metrics.py`'s."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from ignite.engine import Engine, EventEnum, Events
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnext_ignite.config.schema import Config
+from resnext_ignite.data.augment.mixing import neighbours
+from resnext_ignite.data.images import UNREADABLE
+from resnext_ignite.data.loaders import Batch
+from resnext_ignite.distributed.ranks import Ranks
+from resnext_ignite.models.inference import Inference
+from resnext_ignite.runtime.devices import DTYPES
+from resnext_ignite.training.metrics import ClassificationCounts, FlipCounts, TrainingSums
+
+
+class RunEvents(EventEnum):
+    """What a training run adds to Ignite's events; fired on the trainer."""
+
+    METRICS_READY = "metrics_ready"
+    """The training metrics since the last log point stand in `state.metrics`."""
+    PROGRESS = "progress"
+    """A log point, or about five seconds since the last: `state.metrics` holds what there is so far."""
+    EVALUATED = "evaluated"
+    """An evaluation's record stands in `state.evaluation`."""
+
+
+def create_trainer(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    *,
+    precision: str = "fp32",
+    accumulate: int = 1,
+    label_smoothing: float = 0.0,
+    clip_grad_norm: float = 0.0,
+    skip_unreadable: bool = False,
+) -> Engine:
+    """An engine whose iteration is one update; run it over `Batch`es.
+
+    `engine.state` carries `sums` (TrainingSums) and `scaler` (torch.amp.GradScaler, enabled for fp16).
+
+    Args:
+        model: on `device`; possibly in DistributedDataParallel.
+        precision: "fp32", "bf16" or "fp16".
+        accumulate: micro-batches an iteration; divides each batch.
+        label_smoothing: probability spread over all classes.
+        clip_grad_norm: largest norm of the whole gradient; 0: not clipped.
+        skip_unreadable: images labelled UNREADABLE are left out of the loss and of all counts.
+
+    Raises:
+        ValueError: a batch does not divide into `accumulate` micro-batches.
+    """
+    sums = TrainingSums(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    if scaler.is_enabled():
+        _begin_momentum_at_zero(optimizer)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def train_iteration(engine: Engine, batch: Batch) -> None:
+        count = len(batch.labels)
+        if count % accumulate:
+            raise ValueError(f"a batch of {count} images does not divide into {accumulate} micro-batches")
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        for turn, (images, target) in enumerate(_micro_batches(batch, accumulate), start=1):
+            labels = target.labels
+            with _synchronised(model, turn == accumulate):
+                with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+                    logits = model(images).float()
+                loss = target.loss(logits, label_smoothing)
+                readable = (labels != UNREADABLE).sum() if skip_unreadable else torch.full_like(loss, len(labels))
+                # By the readable ones alone, it would depend on how many ranks share them.
+                scaler.scale(loss / len(labels) / accumulate).backward()
+            with torch.no_grad():
+                sums.add(loss.detach(), (logits.argmax(1) == labels).sum(), readable, len(labels) - readable)
+                finite &= loss.isfinite()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        if clip_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm, foreach=True)
+        if scaler.is_enabled():
+            # An infinite gradient is the scaler's to answer: it skips the update and scales less.
+            sums.count_skip(norm.isfinite(), engine.state.iteration)
+        else:
+            finite &= norm.isfinite()
+        sums.check(finite, engine.state.iteration)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    trainer = Engine(train_iteration)
+    # Once an epoch, since only an evaluation between epochs changes it: it walks all modules.
+    trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: model.train())
+    # The counters that loggers and filters of these events read.
+    counters = {
+        RunEvents.METRICS_READY: "log_points",
+        RunEvents.PROGRESS: "progress_points",
+        RunEvents.EVALUATED: "evaluations",
+    }
+    trainer.register_events(*counters, event_to_attr=counters)
+    trainer.state.sums = sums
+    trainer.state.scaler = scaler
+    return trainer
+
+
+def _begin_momentum_at_zero(optimizer: torch.optim.Optimizer) -> None:
+    """Let the momentum of fused SGD begin at zero, from which its first update has the same result.
+
+    At its first update, fused SGD allocates the momentum without writing to it. Where the scaler skips that update, the
+    memory stays as it was, and the next update takes it for the momentum (torch 2.11, `_fused_sgd`).
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if group["fused"] and group["momentum"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a micro-batch's images are: labels int64 (n,); of mixed ones the neighbours' too, and their own shares."""
+
+    labels: Tensor
+    others: Tensor | None = None
+    shares: Tensor | None = None
+
+    def loss(self, logits: Tensor, label_smoothing: float) -> Tensor:
+        """The summed cross-entropy of logits (n, C)."""
+        if self.others is None or self.shares is None:
+            return F.cross_entropy(logits, self.labels, label_smoothing=label_smoothing, reduction="sum")
+        own, other = (
+            F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
+            for labels in (self.labels, self.others)
+        )
+        return torch.lerp(other, own, self.shares).sum()
+
+
+def _micro_batches(batch: Batch, count: int) -> Iterator[tuple[Tensor, _Target]]:
+    if batch.shares is None:
+        targets = [_Target(labels) for labels in batch.labels.chunk(count)]
+    else:
+        parts = (part.chunk(count) for part in (batch.labels, neighbours(batch.labels), batch.shares))
+        targets = [_Target(*target) for target in zip(*parts, strict=True)]
+    yield from zip(batch.images.chunk(count), targets, strict=True)
+
+
+@contextlib.contextmanager
+def _synchronised(model: nn.Module, last: bool) -> Iterator[None]:
+    # Only an iteration's last micro-batch reduces the gradients over ranks.
+    if last or not isinstance(model, nn.parallel.DistributedDataParallel):
+        yield
+    else:
+        with model.no_sync():
+            yield
+
+
+def create_evaluator(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    num_classes: int,
+    precision: str = "fp32",
+    inference: str = "plain",
+    ranks: Ranks | None = None,
+    keep_mistakes: int = 0,
+    flip_tta: bool = False,
+) -> Engine:
+    """An engine that counts a model's errors over `Batch`es; see ClassificationCounts for `state.metrics`.
+
+    Args:
+        model: on `device`, not in DistributedDataParallel: an evaluation has no collective before its end.
+        num_classes: outputs of the model.
+        precision: "fp32", "bf16" or "fp16".
+        inference: "plain", "folded" or "compiled", as Inference computes logits.
+        keep_mistakes: worst mistakes that are listed.
+        flip_tta: count the errors with mirror images too, as FlipCounts does, by one more forward pass.
+    """
+    network = Inference(model, DTYPES[precision], inference)
+
+    def evaluate_batch(engine: Engine, batch: Batch) -> tuple[Tensor, Batch]:
+        # Losses and comparisons in full precision: bf16 alone moves a mean loss in its third digit.
+        return network(batch.images), batch
+
+    evaluator = Engine(evaluate_batch)
+    evaluator.add_event_handler(Events.STARTED, lambda engine: network.refresh())
+    ClassificationCounts(num_classes, ranks or Ranks(), device, keep_mistakes).attach(evaluator, "evaluation")
+    if flip_tta:
+        FlipCounts(num_classes, ranks or Ranks(), device, network).attach(evaluator, "flip_tta")
+    return evaluator
+
+
+def blank_images(config: Config, device: torch.device, ranks: Ranks) -> Tensor:
+    """Black pictures, float32 (n, 3, H, W): the fewest that the config's network can be trained on.
+
+    As many as in training where the network is compiled for their number.
+    """
+    train, size = config.train, config.data.image_size
+    assert size is not None
+    share = train.batch_size // train.accumulate // ranks.world_size
+    return torch.zeros(share if train.compile else train.ghost_batch or min(share, 2), 3, size, size, device=device)
+
+
+def build_trainer(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Engine:
+    """The trainer of a config whose precision is settled."""
+    return create_trainer(
+        model,
+        optimizer,
+        device,
+        precision=config.train.precision,
+        accumulate=config.train.accumulate,
+        label_smoothing=config.train.label_smoothing,
+        clip_grad_norm=config.train.clip_grad_norm,
+        skip_unreadable=config.data.on_error == "skip",
+    )
+
+
+def build_evaluator(config: Config, model: nn.Module, device: torch.device, ranks: Ranks) -> Engine:
+    """The evaluator of a config whose classes and precision are settled."""
+    if config.model.num_classes is None:
+        raise ValueError("model.num_classes is not settled yet: it comes from the data")
+    return create_evaluator(
+        model,
+        device,
+        num_classes=config.model.num_classes,
+        precision=config.train.precision,
+        inference=config.evaluation.inference,
+        ranks=ranks,
+        keep_mistakes=config.logging.images,
+        flip_tta=config.evaluation.flip_tta,
+    )

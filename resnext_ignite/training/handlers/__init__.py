@@ -1,0 +1,1 @@
+"""The handlers of a run; `attach.py` attaches them and decides their order."""
