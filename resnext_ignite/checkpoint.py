@@ -1,5 +1,6 @@
-"""The public name of `load_model`, which opens a trained model; its code is in `runs/checkpoint.py`."""
+"""The public names of what opens a model; the code is in `runs/checkpoint.py` and `weights/loading.py`."""
 
 from resnext_ignite.runs.checkpoint import ModelMetadata, load_model
+from resnext_ignite.weights.loading import open_model
 
-__all__ = ["ModelMetadata", "load_model"]
+__all__ = ["ModelMetadata", "load_model", "open_model"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from resnext_ignite.runtime.errors import ConfigError, run_command
 from resnext_ignite.runtime.storage import check_place
 
-# Of resnext_ignite.foreign, which needs torch.
+# Of resnext_ignite.weights.foreign, which needs torch.
 _SOURCES = (
     "auto",
     "seed",
@@ -35,9 +35,11 @@ def convert(checkpoint: Path, output: Path, source: str, target: str) -> str:
     """
     import torch
 
-    from resnext_ignite.foreign import checkpoint_of, read_foreign, renamed_for
     from resnext_ignite.runs.checkpoint import load_model, save_checkpoint
     from resnext_ignite.runtime.storage import replace_durably
+    from resnext_ignite.weights.foreign.adopted import checkpoint_of
+    from resnext_ignite.weights.foreign.reading import read_foreign
+    from resnext_ignite.weights.foreign.systems import renamed_for
 
     if target == "ours":
         model = read_foreign(checkpoint, source)

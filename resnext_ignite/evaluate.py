@@ -63,13 +63,13 @@ def evaluate(
     from resnext_ignite.config.schema import with_values
     from resnext_ignite.data import load_data
     from resnext_ignite.distributed.ranks import Ranks
-    from resnext_ignite.foreign import open_model
     from resnext_ignite.models.inference import MeanOverViews
     from resnext_ignite.runtime import devices
     from resnext_ignite.runtime.console import set_up_console
     from resnext_ignite.training import engines
     from resnext_ignite.training.metrics import Calibration
     from resnext_ignite.training.tuning import inference_for
+    from resnext_ignite.weights.loading import open_model
 
     set_up_console()
     refused = [override for override in overrides if not override.startswith(_ALLOWED)]

@@ -23,8 +23,9 @@ def export(checkpoint: Path, format: str, output: Path, *, uint8: bool, fold: bo
     Raises:
         CheckpointError: the checkpoint cannot be used, or what was written is not the model.
     """
-    from resnext_ignite.exporting import OPSET, Options, export_model
-    from resnext_ignite.foreign import open_model
+    from resnext_ignite.weights.export.formats import OPSET, Options
+    from resnext_ignite.weights.export.write import export_model
+    from resnext_ignite.weights.loading import open_model
 
     model, metadata = open_model(checkpoint)
     card = card_beside(output)

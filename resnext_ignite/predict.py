@@ -98,9 +98,9 @@ class Predictor:
     """
 
     def __init__(self, checkpoint: Path, *, batch_size: int = 32, workers: int | None = None) -> None:
-        from resnext_ignite.foreign import open_model
         from resnext_ignite.models.inference import Inference
         from resnext_ignite.runtime import devices
+        from resnext_ignite.weights.loading import open_model
 
         model, self.metadata = open_model(checkpoint)
         self.config = self.metadata.config

@@ -87,7 +87,7 @@ def summarize(
 
 
 def _of_checkpoint(path: Path) -> dict[str, Any]:
-    from resnext_ignite.foreign import open_model
+    from resnext_ignite.weights.loading import open_model
 
     _, metadata = open_model(path)
     network = metadata.config.model

@@ -43,7 +43,6 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     from resnext_ignite.distributed.stopping import StopAgreement, stop_on_signals
     from resnext_ignite.models import build_model
     from resnext_ignite.optim import build_lr_scheduler, build_optimizer
-    from resnext_ignite.pretrained import load_pretrained, with_normalisation
     from resnext_ignite.runs.folder import open_run
     from resnext_ignite.runtime import devices
     from resnext_ignite.runtime.console import set_up_console
@@ -53,6 +52,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     from resnext_ignite.training.handlers.progress import describe
     from resnext_ignite.training.handlers.session import Parts
     from resnext_ignite.training.tuning import tuned
+    from resnext_ignite.weights.pretrained import load_pretrained, with_normalisation
 
     ranks = Ranks.current()
     set_up_console(quiet=ranks.rank != 0)

@@ -26,12 +26,14 @@ from resnext_ignite.data import build_eval_loader
 from resnext_ignite.data.sources import cifar
 from resnext_ignite.data.sources.cifar import CLASSES
 from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.foreign import SOURCES, TARGETS, open_model, read_foreign
-from resnext_ignite.foreign.keys import SEED, TORCHVISION
 from resnext_ignite.models import create_model
-from resnext_ignite.pretrained import load_pretrained
 from resnext_ignite.runs.checkpoint import load_checkpoint, load_model
 from resnext_ignite.runtime.errors import CheckpointError, ConfigError
+from resnext_ignite.weights.foreign.keys import SEED, TORCHVISION
+from resnext_ignite.weights.foreign.reading import read_foreign
+from resnext_ignite.weights.foreign.systems import SOURCES, TARGETS
+from resnext_ignite.weights.loading import open_model
+from resnext_ignite.weights.pretrained import load_pretrained
 
 
 class SeedBlock(nn.Module):

@@ -19,10 +19,10 @@ from resnext_ignite.data.images import Images
 from resnext_ignite.data.reading.image_files import ImageFiles
 from resnext_ignite.data.sources.shapes import load_shapes
 from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.foreign import open_model
 from resnext_ignite.runs.checkpoint import load_model
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError, RunFolderError
+from resnext_ignite.weights.loading import open_model
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from resnext_ignite import convert, export
 from resnext_ignite.benchmark import __main__ as benchmark
 from resnext_ignite.benchmark import exporting as export_suite
-from resnext_ignite.exporting import Options, networks
-from resnext_ignite.exporting.model_card import Leaving, model_card
-from resnext_ignite.foreign import open_model, read_foreign
 from resnext_ignite.models import create_model
 from resnext_ignite.runs.checkpoint import ModelMetadata, load_checkpoint, load_model
 from resnext_ignite.runtime.errors import CheckpointError, ConfigError
+from resnext_ignite.weights.export import networks
+from resnext_ignite.weights.export.formats import Options
+from resnext_ignite.weights.export.model_card import Leaving, model_card
+from resnext_ignite.weights.foreign.reading import read_foreign
+from resnext_ignite.weights.loading import open_model
 
 onnx = pytest.importorskip("onnx", reason="the extra [export] is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra [export] is not installed")

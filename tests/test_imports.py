@@ -24,15 +24,15 @@ COMMANDS = {
     "benchmark",
 }
 # Files of nothing but public names whose code is in a room; nothing in the package imports them.
-ALIASES = {"checkpoint", "engines"}
+ALIASES = {"checkpoint", "engines", "foreign"}
 # From the top: a room may import from those on lower lines, and from no other. A room inside another has a line of its
 # own where the rooms beside it have an order too.
 LEVELS = [
     COMMANDS | ALIASES,
-    {"ablation", "exporting", "packing", "training"},
-    {"pretrained"},
-    {"foreign"},
-    {"plots"},
+    {"ablation", "packing", "training"},
+    {"weights", "plots"},
+    {"weights.export"},
+    {"weights.foreign"},
     {"runs"},
     {"models", "optim", "data"},
     {"data.reading"},

@@ -30,9 +30,11 @@ from torch import Tensor, nn
 
 from resnext_ignite import convert
 from resnext_ignite.data.sources import cifar, folders
-from resnext_ignite.foreign import checkpoint_of, open_model, read_foreign
 from resnext_ignite.runs.checkpoint import load_model
 from resnext_ignite.runtime.errors import CheckpointError
+from resnext_ignite.weights.foreign.adopted import checkpoint_of
+from resnext_ignite.weights.foreign.reading import read_foreign
+from resnext_ignite.weights.loading import open_model
 
 CIFAR, IMAGENET = (1, 1, 1), (3, 4, 6, 3)
 

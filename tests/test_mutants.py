@@ -81,7 +81,7 @@ MUTANTS = [
     ),
     (
         "downloaded pickles are run",
-        "pretrained.py",
+        "weights/pretrained.py",
         "weights_only=True",
         "weights_only=False",
         "test_pretrained.py::test_torchvisions_weights_are_loaded_and_never_run",

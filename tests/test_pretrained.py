@@ -15,9 +15,9 @@ from resnext_ignite.config.files import load_config
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.models import build_model, create_model
 from resnext_ignite.optim import build_lr_scheduler, build_optimizer
-from resnext_ignite.pretrained import load_pretrained, with_normalisation
 from resnext_ignite.runs.checkpoint import load_checkpoint, load_model
 from resnext_ignite.runtime.errors import CheckpointError, ConfigError
+from resnext_ignite.weights.pretrained import load_pretrained, with_normalisation
 
 TINY_NAME = "cifar_resnext11_2x8d"
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from resnext_ignite.benchmark.processes import Turn, in_processes
 from resnext_ignite.config.schema import config_of
-from resnext_ignite.exporting import Options, onnx_logits, write_onnx
 from resnext_ignite.models import create_model
 from resnext_ignite.models.inference import Inference
 from resnext_ignite.models.resnext import ResNeXt
 from resnext_ignite.runs.checkpoint import ModelMetadata
 from resnext_ignite.runtime.timing import in_turns, medians, timed
+from resnext_ignite.weights.export.formats import Options, onnx_logits, write_onnx
 
 _CPU = torch.device("cpu")
 _SIZE, _CLASSES = 32, 10

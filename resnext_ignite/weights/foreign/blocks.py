@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resnext_ignite.foreign.keys import Weights
 from resnext_ignite.runtime.errors import CheckpointError
+from resnext_ignite.weights.foreign.keys import Weights
 
 EPS = 1e-5
 """Of every BatchNorm here: torch's default."""

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from resnext_ignite.config.schema import Config, nest
-from resnext_ignite.exporting.formats import TOLERANCE, Options
-from resnext_ignite.foreign.stated import public_values
 from resnext_ignite.models import create_model
 from resnext_ignite.models.cost import cost_of
 from resnext_ignite.runs.checkpoint import ModelMetadata
+from resnext_ignite.weights.export.formats import TOLERANCE, Options
+from resnext_ignite.weights.foreign.stated import public_values
 
 _DATA = {
     "cifar10": "CIFAR-10",
@@ -144,8 +144,8 @@ def _use(metadata: ModelMetadata, leaving: Leaving) -> str:
         imports = "import numpy as np, PIL.Image, torch"
         logits = f"torch.export.load({name}).module()(torch.tensor(images))"
     else:
-        imports = "import numpy as np, pathlib, PIL.Image, torch, resnext_ignite.foreign"
-        logits = f"resnext_ignite.foreign.open_model(pathlib.Path({name}))[0](torch.tensor(images))"
+        imports = "import numpy as np, PIL.Image, torch, resnext_ignite.checkpoint"
+        logits = f"resnext_ignite.checkpoint.open_model({name})[0](torch.tensor(images))"
     lines = [imports, picture, f"images = {images}", f"logits = {logits}"]
     return (
         "```python\n" + "\n".join([*lines, "print(int(logits[0].argmax()))  # the class, of the list below"]) + "\n```"

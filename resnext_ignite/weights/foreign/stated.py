@@ -13,9 +13,9 @@ from pydantic import BaseModel, Field, Json, ValidationError
 from safetensors import safe_open
 
 from resnext_ignite.config.schema import Config, Values, flatten, nest
-from resnext_ignite.foreign.fit import Network
 from resnext_ignite.runs.checkpoint import ModelMetadata, config_of_checkpoint
 from resnext_ignite.runtime.errors import CheckpointError
+from resnext_ignite.weights.foreign.fit import Network
 
 OWN = "resnext_ignite"
 _VERSION = "1"

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from resnext_ignite.foreign.bounded import Cursor, content_of, float_tensor
 from resnext_ignite.runtime.errors import CheckpointError
+from resnext_ignite.weights.foreign.bounded import Cursor, content_of, float_tensor
 
 _NIL, _NUMBER, _STRING, _TABLE, _OBJECT, _BOOLEAN, _FUNCTION = range(7)
 # Later functions, which may contain themselves.
 _RECURSIVE_FUNCTIONS = (7, 8)
 # A table or an object, the first of its file.
-STARTS = (struct.pack("<ii", _TABLE, 1), struct.pack("<ii", _OBJECT, 1))
 _DTYPES = {
     "": "<f4",  # CudaTensor
     "Float": "<f4",

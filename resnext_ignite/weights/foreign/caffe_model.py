@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnext_ignite.foreign.blocks import Block, Classifier, Convolution, Norm, no_norm, weights_of
-from resnext_ignite.foreign.caffe import blob_of, load_caffemodel, pair, text
-from resnext_ignite.foreign.keys import Weights
 from resnext_ignite.runtime.errors import CheckpointError
+from resnext_ignite.weights.foreign.blocks import Block, Classifier, Convolution, Norm, no_norm, weights_of
+from resnext_ignite.weights.foreign.caffe import blob_of, load_caffemodel, pair, text
+from resnext_ignite.weights.foreign.keys import Weights
 
 log = logging.getLogger(__name__)
 # EltwiseOp and PoolMethod in caffe.proto.

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from resnext_ignite.foreign.blocks import Block, Classifier, Convolution, Norm, weights_of
-from resnext_ignite.foreign.keys import Weights
-from resnext_ignite.foreign.torch7 import Array, Object, load_t7
 from resnext_ignite.runtime.errors import CheckpointError
+from resnext_ignite.weights.foreign.blocks import Block, Classifier, Convolution, Norm, weights_of
+from resnext_ignite.weights.foreign.keys import Weights
+from resnext_ignite.weights.foreign.torch7 import Array, Object, load_t7
 
 _CONVOLUTIONS = ("SpatialConvolution", "SpatialConvolutionMM")
 _SOFTMAX = ("SoftMax", "LogSoftMax")

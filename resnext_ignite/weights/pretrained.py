@@ -11,7 +11,6 @@ from torch import nn
 from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data.sources import folders
 from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.foreign import checkpoint_of, read_foreign
 from resnext_ignite.runs.checkpoint import find_checkpoint, load_checkpoint
 from resnext_ignite.runtime.errors import CheckpointError, ForeignFileError
 
@@ -75,6 +74,10 @@ def _checkpoint(source: str) -> dict[str, Any]:
     try:
         return load_checkpoint(file)
     except ForeignFileError:
+        # Not at the top: most runs start from weights of this project, or from none.
+        from resnext_ignite.weights.foreign.adopted import checkpoint_of
+        from resnext_ignite.weights.foreign.reading import read_foreign
+
         return checkpoint_of(read_foreign(file))
 
 

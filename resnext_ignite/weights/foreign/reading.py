@@ -1,7 +1,6 @@
-"""Checkpoints that other systems wrote: recognised, renamed, fitted to a network; and written back for them.
+"""Reading checkpoints of other systems: the system recognised, the weights renamed and fitted to a network.
 
-Reading is `read_foreign`, writing `renamed_for`; `open_model` takes any file, ours or theirs. What a file holds is
-verified before it is believed: nothing in it is run, and a weight that does not fit is named.
+Nothing in a file is run, and a weight that does not fit is named.
 """
 
 from __future__ import annotations
@@ -12,35 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from resnext_ignite.foreign import caffe, mxnet, torch7
-from resnext_ignite.foreign.adopted import checkpoint_of
-from resnext_ignite.foreign.caffe_model import read_caffe
-from resnext_ignite.foreign.fit import fitted, recognise
-from resnext_ignite.foreign.keys import GLUONCV, MXNET, PYTORCH_CIFAR100, SEED, TORCHVISION, without_prefixes
-from resnext_ignite.foreign.sources import SOURCES, TARGETS, ForeignModel
-from resnext_ignite.foreign.stated import OWN, stated_in, stated_network
-from resnext_ignite.foreign.torch7_model import read_torch7
-from resnext_ignite.runs.checkpoint import ModelMetadata, find_checkpoint, load_model, model_of, verify_archive
-from resnext_ignite.runtime.errors import CheckpointError, ForeignFileError
-
-__all__ = ["SOURCES", "TARGETS", "ForeignModel", "checkpoint_of", "open_model", "read_foreign", "renamed_for"]
-# Of files that hold the network: read under this project's names.
-_GRAPHS = {"torch7": read_torch7, "caffe": read_caffe}
-
-
-def open_model(path: Path) -> tuple[nn.Module, ModelMetadata]:
-    """As `load_model`, of a file that another system wrote, too.
-
-    Raises:
-        CheckpointError: it can be used as neither.
-    """
-    try:
-        return load_model(path)
-    except ForeignFileError:
-        file = find_checkpoint(path)
-        return model_of(checkpoint_of(read_foreign(file)), file)
+from resnext_ignite.runs.checkpoint import verify_archive
+from resnext_ignite.runtime.errors import CheckpointError
+from resnext_ignite.weights.foreign import signatures
+from resnext_ignite.weights.foreign.fit import fitted, recognise
+from resnext_ignite.weights.foreign.keys import GLUONCV, MXNET, PYTORCH_CIFAR100, SEED, TORCHVISION, without_prefixes
+from resnext_ignite.weights.foreign.stated import OWN, stated_in, stated_network
+from resnext_ignite.weights.foreign.systems import SOURCES, ForeignModel
 
 
 def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
@@ -60,8 +39,15 @@ def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
             return ForeignModel(OWN, network, fitted(weights, network, file), stated["mean"], stated["std"], stated)
     if source == "auto":
         source = format_of(file) or source
-    if source in _GRAPHS:
-        renamed = _GRAPHS[source](file)
+    # Readers of binary formats load only where such a file is opened: Caffe's needs protobuf.
+    if source == "torch7":
+        from resnext_ignite.weights.foreign.torch7_model import read_torch7
+
+        renamed = read_torch7(file)
+    elif source == "caffe":
+        from resnext_ignite.weights.foreign.caffe_model import read_caffe
+
+        renamed = read_caffe(file)
     else:
         source, renamed = renamed_weights(file, source)
     system = SOURCES[source]
@@ -85,9 +71,9 @@ def format_of(file: Path) -> str | None:
             start = opened.read(8)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror or error}") from None
-    if start in torch7.STARTS or file.suffix == ".t7":
+    if start in signatures.TORCH7 or file.suffix == ".t7":
         return "torch7"
-    if start.startswith(caffe.STARTS) or file.suffix == ".caffemodel":
+    if start.startswith(signatures.CAFFE) or file.suffix == ".caffemodel":
         return "caffe"
     return None
 
@@ -123,9 +109,11 @@ def load_tensors(file: Path) -> Any:
 
             return load_file(file)
         with file.open("rb") as opened:
-            is_params = opened.read(len(mxnet.MAGIC)) == mxnet.MAGIC
+            is_params = opened.read(len(signatures.MXNET)) == signatures.MXNET
         if is_params:
-            return mxnet.load_params(file)
+            from resnext_ignite.weights.foreign.mxnet import load_params
+
+            return load_params(file)
         if zipfile.is_zipfile(file):
             verify_archive(file)
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -177,18 +165,3 @@ def told_by(weights: Mapping[str, Tensor], *, wrapped: bool, file: Path) -> str:
         return "torchvision"
     first = next(iter(weights))
     raise CheckpointError(f"{file}: {first}: no system known here names a ResNeXt's weights so; say --from")
-
-
-def renamed_for(target: str, weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """A model's weights under another system's names.
-
-    Raises:
-        CheckpointError: that system has no such network; the line names the first weight that says so.
-    """
-    renamed = {}
-    for name, value in weights.items():
-        theirs = TARGETS[target].from_ours(name)
-        if theirs is None:
-            raise CheckpointError(f"{file}: {name}: {target} has no such weight")
-        renamed[theirs] = value
-    return renamed

@@ -1,4 +1,4 @@
-"""Models that leave: ONNX, torch.export, safetensors, each with a card that says what it is."""
+"""One model into one format, with its card beside it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,11 @@ from pathlib import Path
 from torch import nn
 
 from resnext_ignite import __version__
-from resnext_ignite.exporting.formats import (
-    OPSET,
-    Options,
-    onnx_logits,
-    write_onnx,
-    write_program,
-    write_weights,
-)
-from resnext_ignite.exporting.model_card import Leaving, model_card
 from resnext_ignite.runs.checkpoint import ModelMetadata
 from resnext_ignite.runtime.storage import write_durably
+from resnext_ignite.weights.export.formats import Options, write_onnx, write_program, write_weights
+from resnext_ignite.weights.export.model_card import Leaving, model_card
 
-__all__ = ["OPSET", "Options", "export_model", "onnx_logits", "write_onnx"]
 _WRITTEN_WITH = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime"), "torch-export": ("torch",)}
 
 

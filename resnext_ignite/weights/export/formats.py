@@ -13,11 +13,11 @@ from typing import IO
 import torch
 from torch import Tensor, nn
 
-from resnext_ignite.exporting.networks import prepared, program_of, reference, traced_images
-from resnext_ignite.foreign.stated import strings_of
 from resnext_ignite.runs.checkpoint import ModelMetadata
 from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.runtime.storage import replace_durably, write_durably
+from resnext_ignite.weights.export.networks import prepared, program_of, reference, traced_images
+from resnext_ignite.weights.foreign.stated import strings_of
 
 # The one that torch's exporter writes itself; others it converts. Runtimes read it since 2023.
 OPSET = 18

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from resnext_ignite.data.sources import cifar, folders
-from resnext_ignite.foreign.fit import Network
-from resnext_ignite.foreign.keys import (
+from resnext_ignite.runtime.errors import CheckpointError
+from resnext_ignite.runtime.model_names import parse_model_name
+from resnext_ignite.weights.foreign.fit import Network
+from resnext_ignite.weights.foreign.keys import (
     GLUONCV,
     MXNET,
     PYTORCH_CIFAR100,
@@ -22,8 +24,7 @@ from resnext_ignite.foreign.keys import (
     Weights,
     spread_first_convolutions,
 )
-from resnext_ignite.foreign.mxnet import adapt_symbol_zoo, statistics_of_data
-from resnext_ignite.runtime.model_names import parse_model_name
+from resnext_ignite.weights.foreign.mxnet_model import adapt_symbol_zoo, statistics_of_data
 
 
 @dataclass(frozen=True)
@@ -106,3 +107,18 @@ class ForeignModel:
             return False
         told = SOURCES[self.source].is_imagenet
         return parse_model_name(self.network.name).layout == "imagenet" if told is None else told
+
+
+def renamed_for(target: str, weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """A model's weights under another system's names.
+
+    Raises:
+        CheckpointError: that system has no such network; the line names the first weight that says so.
+    """
+    renamed = {}
+    for name, value in weights.items():
+        theirs = TARGETS[target].from_ours(name)
+        if theirs is None:
+            raise CheckpointError(f"{file}: {name}: {target} has no such weight")
+        renamed[theirs] = value
+    return renamed

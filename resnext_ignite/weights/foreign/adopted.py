@@ -8,7 +8,7 @@ from torchvision.models import ResNeXt50_32X4D_Weights
 
 from resnext_ignite.config.schema import config_of
 from resnext_ignite.data.sources.cifar import CLASSES
-from resnext_ignite.foreign.sources import ForeignModel
+from resnext_ignite.weights.foreign.systems import ForeignModel
 
 
 def checkpoint_of(model: ForeignModel) -> dict[str, Any]:

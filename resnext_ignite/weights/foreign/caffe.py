@@ -13,11 +13,9 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 from torch import Tensor
 
-from resnext_ignite.foreign.bounded import content_of, float_tensor
 from resnext_ignite.runtime.errors import CheckpointError
+from resnext_ignite.weights.foreign.bounded import content_of, float_tensor
 
-# A NetParameter begins with its name (field 1) or, where it has none, with its first layer (field 100).
-STARTS = (b"\x0a", b"\xa2\x06")
 # Of each message: its fields' numbers and types; '*' before a type: repeated. Text is read as bytes, which need not be
 # valid; a blob's packed numbers too, which are then views of the file instead of Python's numbers.
 _MESSAGES = {

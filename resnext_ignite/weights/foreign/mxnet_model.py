@@ -1,0 +1,48 @@
+"""What MXNet's symbol zoo adds to a ResNeXt: another eps in each BatchNorm, and one of the images themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from resnext_ignite.runtime.errors import CheckpointError
+from resnext_ignite.weights.foreign.blocks import with_our_eps
+from resnext_ignite.weights.foreign.keys import Statistics, Weights
+
+# Of every BatchNorm in the symbol zoo's ResNeXt, the one of the pictures too.
+_EPS = 2e-5
+
+
+def adapt_symbol_zoo(weights: Weights) -> None:
+    """Make the variances, which were trained with another eps, those that give the same with this project's."""
+    for name in weights:
+        if name.endswith("running_var") and not name.startswith("bn_data"):
+            weights[name] = with_our_eps(weights[name], _EPS)
+
+
+def statistics_of_data(weights: Weights, file: Path) -> tuple[Statistics, Statistics] | None:
+    """Take out the BatchNorm of the pictures, as their mean and std, 0 to 1; None where there is none.
+
+    With gamma 1 (fix_gamma, whatever the file holds): (x - m) / s + b = (x - (m - b * s)) / s, x from 0 to 255.
+
+    Raises:
+        CheckpointError: a part of it is missing, or gives no std.
+    """
+    parts = {name: weights.pop(f"bn_data.{name}", None) for name in ("weight", "bias", "running_mean", "running_var")}
+    if all(value is None for value in parts.values()):
+        return None
+    shift, mean, var = (parts[name] for name in ("bias", "running_mean", "running_var"))
+    if shift is None or mean is None or var is None or {shift.shape, mean.shape, var.shape} != {torch.Size([3])}:
+        raise CheckpointError(f"{file}: bn_data: beta, moving_mean and moving_var must be there, of 3 channels each")
+    std = (var.double() + _EPS).sqrt() / 255
+    centre = mean.double() / 255 - shift.double() * std
+    if not (torch.isfinite(centre).all() and torch.isfinite(std).all() and (std > 0).all()):
+        raise CheckpointError(f"{file}: bn_data: its statistics are not those of pictures: moving_var {var.tolist()}")
+    return _three(centre), _three(std)
+
+
+def _three(values: Tensor) -> Statistics:
+    red, green, blue = values.tolist()
+    return red, green, blue
