@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import ast
+import json
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
+
+import pytest
+from conftest import tiny_arguments
 
 import resnext_ignite
 
@@ -121,6 +127,48 @@ def test_constructors_and_handlers_take_plain_values() -> None:
                     if isinstance(method, ast.FunctionDef) and method.name in ("__init__", "__call__"):
                         annotations = [ast.unparse(a.annotation) for a in method.args.args if a.annotation]
                         assert "Config" not in annotations, f"{name}.{node.name}.{method.name} takes a config"
+
+
+# A process that prints which modules are loaded: after the data's import, a run and an evaluation of it.
+STAGES = """
+import json, sys
+def loaded(): return [name for name in sys.modules]
+import resnext_ignite.data
+after_import = loaded()
+from resnext_ignite import evaluate, train
+train.main(json.loads(sys.argv[1]))
+after_training = loaded()
+evaluate.main(["--checkpoint", sys.argv[2], "--json"])
+print(json.dumps([after_import, after_training, loaded()]))
+"""
+
+
+def test_what_a_run_does_not_use_is_not_loaded(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [json.dumps(tiny_arguments(run, "train.epochs=1")), str(run)]
+    done = subprocess.run([sys.executable, "-c", STAGES, *arguments], capture_output=True, text=True, check=True)
+    after_import, after_training, after_evaluation = map(set, json.loads(done.stdout.splitlines()[-1]))
+    assert not after_import & {"yaml", "matplotlib", "resnext_ignite.config.files"}
+    # TensorBoard is switched off in this run, and its protobuf with it.
+    for modules_then in (after_training, after_evaluation):
+        assert not modules_then & {"tensorboard", "google.protobuf"}
+        assert not {name for name in modules_then if name.startswith("resnext_ignite.weights.foreign")}
+
+
+def test_public_names_are_where_the_readme_says() -> None:
+    from resnext_ignite import checkpoint, config, engines, foreign, models
+    from resnext_ignite.config import files
+    from resnext_ignite.runs.checkpoint import load_model
+    from resnext_ignite.training.engines import create_evaluator, create_trainer
+    from resnext_ignite.weights.loading import open_model
+
+    assert checkpoint.load_model is load_model
+    assert checkpoint.open_model is foreign.open_model is open_model
+    assert (engines.create_trainer, engines.create_evaluator) == (create_trainer, create_evaluator)
+    assert (config.load_config, config.save_config) == (files.load_config, files.save_config)
+    assert callable(models.create_model)
+    with pytest.raises(AttributeError, match="has no attribute 'load_cofnig'"):
+        config.load_cofnig  # noqa: B018 - asking for it is the test
 
 
 def test_no_file_is_too_long_and_none_is_called_utils() -> None:

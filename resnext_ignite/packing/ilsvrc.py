@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from resnext_ignite.packing.archives import entries_of
 from resnext_ignite.packing.devkit import GROUND_TRUTH, Devkit, read_devkit
+from resnext_ignite.packing.images import content_of, shrunk
 from resnext_ignite.packing.options import Encoding, locked
-from resnext_ignite.packing.pictures import content_of, shrunk
 from resnext_ignite.packing.sources import Picture, TrainClass, ValPicture, contents_of, train_classes, val_pictures
 from resnext_ignite.packing.workers import in_workers, storage_error
 from resnext_ignite.runtime.errors import ConfigError, DataError, RunFolderError

@@ -24,8 +24,8 @@ from webdataset import TarWriter
 from resnext_ignite.data.sampling import Purpose, permutation
 from resnext_ignite.data.sources.folders import ImageIndex, index_images
 from resnext_ignite.data.sources.shards import LIST_NAME, Shard, ShardList, index_shards, read_shard_list
+from resnext_ignite.packing.images import read_picture
 from resnext_ignite.packing.options import Encoding, locked
-from resnext_ignite.packing.pictures import read_picture
 from resnext_ignite.packing.workers import in_workers, storage_error
 from resnext_ignite.runtime.errors import ConfigError, DataError, RunFolderError
 from resnext_ignite.runtime.storage import HashingFile, replace_durably, sha256_of, write_durably
