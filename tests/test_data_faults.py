@@ -30,7 +30,11 @@ from resnext_ignite.data import build_train_loader, load_data
 from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.reading import decoding
 from resnext_ignite.data.sampling import Purpose, permutation
+from resnext_ignite.data.sources import cifar
 from resnext_ignite.data.sources.cifar import prepare_cifar
+from resnext_ignite.data.sources.folders import index_images
+from resnext_ignite.data.sources.shards.listing import read_shard_list
+from resnext_ignite.data.sources.shards.tar import Tar
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError, DataError, as_resnext_error
@@ -401,3 +405,24 @@ def test_no_memory_is_a_line() -> None:
         assert str(known).startswith("out of memory")
         assert "lower train.batch_size or evaluation.batch_size" in str(known)
     assert as_resnext_error(RuntimeError("shape mismatch")) is None
+
+
+@pytest.mark.parametrize(
+    ("opened", "owner", "name"),
+    [
+        (lambda folder: index_images(folder, "train"), os, "scandir"),
+        (lambda folder: read_shard_list(folder / "shards.json"), Path, "read_bytes"),
+        (lambda folder: cifar._check(folder / "data_batch_1", ""), Path, "open"),
+        (lambda folder: Tar(folder / "000.tar"), Path, "open"),
+    ],
+    ids=["folder", "shard list", "archive", "shard"],
+)
+def test_too_many_open_files_are_never_blamed_on_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[[Path], object], owner: object, name: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(DataError, match=r"Too many open files; raise `ulimit -n` or lower data\.workers$"):
+        opened(tmp_path)

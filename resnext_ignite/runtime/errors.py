@@ -110,6 +110,17 @@ def advice_for(number: int | None) -> str:
     return "check that storage, then run the command again"
 
 
+def data_error(where: object, error: OSError, advice: str) -> DataError:
+    """An error of the system as one of the data: `where: what happened; advice`.
+
+    The advice is about the data. Where the process has too many open files, the data is not at fault, and the advice is
+    about that instead.
+    """
+    if error.errno in _TOO_MANY_FILES:
+        advice = advice_for(error.errno)
+    return DataError(f"{where}: {error.strerror or error}; {advice}")
+
+
 @contextlib.contextmanager
 def errors_of_data(where: object) -> Iterator[None]:
     """Let an error of the system inside the block be one of the data.
@@ -126,8 +137,7 @@ def errors_of_data(where: object) -> Iterator[None]:
         if not _is_of_files(error):
             raise
         what = where if error.filename is None else error.filename
-        advice = advice_for(error.errno) if error.errno in _TOO_MANY_FILES else "check that it is there and can be read"
-        raise DataError(f"{what}: {error.strerror or error}; {advice}") from None
+        raise data_error(what, error, "check that it is there and can be read") from None
 
 
 def as_resnext_error(error: BaseException) -> ResnextError | None:

@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import extract_archive
 
 from resnext_ignite.data.images import Images
-from resnext_ignite.runtime.errors import DataError, StorageError, errors_of_data
+from resnext_ignite.runtime.errors import DataError, StorageError, data_error, errors_of_data
 
 # facebookresearch/ResNeXt: 125.3 123.0 113.9 and 63.0 62.1 66.7, of 255.
 MEAN, STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -106,7 +106,7 @@ def _check(path: Path, expected: str) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; delete it and run again to fetch it anew") from None
+        raise data_error(path, error, "delete it and run again to fetch it anew") from None
     if found != expected:
         raise DataError(f"{path}: md5 is {found}, not {expected}; delete it and run again to fetch it anew")
 

@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from resnext_ignite.data.sources.disk_cache import Array, kept_or_found
 from resnext_ignite.data.sources.paths import Paths
-from resnext_ignite.runtime.errors import DataError
+from resnext_ignite.runtime.errors import DataError, data_error
 
 # ImageNet's, as torchvision publishes them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -109,7 +109,7 @@ def _entries(folder: Path, split: str) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}; an imagefolder holds {split}/<class>/*.jpg") from None
+        raise data_error(folder, error, f"an imagefolder holds {split}/<class>/*.jpg") from None
 
 
 def _state_of(folder: Path, classes: list[str]) -> tuple[float, str]:
@@ -117,7 +117,7 @@ def _state_of(folder: Path, classes: list[str]) -> tuple[float, str]:
     try:
         facts = [os.stat(folder / name) for name in classes]
     except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}; it was there a moment ago") from None
+        raise data_error(error.filename, error, "it was there a moment ago") from None
     # The time of change besides that of modification, which copying programs set back.
     folders = [
         (name, fact.st_ino, fact.st_mtime_ns, fact.st_ctime_ns) for name, fact in zip(classes, facts, strict=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from resnext_ignite.runtime.errors import DataError
+from resnext_ignite.runtime.errors import DataError, data_error
 
 LIST_NAME = "shards.json"
 
@@ -45,7 +45,7 @@ def read_shard_list(path: Path) -> ShardList:
     except FileNotFoundError:
         raise DataError(f"{path}: is not there: no set of shards, or its packing was stopped; pack it again") from None
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+        raise data_error(path, error, "check that it can be read") from None
     try:
         listed = ShardList.model_validate_json(content)
     except ValidationError as error:

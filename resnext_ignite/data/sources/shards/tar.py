@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from resnext_ignite.runtime.errors import DataError
+from resnext_ignite.runtime.errors import DataError, data_error
 
 BLOCK = 512
 _END = bytes(BLOCK)
@@ -48,7 +48,7 @@ class Tar:
         try:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from None
+            raise data_error(path, error, "check that it is there and can be read") from None
         self.path, self.bytes = path, os.fstat(self._file.fileno()).st_size
         self._start, self._held = 0, b""
         with contextlib.suppress(OSError):
