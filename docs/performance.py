@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 
+import torch
+
 from resnext_ignite.models import create_model
 from resnext_ignite.models.cost import Cost, cost_of
 
@@ -34,7 +36,9 @@ def table() -> str:
         "|" + "---|" * (3 + 2 * len(RATES)),
     ]
     for name, (size, classes, stem) in MODELS.items():
-        cost = cost_of(create_model(name, classes, stem_channels=stem), size)
+        with torch.device("meta"):
+            model = create_model(name, classes, stem_channels=stem)
+        cost = cost_of(model, size)
         cells = [f"`{name}`, {size}", f"{cost.training_flop / 1e9:.3g}", f"{cost.least_training_bytes(2) / 1e6:.3g}"]
         for rates in RATES.values():
             seconds = floors(cost, *rates)

@@ -10,6 +10,8 @@ import math
 import sys
 from dataclasses import dataclass
 
+import torch
+
 from resnext_ignite.models import create_model
 from resnext_ignite.models.cost import cost_of
 
@@ -41,7 +43,9 @@ class Workload:
 
 def workload(name: str, image_size: int, num_classes: int) -> Workload:
     """A model's operations and bytes an image, counted on the network."""
-    cost = cost_of(create_model(name, num_classes=num_classes), image_size)
+    with torch.device("meta"):
+        model = create_model(name, num_classes=num_classes)
+    cost = cost_of(model, image_size)
     return Workload(name, cost.training_flop, cost.training_bytes(2), cost.parameters)
 
 

@@ -83,7 +83,8 @@ def evaluate(
         config = with_values(config, {"train.device": "cpu"})
     # Whatever the run did while training: an evaluation has one size, any, and leaves no picture out.
     config = with_values(config, {"augment.progressive_from": None})
-    config = with_values(override_config(config, overrides), {"data.on_error": "fail", "logging.images": keep_mistakes})
+    fixed = {"data.on_error": "fail", "logging.mistakes": keep_mistakes}
+    config = with_values(override_config(config, overrides), fixed)
     if views != "one" and config.evaluation.flip_tta:
         log.info(f"evaluation.flip_tta: left out, since --views {views} is a mean already")
         config = with_values(config, {"evaluation.flip_tta": False})

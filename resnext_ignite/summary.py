@@ -80,10 +80,15 @@ def summarize(
     # Both are known by now.
     num_classes, size = config.model.num_classes or 0, config.data.image_size or 0
 
+    import torch
+
     from resnext_ignite.models import create_model
     from resnext_ignite.models.layers import layers_of
 
-    return Summary(name, stem, num_classes, size, layers_of(create_model(name, num_classes, stem_channels=stem), size))
+    # On the meta device no weight has a value, and none takes time or memory.
+    with torch.device("meta"):
+        network = create_model(name, num_classes, stem_channels=stem)
+    return Summary(name, stem, num_classes, size, layers_of(network, size))
 
 
 def _of_checkpoint(path: Path) -> dict[str, Any]:

@@ -46,8 +46,14 @@ TINY = [
     "train.precision=fp32",
     "logging.tensorboard=false",
     "logging.every_iterations=2",
+    # Drawing costs more than such a run.
+    "logging.curves=false",
+    "logging.mistakes=0",
+    "logging.images=0",
 ]
 TINY_ITERATIONS = 12
+# What draws everything that a run can draw.
+DRAWN = ["logging.curves=true", "logging.mistakes=8", "logging.images=8"]
 
 
 def tiny_arguments(folder: Path, *overrides: str, resume: bool = False) -> list[str]:
@@ -330,7 +336,7 @@ def fill(folder: Path) -> Path:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole tiny run with TensorBoard and pictures."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    assert train_tiny(folder, "logging.tensorboard=true", "logging.images=8", "logging.histograms=true") == 0
+    assert train_tiny(folder, "logging.tensorboard=true", *DRAWN, "logging.histograms=true") == 0
     return folder
 
 

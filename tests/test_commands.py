@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, command, train_tiny
 from PIL import Image
-from test_imports import LEVELS
+from test_imports import COMMANDS
 
 from resnext_ignite import convert, evaluate, predict, report
 from resnext_ignite.config.resume import SAFE_ON_RESUME
@@ -28,10 +28,8 @@ from resnext_ignite.runtime.errors import (
     as_resnext_error,
 )
 
-COMMANDS = sorted(LEVELS[0])
 
-
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_help_comes_before_torch(name: str) -> None:
     result = command(name, "--help", flags=("-X", "importtime"))
     assert result.returncode == 0

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import (
+    DRAWN,
     Command,
     assert_newest_is_there,
     at_iteration,
@@ -441,7 +442,7 @@ def test_a_full_disk_at_what_a_run_can_do_without_is_a_warning(tmp_path: Path) -
                 setattr(owner, name, on_a_full_disk(getattr(owner, name)))
             TensorBoard.flush = flush_much  # type: ignore[method-assign, assignment]
 
-        outcome = Command(folder, *WITH_EVENTS, "logging.images=4", patch=patch).wait()
+        outcome = Command(folder, *WITH_EVENTS, *DRAWN, patch=patch).wait()
         assert outcome.code == 0, outcome.stderr
         for what in ("best.pt", "curves.png", "evaluation.json", "mistakes.png", "TensorBoard's events"):
             assert f"{what} could not be written (No space left on device); training goes on" in outcome.stderr

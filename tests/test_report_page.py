@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import train_tiny
+from conftest import DRAWN, train_tiny
 from PIL import Image
 
 from resnext_ignite import report
@@ -217,7 +217,7 @@ def test_a_run_of_oddly_named_folders(tmp_path: Path) -> None:
                 Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{number}.png")
     values = ["data.name=imagefolder", f"data.root={tmp_path / 'data'}", "data.train_size=null", "data.test_size=null"]
     folder = tmp_path / "run"
-    assert train_tiny(folder, *values, "data.image_size=32", "train.epochs=1", "logging.tensorboard=true") == 0
+    assert train_tiny(folder, *values, *DRAWN, "data.image_size=32", "train.epochs=1", "logging.tensorboard=true") == 0
     evaluation = RunFolder(folder).read_evaluation()
     assert set(evaluation["classes"]) == set(ODD_CLASSES)
     assert sum(count for _, _, count in evaluation["confusion"]) == 15

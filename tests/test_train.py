@@ -70,12 +70,12 @@ def test_a_run_keeps_its_last_evaluation_in_detail(finished_run: Path, tmp_path:
     with Image.open(finished_run / "mistakes.png") as picture:
         assert picture.info["Description"] == "test, epoch 3, iteration 12"
     # Chosen on held-out images, the last record is that of the test split; and no TensorBoard is needed.
-    assert train_tiny(tmp_path / "run", "data.val_size=10", "logging.images=4", "train.epochs=1") == 0
+    assert train_tiny(tmp_path / "run", "data.val_size=10", "logging.mistakes=4", "train.epochs=1") == 0
     assert RunFolder(tmp_path / "run").read_evaluation()["split"] == "test"
     with Image.open(tmp_path / "run/mistakes.png") as picture:
         assert picture.info["Description"].startswith("test, epoch 1, iteration ")
     # What a longer run of itself no longer draws is not left beside it.
-    assert train_tiny(tmp_path / "run", "data.val_size=10", "logging.images=0", "train.epochs=2", resume=True) == 0
+    assert train_tiny(tmp_path / "run", "data.val_size=10", "logging.mistakes=0", "train.epochs=2", resume=True) == 0
     assert not (tmp_path / "run/mistakes.png").exists()
 
 

@@ -17,7 +17,7 @@ from zlib import crc32
 import pytest
 import torch
 import torchvision
-from conftest import Command, at_iteration, digest, fork_ranks, rank, rig_errors, tiny_arguments, train_tiny
+from conftest import DRAWN, Command, at_iteration, digest, fork_ranks, rank, rig_errors, tiny_arguments, train_tiny
 from ignite.engine import Engine
 from test_data import write_cifar
 from test_data_faults import CIFAR
@@ -315,7 +315,7 @@ def test_only_rank_0_touches_the_run_folder(tmp_path: Path) -> None:
         if rank() and event != "import" and any(str(folder) in str(argument) for argument in arguments):
             os.close(os.open(touched, os.O_CREAT))
 
-    values = [*OFTEN, "logging.tensorboard=true", "logging.images=4", "data.val_size=20", "train.epochs=1"]
+    values = [*OFTEN, "logging.tensorboard=true", *DRAWN, "data.val_size=20", "train.epochs=1"]
     outcome = Command(folder, *values, ranks=2, patch=lambda: sys.addaudithook(watch)).wait()
     assert outcome.code == 0, outcome.stderr
     resumed = Command(folder, *values, "train.epochs=2", ranks=2, resume=True, patch=lambda: sys.addaudithook(watch))

@@ -26,6 +26,8 @@ SAFE_ON_RESUME = (
     "distributed.timeout_s",
     "logging.every_iterations",
     "logging.tensorboard",
+    "logging.curves",
+    "logging.mistakes",
     "logging.images",
     "logging.histograms",
 )

@@ -348,7 +348,11 @@ class LoggingConfig(Section):
     """Iterations between log points (about five seconds at most)."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run folder."""
+    curves: bool = True
+    """Draw `curves.png`: error, loss and learning rate over the epochs."""
+    mistakes: Annotated[int, Field(ge=0, le=256)] = 64
+    """Worst mistakes of an evaluation that are kept in `evaluation.json` and drawn in `mistakes.png`; 0: none."""
     images: Annotated[int, Field(ge=0, le=256)] = 64
-    """Pictures on a TensorBoard sheet (augmented training images, worst mistakes); 0: no sheets."""
+    """Images on a TensorBoard sheet (augmented training images, worst mistakes); 0: no sheets."""
     histograms: bool = False
     """Histograms of all weights at each evaluation."""

@@ -233,6 +233,6 @@ def build_evaluator(config: Config, model: nn.Module, device: torch.device, rank
         precision=config.train.precision,
         inference=config.evaluation.inference,
         ranks=ranks,
-        keep_mistakes=config.logging.images,
+        keep_mistakes=config.logging.mistakes,
         flip_tta=config.evaluation.flip_tta,
     )

@@ -162,9 +162,10 @@ def _attach_pictures(
 ) -> None:
     """TensorBoard, `curves.png` and `mistakes.png`, on rank 0; after everything whose figures they show."""
     trainer, classes = parts.trainer, loaders.data.classes
-    curves = Curves(run.folder, run.folder.path.name)
-    trainer.add_event_handler(RunEvents.EVALUATED, curves)
-    trainer.add_event_handler(Events.COMPLETED, lambda engine: curves.draw())
+    if config.logging.curves:
+        curves = Curves(run.folder, run.folder.path.name)
+        trainer.add_event_handler(RunEvents.EVALUATED, curves)
+        trainer.add_event_handler(Events.COMPLETED, lambda engine: curves.draw())
     splits = {name: loader.split for name, loader in loaders.evaluation.items()}
     trainer.add_event_handler(Events.COMPLETED, MistakesPicture(run.folder, splits, classes))
     if not config.logging.tensorboard:
@@ -185,7 +186,7 @@ def _attach_pictures(
         if new:
             sheet = AugmentedSheet(board, loaders.train.augment, classes, config.logging.images)
             trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), sheet)
-        sheets = MistakeSheets(board, splits, classes)
+        sheets = MistakeSheets(board, splits, classes, config.logging.images)
         trainer.add_event_handler(RunEvents.EVALUATED, sheets)
         trainer.add_event_handler(Events.COMPLETED, sheets.draw)
     trainer.add_event_handler(Events.COMPLETED, lambda engine: board.close())

@@ -170,12 +170,13 @@ class MistakeSheets:
 
     Args:
         splits: the images of each split that is evaluated.
+        count: mistakes on a sheet, of those that an evaluation keeps.
     """
 
     def __init__(
-        self, board: TensorBoard, splits: dict[str, Split], classes: tuple[str, ...], seconds: float = 300
+        self, board: TensorBoard, splits: dict[str, Split], classes: tuple[str, ...], count: int, seconds: float = 300
     ) -> None:
-        self.board, self.splits, self.classes, self.seconds = board, splits, classes, seconds
+        self.board, self.splits, self.classes, self.count, self.seconds = board, splits, classes, count, seconds
         self._last = time.monotonic()
 
     def __call__(self, engine: Engine) -> None:
@@ -190,7 +191,8 @@ class MistakeSheets:
         split, iteration = record["split"], record["iteration"]
         confusion = figure_to_array(draw_confusion(result["confusion"], self.classes))
         self.board.writer.add_image(f"{split}/confusion", confusion, iteration, dataformats="HWC")
-        if result["mistakes"]:
-            sheet = figure_to_array(draw_mistakes(result["mistakes"], self.splits[split], self.classes))
+        mistakes = result["mistakes"][: self.count]
+        if mistakes:
+            sheet = figure_to_array(draw_mistakes(mistakes, self.splits[split], self.classes))
             self.board.writer.add_image(f"{split}/worst_mistakes", sheet, iteration, dataformats="HWC")
         self._last = time.monotonic()
