@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from resnext_ignite.distributed.environment import launched_world_size
 from resnext_ignite.runtime.console import set_up_streams
 from resnext_ignite.runtime.errors import ConfigError, NonFiniteError, PreemptedError, run_command
-from resnext_ignite.runtime.signals import end_start_on_signals, leave_on_signals, stops_noted
+from resnext_ignite.runtime.signals import install_exit_during_start, install_exit_on_signals, note_stop_signals
 
 if TYPE_CHECKING:
     from resnext_ignite.ablation.plan import Plan, PlannedRun
@@ -50,14 +50,14 @@ def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
         ResnextError: whatever else a run ends with, but for a number that is not finite.
     """
     from resnext_ignite.ablation.runs import result_of, write_results
-    from resnext_ignite.data import data_kept
+    from resnext_ignite.data import keep_data_loaded
 
     results = {run.folder: result_of(run, output_dir / run.folder) for run in plan.runs}
     missing = [run for run in plan.runs if results[run.folder].state == "unfinished"]
     done = len(results) - len(missing)
     if done:
         print(f"{done} of {len(results)} runs are there already", file=sys.stderr)
-    with stops_noted() as stop, data_kept(), _quiet(not verbose):
+    with note_stop_signals() as stop, keep_data_loaded(), _quiet(not verbose):
         try:
             for run in missing:
                 _train(run, output_dir / run.folder)
@@ -84,7 +84,7 @@ def _train(run: PlannedRun, folder: Path) -> None:
     from resnext_ignite import train
 
     # Again for each: a run leaves the signals as it heard them last.
-    end_start_on_signals()
+    install_exit_during_start()
     try:
         train.run(0, run.config, folder, resume=True)
     except NonFiniteError as error:
@@ -138,5 +138,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave_on_signals()
+    install_exit_on_signals()
     run_command(main, prints_result=False)

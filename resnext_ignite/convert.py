@@ -11,10 +11,10 @@ from pathlib import Path
 from resnext_ignite.runtime.errors import ConfigError, run_command
 from resnext_ignite.runtime.storage import check_place
 
-# Of resnext_ignite.weights.foreign, which needs torch.
-_SOURCES = (
+# Those of `weights/foreign/systems.py`, which needs torch.
+_SYSTEMS = (
     "auto",
-    "seed",
+    "resnext.pytorch",
     "pytorch-classification",
     "pytorch-cifar100",
     "torchvision",
@@ -24,7 +24,9 @@ _SOURCES = (
     "mxnet",
     "gluoncv",
 )
-_TARGETS = ("ours", "torchvision", "timm", "seed")
+_TARGETS = ("resnext_ignite", "torchvision", "timm", "resnext.pytorch")
+# Names that earlier versions had for these; still accepted.
+_EARLIER_NAMES = {"seed": "resnext.pytorch", "ours": "resnext_ignite"}
 
 
 def convert(checkpoint: Path, output: Path, source: str, target: str) -> str:
@@ -37,34 +39,43 @@ def convert(checkpoint: Path, output: Path, source: str, target: str) -> str:
 
     from resnext_ignite.runs.checkpoint import load_model, save_checkpoint
     from resnext_ignite.runtime.storage import replace_durably
-    from resnext_ignite.weights.foreign.adopted import checkpoint_of
+    from resnext_ignite.weights.foreign.conversion import checkpoint_of
     from resnext_ignite.weights.foreign.reading import read_foreign
     from resnext_ignite.weights.foreign.systems import renamed_for
 
-    if target == "ours":
-        model = read_foreign(checkpoint, source)
-        save_checkpoint(output, checkpoint_of(model))
-        network = model.network
-        return f"{output}: {network.name}, {network.num_classes} classes, from {model.source}"
-    ours, metadata = load_model(checkpoint)
-    weights = renamed_for(target, ours.state_dict(), checkpoint)
+    if target == "resnext_ignite":
+        read = read_foreign(checkpoint, source)
+        save_checkpoint(output, checkpoint_of(read))
+        network = read.network
+        return f"{output}: {network.name}, {network.num_classes} classes, from {read.source}"
+    model, metadata = load_model(checkpoint)
+    weights = renamed_for(target, model.state_dict(), checkpoint)
     replace_durably(output, lambda file: torch.save(weights, file))
     return f"{output}: {metadata.config.model.name}, {len(metadata.classes)} classes, for {target}"
+
+
+def _name(text: str) -> str:
+    return _EARLIER_NAMES.get(text, text)
 
 
 def main(arguments: list[str]) -> int:
     """The command; raises ResnextError for what a user can mend."""
     parser = argparse.ArgumentParser(
-        prog="python -m resnext_ignite.convert", description="Turn checkpoints of other systems into ours, and back."
+        prog="python -m resnext_ignite.convert",
+        description="Convert checkpoints of other systems for this project, or its checkpoints for them.",
     )
-    parser.add_argument("--from", dest="source", choices=_SOURCES, default="auto", help="default: told by the file")
-    parser.add_argument("--to", dest="target", choices=_TARGETS, default="ours", help="default: ours")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE|RUN", help="what is read")
-    parser.add_argument("--output", required=True, metavar="FILE", help="what is written")
+    parser.add_argument(
+        "--from", dest="source", type=_name, choices=_SYSTEMS, default="auto", help="default: recognised from the file"
+    )
+    parser.add_argument(
+        "--to", dest="target", type=_name, choices=_TARGETS, default="resnext_ignite", help="default: resnext_ignite"
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="FILE|RUN", help="the checkpoint to read")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
     parsed = parser.parse_args(arguments)
     output = Path(parsed.output)
     check_place("--output", output, new=True)
-    if parsed.target != "ours" and parsed.source != "auto":
+    if parsed.target != "resnext_ignite" and parsed.source != "auto":
         raise ConfigError(f"--from {parsed.source}: with --to {parsed.target} a checkpoint of this project is read")
     print(convert(Path(parsed.checkpoint), output, parsed.source, parsed.target))
     return 0

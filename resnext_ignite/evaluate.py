@@ -130,7 +130,7 @@ def _loader(
     if views != "ten-crop":
         return build_eval_loader(config, data, split, device, ranks)
     files = data.splits.get(split)
-    if not isinstance(files, ImageFiles) or files.crop_share == 1:
+    if not isinstance(files, ImageFiles) or files.crop_ratio == 1:
         raise ConfigError(
             "--views ten-crop: the data leaves no room for crops; it takes a folder and data.eval_crop < 1"
         )

@@ -28,7 +28,7 @@ def export(checkpoint: Path, format: str, output: Path, *, uint8: bool, fold: bo
     from resnext_ignite.weights.loading import open_model
 
     model, metadata = open_model(checkpoint)
-    card = card_beside(output)
+    card = card_path(output)
     difference = export_model(output, card, model, metadata, format, Options(uint8=uint8, fold=fold))
     told = [f"opset {OPSET}"] if format == "onnx" else []
     if difference is None:
@@ -40,12 +40,12 @@ def export(checkpoint: Path, format: str, output: Path, *, uint8: bool, fold: bo
     return f"{output}: {', '.join(told)}; model card: {card}"
 
 
-def card_beside(output: Path) -> Path:
+def card_path(output: Path) -> Path:
     """Where the model card of an exported file lies."""
     return output.with_name("README.md")
 
 
-def check_before(format: str, output: Path, *, changed: bool) -> None:
+def check_options(format: str, output: Path, *, changed: bool) -> None:
     """Refuse at once what would fail at the end.
 
     Args:
@@ -54,7 +54,7 @@ def check_before(format: str, output: Path, *, changed: bool) -> None:
     Raises:
         ConfigError: something is in the way, or missing.
     """
-    card = card_beside(output)
+    card = card_path(output)
     if output.suffix != _SUFFIXES[format]:
         raise ConfigError(f"--output {output}: a file of {format} ends in {_SUFFIXES[format]}")
     check_place("--output", output, new=True)
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--no-fold", action="store_true", help="leave BatchNorm apart from the convolutions")
     parsed = parser.parse_args(arguments)
     output = Path(parsed.output)
-    check_before(parsed.format, output, changed=parsed.uint8 or parsed.no_fold)
+    check_options(parsed.format, output, changed=parsed.uint8 or parsed.no_fold)
     print(export(Path(parsed.checkpoint), parsed.format, output, uint8=parsed.uint8, fold=not parsed.no_fold))
     return 0
 

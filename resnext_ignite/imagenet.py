@@ -39,10 +39,10 @@ def main(arguments: list[str]) -> int:
         at_least(option, value, 1)
     encoding, workers, output = encoding_of(parsed), workers_of(parsed), Path(parsed.output)
     require("scipy", "webdataset")
-    from resnext_ignite.packing.ilsvrc import Expected, Sources, prepare
+    from resnext_ignite.packing.ilsvrc import Archives, Expected, prepare
 
     try:
-        sources = Sources(Path(parsed.train), Path(parsed.val), Path(parsed.devkit))
+        sources = Archives(Path(parsed.train), Path(parsed.val), Path(parsed.devkit))
         expected = Expected(parsed.classes, parsed.train_images, parsed.val_images)
         prepare(sources, output, expected, encoding, workers)
         print(

@@ -45,7 +45,7 @@ class Prediction:
     error: str | None = None
 
 
-def find_pictures(names: Sequence[str]) -> list[str]:
+def find_images(names: Sequence[str]) -> list[str]:
     """The files that names stand for: files, folders (all pictures in and below them) and patterns, in this order.
 
     A name that is nothing of these stays, to be told like a file that cannot be read.
@@ -139,7 +139,7 @@ class Predictor:
     def _load(self, files: Sequence[str]) -> Iterable[tuple[torch.Tensor, torch.Tensor, dict[int, str]]]:
         import torch
 
-        from resnext_ignite.data.loaders import PictureLoader
+        from resnext_ignite.data.loaders import ImageLoader
         from resnext_ignite.data.reading.image_files import ImageFiles
         from resnext_ignite.data.sources.paths import Paths
 
@@ -149,7 +149,7 @@ class Predictor:
         if workers is None:
             # Processes that would not get two batches each take longer to start than to decode them here.
             workers = min(8, len(os.sched_getaffinity(0)), len(files) // (2 * self.batch_size))
-        return PictureLoader(split, self._augment(), self.device, batch_size=self.batch_size, workers=workers)
+        return ImageLoader(split, self._augment(), self.device, batch_size=self.batch_size, workers=workers)
 
     def _augment(self) -> Any:
         from resnext_ignite.data.augment.chain import Augment
@@ -241,7 +241,7 @@ def main(arguments: list[str]) -> int:
             # A reader of pictures moves to and fro in them, which a pipe does not allow.
             given.write(sys.stdin.buffer.read())
             given.flush()
-        files = find_pictures([given.name if name == _STANDARD_INPUT else name for name in parsed.pictures])
+        files = find_images([given.name if name == _STANDARD_INPUT else name for name in parsed.pictures])
         predictor = Predictor(Path(parsed.checkpoint), batch_size=parsed.batch_size)
         predictions = _readable(predictor(files, parsed.top_k), broken, given.name)
         if parsed.save_sheet:

@@ -12,10 +12,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnext_ignite.distributed.environment import ends_remembered, launched_world_size
+from resnext_ignite.distributed.environment import launched_world_size, record_exit_for_torchrun
 from resnext_ignite.runtime.console import set_up_streams
 from resnext_ignite.runtime.errors import ConfigError, DataError, run_command
-from resnext_ignite.runtime.signals import leave_on_signals
+from resnext_ignite.runtime.signals import install_exit_on_signals
 
 # torch, and all that imports it, waits until the command line and the config are known to be right.
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     import torch
 
     from resnext_ignite.data import build_loaders
-    from resnext_ignite.distributed.ddp import settle_buckets, wrap_for_ranks
-    from resnext_ignite.distributed.failures import failures_named
+    from resnext_ignite.distributed.ddp import warm_up_ddp_buckets, wrap_for_ranks
+    from resnext_ignite.distributed.failures import name_failures
     from resnext_ignite.distributed.ranks import Ranks
     from resnext_ignite.distributed.stopping import StopAgreement, stop_on_signals
     from resnext_ignite.models import build_model
@@ -49,7 +49,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     from resnext_ignite.training import engines
     from resnext_ignite.training.handlers.attach import attach_handlers
     from resnext_ignite.training.handlers.averaging import build_average
-    from resnext_ignite.training.handlers.progress import describe
+    from resnext_ignite.training.handlers.progress import describe_evaluation
     from resnext_ignite.training.handlers.session import Parts
     from resnext_ignite.training.tuning import tuned
     from resnext_ignite.weights.pretrained import load_pretrained, with_normalisation
@@ -58,12 +58,12 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     set_up_console(quiet=ranks.rank != 0)
     stop = StopAgreement(ranks, config.train.max_hours)
     run_folder = open_run(output_dir, config, ranks, resume=resume)
-    with stop_on_signals(stop) as begin, run_folder as opened, failures_named(ranks):
+    with stop_on_signals(stop) as begin, run_folder as opened, name_failures(ranks):
         log.info(f"{ranks.placement()}, {config.train.batch_size // ranks.world_size} images each an iteration")
         device = devices.resolve_device(opened.config.train.device, local_rank)
         loaders = build_loaders(with_normalisation(opened.config), device, ranks)
         opened.check_data(loaders.data.contents)
-        config = settle(opened.config, loaders.data, device)
+        config = resolve_config(opened.config, loaders.data, device)
         devices.set_up_machine(device, deterministic=bool(config.train.deterministic))
         config = tuned(config, loaders.data, device, ranks)
         torch.manual_seed(config.seed)
@@ -82,7 +82,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
             accumulate=config.train.accumulate,
             compress_gradients=config.distributed.compress_gradients,
         )
-        settle_buckets(wrapped, engines.blank_images(config, device, ranks))
+        warm_up_ddp_buckets(wrapped, engines.blank_images(config, device, ranks))
         trainer = engines.build_trainer(config, wrapped, optimizer, device)
         evaluated = model if average is None else average.ema_model
         evaluator = engines.build_evaluator(config, evaluated, device, ranks)
@@ -92,11 +92,11 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
         begin()
         record = attached.train(loaders.train, len(loaders.train), config.train.epochs)
     if ranks.rank == 0 and record is not None:
-        print(f"{describe(record)} at epoch {record['epoch']}")
+        print(f"{describe_evaluation(record)} at epoch {record['epoch']}")
         print(f"run folder: {output_dir}")
 
 
-def settle(config: Config, data: Data, device: torch.device) -> Config:
+def resolve_config(config: Config, data: Data, device: torch.device) -> Config:
     """The config with everything settled that it leaves to the data or the machine."""
     from resnext_ignite.config.schema import with_values
     from resnext_ignite.runtime.devices import resolve_precision
@@ -142,7 +142,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
-@ends_remembered()
+@record_exit_for_torchrun()
 def main(arguments: list[str]) -> int:
     """The command; raises ResnextError for what a user can mend."""
     parsed = parse_arguments(arguments)
@@ -192,5 +192,5 @@ def default_output_dir(config_path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    leave_on_signals()
+    install_exit_on_signals()
     run_command(main, prints_result=False)

@@ -86,7 +86,7 @@ class CheckedRun:
         return self.candidate if self.candidate is not None and self.candidate.resumable else None
 
 
-def refuse_what_is_no_run(path: Path) -> None:
+def require_run_folder(path: Path) -> None:
     """Check that a path is a run folder or a file.
 
     Raises:
@@ -106,7 +106,7 @@ def check_run(path: Path) -> CheckedRun:
 
     folder = path / "checkpoints"
     checked = [check_file(file) for file in (resume_candidates(folder) if path.is_dir() else [path])]
-    remains = find_remains(folder) if folder.is_dir() else []
+    remains = find_leftovers(folder) if folder.is_dir() else []
     return CheckedRun(path, [file for file in checked if file is not None], remains)
 
 
@@ -186,7 +186,7 @@ def _count(state: dict[str, Any], name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def find_remains(folder: Path) -> list[str]:
+def find_leftovers(folder: Path) -> list[str]:
     """What lies beside the checkpoints and is none, each with what it is."""
     found = []
     for name in sorted(path.name for path in folder.iterdir()):
@@ -253,7 +253,7 @@ def as_json(run: CheckedRun) -> dict[str, Any]:
     }
 
 
-def refuse_what_is_damaged(runs: list[CheckedRun]) -> None:
+def fail_on_damage(runs: list[CheckedRun]) -> None:
     """Check that every file is good, and that every run can be resumed.
 
     Raises:
@@ -282,7 +282,7 @@ def main(arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
     paths = [Path(path) for path in dict.fromkeys(parsed.runs)]
     for path in paths:
-        refuse_what_is_no_run(path)
+        require_run_folder(path)
     runs = []
     for path in paths:
         runs.append(check_run(path))
@@ -290,7 +290,7 @@ def main(arguments: list[str]) -> int:
             print(as_text(runs[-1]), flush=True)
     if parsed.json:
         print(json.dumps({"runs": [as_json(run) for run in runs]}), flush=True)
-    refuse_what_is_damaged(runs)
+    fail_on_damage(runs)
     return 0
 
 

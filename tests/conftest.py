@@ -27,7 +27,7 @@ from resnext_ignite.distributed import launch
 from resnext_ignite.runs.checkpoint import load_checkpoint, newest_resume_point, resume_candidates, verify_checkpoint
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import run_command
-from resnext_ignite.runtime.signals import leave_on_signals
+from resnext_ignite.runtime.signals import install_exit_on_signals
 from resnext_ignite.training import engines
 from resnext_ignite.training.handlers.evaluation import BestRecord
 
@@ -243,7 +243,7 @@ class Command:
             sys.argv = ["train", *tiny_arguments(folder, *overrides, resume=resume)]
             if ranks > 1:
                 sys.argv += ["--nproc-per-node", str(ranks), "--backend", "gloo"]
-            leave_on_signals()
+            install_exit_on_signals()
             run_command(train.main, prints_result=False)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 70

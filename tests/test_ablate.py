@@ -26,7 +26,7 @@ from resnext_ignite.ablation.plan import load_plan, slug
 from resnext_ignite.ablation.results import Result, Row, compare, standard_error, table
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import ConfigError, PreemptedError, RunFolderError
-from resnext_ignite.runtime.signals import end_start_on_signals
+from resnext_ignite.runtime.signals import install_exit_during_start
 
 # One epoch of 4 iterations, 10 test pictures.
 SHORT = [
@@ -236,16 +236,16 @@ def test_a_signal_that_no_run_answers_ends_the_ablation(
 
     if moment == "after the last iteration":
         # The last picture is drawn when all is trained and evaluated: the run completes.
-        monkeypatch.setattr("resnext_ignite.training.handlers.plots.MistakesPicture.__call__", stop)
+        monkeypatch.setattr("resnext_ignite.training.handlers.plots.MistakesPlot.__call__", stop)
     elif moment == "while results are written":
         monkeypatch.setattr(runs, "write_results", stop)
     else:
 
         def begin() -> None:
-            end_start_on_signals()
+            install_exit_during_start()
             stop()
 
-        monkeypatch.setattr(ablate, "end_start_on_signals", begin)
+        monkeypatch.setattr(ablate, "install_exit_during_start", begin)
     with pytest.raises(PreemptedError, match=f"stopped by SIGTERM: {made} of 4"):
         ablate_tiny(tmp_path)
     assert not (tmp_path / "out" / FOLDERS[1]).exists()

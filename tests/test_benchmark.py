@@ -101,7 +101,7 @@ def test_the_peers_train_the_same_network(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "way", [peers.seed_way, peers.torchvision_way, partial(peers.amp_way, peers.torchvision_network)]
+    "way", [peers.resnext_pytorch_loop, peers.torchvision_loop, partial(peers.amp_loop, peers.torchvision_network)]
 )
 def test_the_peers_learn(way: Any) -> None:
     torch.manual_seed(0)
@@ -266,8 +266,8 @@ def test_every_suite_measures_what_it_says(tiny: Path) -> None:
     work = Work(tiny, "cifar_resnext11_2x16d", 8, 16, 10)
     trained = training.measure_training(work, rounds=2)
     ours = max(median(v) for name, v in trained["samples"].items() if name.startswith("resnext_ignite"))
-    seed = median(trained["samples"]["ResNeXt.pytorch's way"])
-    assert trained["ratios"]["train_vs_seed"] == ours / seed
+    theirs = median(trained["samples"]["ResNeXt.pytorch's loop"])
+    assert trained["ratios"]["train_vs_resnext_pytorch"] == ours / theirs
     assert trained["failed"] == {}
     least = Limits(**trained["limits"], bytes_a_number=2).training_s(cost_of(create_model(work.model, 10), 16), 8)
     assert trained["ratios"]["train_of_limit"] == pytest.approx(ours * least / 8)

@@ -29,9 +29,9 @@ from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.models import create_model
 from resnext_ignite.runs.checkpoint import load_checkpoint, load_model
 from resnext_ignite.runtime.errors import CheckpointError, ConfigError
-from resnext_ignite.weights.foreign.keys import SEED, TORCHVISION
+from resnext_ignite.weights.foreign.keys import RESNEXT_PYTORCH, TORCHVISION
 from resnext_ignite.weights.foreign.reading import read_foreign
-from resnext_ignite.weights.foreign.systems import SOURCES, TARGETS
+from resnext_ignite.weights.foreign.systems import SYSTEMS, TARGETS
 from resnext_ignite.weights.loading import open_model
 from resnext_ignite.weights.pretrained import load_pretrained
 
@@ -153,7 +153,7 @@ def assert_same_logits(model: nn.Module, file: Path, output: Path, size: int, so
     with torch.no_grad():
         expected = model(images)
         torch.testing.assert_close(ours(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    source_of = SOURCES[source]
+    source_of = SYSTEMS[source]
     assert (metadata.mean, metadata.std) == (source_of.mean, source_of.std)
 
 
@@ -165,7 +165,7 @@ def test_resnext_pytorch(tmp_path: Path, prefix: str) -> None:
     weights = {prefix + k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save(weights, tmp_path / "model.pytorch")
     output = tmp_path / "ours.pt"
-    assert_same_logits(model, tmp_path / "model.pytorch", output, 32, "seed", "cifar_resnext20_4x16d")
+    assert_same_logits(model, tmp_path / "model.pytorch", output, 32, "resnext.pytorch", "cifar_resnext20_4x16d")
     _, metadata = load_model(output)
     assert (metadata.classes, metadata.image_size) == (CLASSES["cifar10"], 32)
     assert metadata.config.data.name == "cifar10"
@@ -230,15 +230,36 @@ def test_there_and_back(tmp_path: Path, target: str) -> None:
     assert convert.main(["--checkpoint", str(tmp_path / "model.pytorch"), "--output", str(ours)]) == 0
     assert convert.main(["--checkpoint", str(ours), "--output", str(theirs), "--to", target]) == 0
     written = torch.load(theirs, weights_only=True)
-    if target == "seed":
+    if target == "resnext.pytorch":
         model.load_state_dict(written)
         assert all(torch.equal(written[key], value) for key, value in model.state_dict().items())
     # Behind a 3x3 stem pictures are of 32 pixels, whoever names the weights.
     metadata = open_model(theirs)[1]
     assert (metadata.image_size, metadata.mean, metadata.std) == (32, cifar.MEAN, cifar.STD)
-    assert metadata.classes == (CLASSES["cifar10"] if target == "seed" else tuple("0123456789"))
+    assert metadata.classes == (CLASSES["cifar10"] if target == "resnext.pytorch" else tuple("0123456789"))
     again = read_foreign(theirs).weights
     assert all(torch.equal(again[key], value) for key, value in load_model(ours)[0].state_dict().items())
+
+
+def test_earlier_names_of_systems_are_still_accepted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = SeedNetwork(10).state_dict()
+    torch.save(weights, tmp_path / "model.pytorch")
+    read, written = tmp_path / "read.pt", tmp_path / "written.pth"
+    arguments = [
+        "--checkpoint",
+        str(tmp_path / "model.pytorch"),
+        "--output",
+        str(read),
+        "--from",
+        "seed",
+        "--to",
+        "ours",
+    ]
+    assert convert.main(arguments) == 0
+    assert convert.main(["--checkpoint", str(read), "--output", str(written), "--to", "seed"]) == 0
+    back = torch.load(written, weights_only=True)
+    assert all(torch.equal(back[name], value) for name, value in weights.items())
 
 
 def test_what_torchvision_gets_it_opens(tmp_path: Path) -> None:
@@ -260,8 +281,8 @@ def test_names_that_another_system_has_not_are_refused(tmp_path: Path) -> None:
     torch.save(create_model("resnext50_32x4d", 10).state_dict(), tmp_path / "theirs.pth")
     ours = tmp_path / "ours.pt"
     assert convert.main(["--checkpoint", str(tmp_path / "theirs.pth"), "--output", str(ours)]) == 0
-    with pytest.raises(CheckpointError, match=r"layer4\.0\.conv1\.weight: seed has no such weight"):
-        convert.main(["--checkpoint", str(ours), "--output", str(tmp_path / "x"), "--to", "seed"])
+    with pytest.raises(CheckpointError, match=r"layer4\.0\.conv1\.weight: resnext\.pytorch has no such weight"):
+        convert.main(["--checkpoint", str(ours), "--output", str(tmp_path / "x"), "--to", "resnext.pytorch"])
     assert not (tmp_path / "x").exists()
 
 
@@ -307,7 +328,10 @@ def seed_weights() -> dict[str, Any]:
     ("change", "line"),
     [
         (lambda w: {"w": torch.zeros(1)}, "w: no system known here names a ResNeXt's weights so; say --from"),
-        (lambda w: {**w, "extra.weight": torch.zeros(1)}, "extra.weight: seed has no such weight in a ResNeXt"),
+        (
+            lambda w: {**w, "extra.weight": torch.zeros(1)},
+            "extra.weight: resnext.pytorch has no such weight in a ResNeXt",
+        ),
         (
             lambda w: {**w, "stage_2.stage_2_bottleneck_0.bn.weight": torch.zeros(3)},
             r"layer2.0.bn2.weight: shape (3,), where cifar_resnext20_4x16d has (128,)",
@@ -355,18 +379,20 @@ def test_a_wrong_command_line_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "there").touch()
     with pytest.raises(ConfigError, match="is there already; choose another name"):
         convert.main(["--checkpoint", "x", "--output", str(tmp_path / "there")])
-    with pytest.raises(ConfigError, match="--from seed: with --to timm a checkpoint of this project is read"):
-        convert.main(["--checkpoint", "x", "--output", "y", "--from", "seed", "--to", "timm"])
+    with pytest.raises(
+        ConfigError, match=r"--from resnext\.pytorch: with --to timm a checkpoint of this project is read"
+    ):
+        convert.main(["--checkpoint", "x", "--output", "y", "--from", "resnext.pytorch", "--to", "timm"])
     result = command("convert", "--checkpoint", str(tmp_path / "x"), "--output", str(tmp_path / "y"))
     assert (result.returncode, result.stdout) == (4, "")
     assert result.stderr == f"error: {tmp_path / 'x'}: No such file or directory\n"
 
 
 def test_the_choices_of_the_command_are_those_of_the_reader() -> None:
-    assert ("auto", *SOURCES) == convert._SOURCES
-    assert set(convert._TARGETS) == {"ours", *TARGETS}
+    assert ("auto", *SYSTEMS) == convert._SYSTEMS
+    assert set(convert._TARGETS) == {"resnext_ignite", *TARGETS}
     names = create_model("cifar_resnext20_4x16d", 10).state_dict()
-    for naming in (SEED, TORCHVISION):
+    for naming in (RESNEXT_PYTORCH, TORCHVISION):
         assert [naming.to_ours(naming.from_ours(name) or "") for name in names] == list(names)
     assert {len(names) for names in CLASSES.values()} == {10, 100}
 

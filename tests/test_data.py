@@ -98,7 +98,7 @@ def test_cifar_is_unpacked_checked_and_read(
     first_data, first_labels = pixels[0]
     # A row of a batch file is 1024 red, 1024 green, 1024 blue values.
     expected = torch.from_numpy(first_data[1].reshape(3, 32, 32)).permute(1, 2, 0)
-    assert torch.equal(train.pictures[1], expected)
+    assert torch.equal(train.pixels[1], expected)
     assert train.labels[:4].tolist() == first_labels
     # The second time the unpacked files are there.
     (tmp_path / dataset.filename).unlink()
@@ -152,15 +152,15 @@ def test_held_out_images_are_keyed_and_disjoint(tmp_path: Path, monkeypatch: pyt
     subset = load_data(cifar_config(tmp_path, **{"data.train_size": 5, "data.image_size": 16}), Ranks())
     train_images = subset.splits["train"]
     assert isinstance(train_images, Images)
-    assert train_images.pictures.shape == (5, 16, 16, 3)
+    assert train_images.pixels.shape == (5, 16, 16, 3)
 
 
 def test_shapes_are_a_pure_function_of_the_index() -> None:
     many, few = shapes.load_shapes("test", 1030), shapes.load_shapes("test", 7)
-    assert torch.equal(many.pictures[:7], few.pictures)
+    assert torch.equal(many.pixels[:7], few.pixels)
     assert many.labels[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    assert not torch.equal(shapes.load_shapes("train", 7).pictures, few.pictures)
-    mean, std = (many.pictures.float() / 255).mean((0, 1, 2)), (many.pictures.float() / 255).std((0, 1, 2))
+    assert not torch.equal(shapes.load_shapes("train", 7).pixels, few.pixels)
+    mean, std = (many.pixels.float() / 255).mean((0, 1, 2)), (many.pixels.float() / 255).std((0, 1, 2))
     torch.testing.assert_close(mean, torch.tensor(shapes.MEAN), atol=0.01, rtol=0)
     torch.testing.assert_close(std, torch.tensor(shapes.STD), atol=0.01, rtol=0)
 
@@ -169,7 +169,7 @@ def test_shapes_are_too_hard_for_a_linear_model() -> None:
     train, test = shapes.load_shapes("train", 4000), shapes.load_shapes("test", 1000)
 
     def features(images: Images) -> torch.Tensor:
-        flat = images.pictures.flatten(1).double() / 255 - 0.5
+        flat = images.pixels.flatten(1).double() / 255 - 0.5
         return torch.cat([flat, torch.ones(len(flat), 1).double()], dim=1)
 
     x, targets = features(train), torch.nn.functional.one_hot(train.labels, 10).double()
@@ -215,7 +215,7 @@ def test_pictures_of_the_asked_size_are_kept_in_memory(tmp_path: Path) -> None:
     assert all(isinstance(split, Images) for split in data.splits.values())
     train = data.splits["train"]
     assert isinstance(train, Images)
-    assert train.pictures[:, 0, 0, 0].tolist() == [0, 1, 2, 3] * 2
+    assert train.pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 3] * 2
     Image.new("RGB", (33, 32)).save(tmp_path / "train/b/9.png")
     assert isinstance(load_data(folder_config(tmp_path), Ranks()).splits["train"], ImageFiles)
     whole = load_data(folder_config(tmp_path, **{"data.in_memory": True}), Ranks()).splits["train"]

@@ -142,7 +142,7 @@ def test_training_metrics_are_means_over_the_iterations_between_log_points() -> 
     means = [sum(losses[:2]) / 2, sum(losses[2:4]) / 2, losses[4]]
     assert [m["loss"] for _, m in wired.logged] == pytest.approx(means, rel=1e-5)
     assert wired.logged[0][1]["top1_error"] == pytest.approx(100 * (1 - sum(correct[:2]) / 16))
-    assert wired.point.epoch_figures()["train_loss"] == pytest.approx(sum(losses) / 5, rel=1e-5)
+    assert wired.point.epoch_metrics()["train_loss"] == pytest.approx(sum(losses) / 5, rel=1e-5)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -176,7 +176,7 @@ def test_an_infinite_gradient_in_fp16_is_the_scalers_to_answer() -> None:
 def test_a_single_rank_heeds_its_wish_to_stop_at_once() -> None:
     wired = Wired(every=3)
     wired.trainer.add_event_handler(
-        Events.ITERATION_STARTED(once=2), lambda engine: wired.stop.wish(StopReason.TIME_LIMIT)
+        Events.ITERATION_STARTED(once=2), lambda engine: wired.stop.request_stop(StopReason.TIME_LIMIT)
     )
     wired.trainer.run([batch(8, k) for k in range(8)])
     assert wired.trainer.state.iteration == 2

@@ -139,13 +139,13 @@ def test_pictures_in_memory_are_resized_once() -> None:
     values = {"data.train_size": 6, "data.test_size": 5, "data.val_size": 2, "data.image_size": 16}
     data = load_data(with_values(Config(), {**values, "evaluation.image_size": 32}), Ranks())
     splits = {name: split for name, split in data.splits.items() if isinstance(split, Images)}
-    assert {name: tuple(split.pictures.shape[:3]) for name, split in splits.items()} == {
+    assert {name: tuple(split.pixels.shape[:3]) for name, split in splits.items()} == {
         "train": (4, 16, 16),
         "val": (2, 32, 32),
         "test": (5, 32, 32),
     }
     # 32 pixels are what they have: not made larger again after they were made smaller.
-    assert torch.equal(splits["test"].pictures, load_shapes("test", 5).pictures)
+    assert torch.equal(splits["test"].pixels, load_shapes("test", 5).pixels)
 
 
 def test_held_out_files_are_evaluated(picture_folder: Path) -> None:
@@ -160,4 +160,4 @@ def test_held_out_files_are_evaluated(picture_folder: Path) -> None:
     # Decoded into memory, each at its own size; never larger from what was made smaller.
     whole = load_data(with_values(config, {"data.in_memory": True}), Ranks()).splits
     assert isinstance(whole["val"], Images)
-    assert torch.equal(whole["val"].pictures, data.splits["val"].load(torch.arange(7)))
+    assert torch.equal(whole["val"].pixels, data.splits["val"].load(torch.arange(7)))

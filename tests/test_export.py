@@ -29,7 +29,7 @@ from resnext_ignite.runs.checkpoint import ModelMetadata, load_checkpoint, load_
 from resnext_ignite.runtime.errors import CheckpointError, ConfigError
 from resnext_ignite.weights.export import networks
 from resnext_ignite.weights.export.formats import Options
-from resnext_ignite.weights.export.model_card import Leaving, model_card
+from resnext_ignite.weights.export.model_card import ExportedModel, model_card
 from resnext_ignite.weights.foreign.reading import read_foreign
 from resnext_ignite.weights.loading import open_model
 
@@ -266,7 +266,7 @@ def test_the_card_says_which_epoch_it_is(
         return None if epoch is None else {**same, "epoch": epoch, "iteration": iteration}
 
     errors = {"last": record(last), "best": record(best)}
-    leaving = Leaving("model.onnx", "onnx", Options(), 1e-7, {"torch": torch.__version__})
+    leaving = ExportedModel("model.onnx", "onnx", Options(), 1e-7, {"torch": torch.__version__})
     card = model_card(dataclasses.replace(metadata, errors=errors, selection=selection), leaving)
     assert words in card
 

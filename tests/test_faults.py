@@ -48,7 +48,7 @@ from resnext_ignite.runtime.errors import CheckpointError, RunFolderError, Stora
 from resnext_ignite.training import engines
 from resnext_ignite.training.handlers.checkpointing import SaveCheckpoints
 from resnext_ignite.training.handlers.files import EvaluationFile
-from resnext_ignite.training.handlers.plots import Curves, MistakesPicture
+from resnext_ignite.training.handlers.plots import Curves, MistakesPlot
 from resnext_ignite.training.handlers.tensorboard import TensorBoard
 
 DIED = 86
@@ -437,7 +437,7 @@ def test_a_full_disk_at_what_a_run_can_do_without_is_a_warning(tmp_path: Path) -
                 (SaveCheckpoints, "save_best"),
                 (Curves, "draw"),
                 (EvaluationFile, "__call__"),
-                (MistakesPicture, "__call__"),
+                (MistakesPlot, "__call__"),
             ):
                 setattr(owner, name, on_a_full_disk(getattr(owner, name)))
             TensorBoard.flush = flush_much  # type: ignore[method-assign, assignment]

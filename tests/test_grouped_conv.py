@@ -11,7 +11,12 @@ from conftest import train_tiny
 from resnext_ignite.benchmark.kernels import check
 from resnext_ignite.config.schema import config_of, with_values
 from resnext_ignite.models import build_model, create_model
-from resnext_ignite.models.grouped_conv import GroupedConv2d, grouped_shapes, in_each_way, ways_for
+from resnext_ignite.models.grouped_conv import (
+    GroupedConv2d,
+    grouped_shapes,
+    implementations_for,
+    in_each_implementation,
+)
 from resnext_ignite.runtime.errors import ConfigError
 from resnext_ignite.runtime.model_names import parse_model_name
 from resnext_ignite.training.tuning import Arithmetic
@@ -40,15 +45,15 @@ def test_all_ways_are_one_convolution(way: str, bias: bool, stride: int) -> None
 
 
 def test_the_ways_worth_measuring() -> None:
-    assert ways_for(8, 64) == ["grouped", "split", "merged2", "merged4", "merged8"]
+    assert implementations_for(8, 64) == ["grouped", "split", "merged2", "merged4", "merged8"]
     # A dense convolution of 32 groups of 4 has 128 channels; 32 small ones are hopeless.
-    assert ways_for(32, 4) == ["grouped", "merged2", "merged4", "merged8", "merged16", "merged32"]
-    assert ways_for(8, 256) == ["grouped", "split", "merged2"]
-    assert ways_for(1, 64) == ["grouped"]
+    assert implementations_for(32, 4) == ["grouped", "merged2", "merged4", "merged8", "merged16", "merged32"]
+    assert implementations_for(8, 256) == ["grouped", "split", "merged2"]
+    assert implementations_for(1, 64) == ["grouped"]
     with pytest.raises(ValueError, match="'merged3': 3 does not divide 4 groups"):
         GroupedConv2d(12, 4, 1, "merged3")
     module = GroupedConv2d(16, 8, 2)
-    assert {way: other.stride for way, other in in_each_way(module).items()}["merged2"] == (2, 2)
+    assert {way: other.stride for way, other in in_each_implementation(module).items()}["merged2"] == (2, 2)
 
 
 @pytest.mark.parametrize(

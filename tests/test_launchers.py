@@ -17,9 +17,9 @@ from resnext_ignite.distributed import launch
 from resnext_ignite.distributed.environment import (
     by_srun,
     by_torchrun,
-    ends_remembered,
     launched_on_this_machine,
     launched_world_size,
+    record_exit_for_torchrun,
 )
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runs.folder import RunFolder
@@ -91,7 +91,7 @@ def end(attempt: Path, error: ResnextError, monkeypatch: pytest.MonkeyPatch, ran
     file.parent.mkdir(parents=True, exist_ok=True)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
     monkeypatch.setenv("LOCAL_RANK", str(rank))
-    with ends_remembered():
+    with record_exit_for_torchrun():
         raise error
 
 

@@ -32,7 +32,7 @@ from resnext_ignite import convert
 from resnext_ignite.data.sources import cifar, folders
 from resnext_ignite.runs.checkpoint import load_model
 from resnext_ignite.runtime.errors import CheckpointError
-from resnext_ignite.weights.foreign.adopted import checkpoint_of
+from resnext_ignite.weights.foreign.conversion import checkpoint_of
 from resnext_ignite.weights.foreign.reading import read_foreign
 from resnext_ignite.weights.loading import open_model
 
@@ -435,8 +435,8 @@ def test_formats_are_told_by_content(tmp_path: Path) -> None:
         wrong = "caffe" if told.source != "caffe" else "torch7"
         with pytest.raises(CheckpointError, match=r"no \.caffemodel|not a \.t7 file"):
             read_foreign(file, wrong)
-        with pytest.raises(CheckpointError, match=r"no file of weights|seed has no such weight"):
-            read_foreign(file, "seed")
+        with pytest.raises(CheckpointError, match=r"no file of weights|resnext.pytorch has no such weight"):
+            read_foreign(file, "resnext.pytorch")
     for name in ("missing.t7", "missing.caffemodel", "missing.params"):
         for source in ("auto", "torch7", "caffe", "mxnet"):
             with pytest.raises(CheckpointError, match=rf"{name}: No such file"):

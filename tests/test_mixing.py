@@ -1,4 +1,4 @@
-"""Mixup and CutMix: their shares, their pairs, and the loss of what they make."""
+"""Mixup and CutMix: their lambdas, their pairs, and the loss of what they make."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ ALONE = torch.zeros(6, dtype=torch.bool)
 
 def test_mixup_by_hand() -> None:
     whole, indices = images(6), torch.tensor([5, 0, 9, 2, 7, 1])
-    mixed, shares = Mixing(3, mixup=1.0)(whole, 2, indices, ALONE)
+    mixed, lambdas = Mixing(3, mixup=1.0)(whole, 2, indices, ALONE)
     own = uniform(3, 2, indices, Purpose.MIX_SHARE).float()
-    torch.testing.assert_close(shares, own)
+    torch.testing.assert_close(lambdas, own)
     for number, other in enumerate([1, 0, 3, 2, 5, 4]):
         torch.testing.assert_close(mixed[number], own[number] * whole[number] + (1 - own[number]) * whole[other])
 
@@ -62,9 +62,9 @@ def test_cutmix_by_hand() -> None:
     # Even images are 0, odd ones 1: the mean of an image is how much of it is the odd one's.
     whole = torch.arange(400).remainder(2).float()[:, None, None, None].expand(400, 3, 16, 12)
     indices = torch.arange(400)
-    mixed, shares = Mixing(1, cutmix=1.0)(whole, 1, indices, torch.zeros(400, dtype=torch.bool))
+    mixed, lambdas = Mixing(1, cutmix=1.0)(whole, 1, indices, torch.zeros(400, dtype=torch.bool))
     odd = mixed.mean((1, 2, 3))
-    torch.testing.assert_close(torch.where(indices % 2 == 1, odd, 1 - odd), shares)
+    torch.testing.assert_close(torch.where(indices % 2 == 1, odd, 1 - odd), lambdas)
     # One box: its rows and columns are runs.
     foreign = (mixed[:, 0] != whole[:, 0]).float()
     rows, columns = foreign.amax(2), foreign.amax(1)
@@ -72,27 +72,27 @@ def test_cutmix_by_hand() -> None:
     for edges in (rows, columns):
         assert int((edges.diff(dim=1) == 1).sum(1).max()) <= 1
     # 1 - sqrt: what is cut off at the edges makes more of an image its own than the half that is drawn.
-    assert 0.5 < float(shares.mean()) < 0.75
+    assert 0.5 < float(lambdas.mean()) < 0.75
 
 
 def test_both_are_one_of_both() -> None:
     whole, indices = images(1000), torch.arange(1000)
     alone = torch.zeros(1000, dtype=torch.bool)
-    mixed, shares = Mixing(1, mixup=0.8, cutmix=1.0)(whole, 1, indices, alone)
+    mixed, lambdas = Mixing(1, mixup=0.8, cutmix=1.0)(whole, 1, indices, alone)
     by_mixup, mixup_shares = Mixing(1, mixup=0.8)(whole, 1, indices, alone)
     by_cutmix, cutmix_shares = Mixing(1, cutmix=1.0)(whole, 1, indices, alone)
     is_mixup, is_cutmix = ((mixed == made).all(3).all(2).all(1) for made in (by_mixup, by_cutmix))
     assert bool((is_mixup | is_cutmix).all())
     assert 400 < int(is_mixup.sum()) < 600
-    assert torch.equal(shares, torch.where(is_mixup, mixup_shares, cutmix_shares))
+    assert torch.equal(lambdas, torch.where(is_mixup, mixup_shares, cutmix_shares))
 
 
 def test_what_is_alone_is_left_as_it_is() -> None:
     alone = torch.tensor([True, True, False, False, True, True])
-    mixed, shares = Mixing(1, mixup=1.0, cutmix=1.0)(images(6), 1, torch.arange(6), alone)
+    mixed, lambdas = Mixing(1, mixup=1.0, cutmix=1.0)(images(6), 1, torch.arange(6), alone)
     assert torch.equal(mixed[alone], images(6)[alone])
-    assert shares[alone].tolist() == [1.0] * 4
-    assert float(shares[~alone].max()) < 1
+    assert lambdas[alone].tolist() == [1.0] * 4
+    assert float(lambdas[~alone].max()) < 1
 
 
 def loader(rank: int = 0, world_size: int = 1, labels: torch.Tensor | None = None) -> TrainLoader:
@@ -106,9 +106,9 @@ def loader(rank: int = 0, world_size: int = 1, labels: torch.Tensor | None = Non
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_any_number_of_ranks_mixes_the_same(ranks: int) -> None:
     alone = next(iter(loader()))
-    shares = [next(iter(loader(rank, ranks))) for rank in range(ranks)]
-    for field in ("images", "labels", "shares"):
-        assert torch.equal(torch.cat([getattr(batch, field) for batch in shares]), getattr(alone, field))
+    lambdas = [next(iter(loader(rank, ranks))) for rank in range(ranks)]
+    for field in ("images", "labels", "lambdas"):
+        assert torch.equal(torch.cat([getattr(batch, field) for batch in lambdas]), getattr(alone, field))
 
 
 def test_unreadable_images_are_mixed_with_nothing() -> None:
@@ -116,9 +116,9 @@ def test_unreadable_images_are_mixed_with_nothing() -> None:
     labels[:20] = UNREADABLE
     batch = next(iter(loader(labels=labels)))
     bad = batch.labels == UNREADABLE
-    assert batch.shares is not None
+    assert batch.lambdas is not None
     assert bool(bad.any())
-    assert batch.shares[bad | neighbours(bad)].unique().tolist() == [1.0]
+    assert batch.lambdas[bad | neighbours(bad)].unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -127,15 +127,15 @@ def test_the_loss_is_shared_by_hand(accumulate: int) -> None:
     linear = nn.Linear(192, 10)
     model = nn.Sequential(nn.Flatten(), linear)
     whole, labels = images(8), torch.tensor([1, 7, 3, 3, 0, 9, 5, 2])
-    shares = torch.tensor([0.1, 0.9, 0.5, 0.25, 1.0, 0.0, 0.3, 0.6])
+    lambdas = torch.tensor([0.1, 0.9, 0.5, 0.25, 1.0, 0.0, 0.3, 0.6])
     logits = model(whole)
-    soft = shares[:, None] * F.one_hot(labels, 10) + (1 - shares)[:, None] * F.one_hot(neighbours(labels), 10)
+    soft = lambdas[:, None] * F.one_hot(labels, 10) + (1 - lambdas)[:, None] * F.one_hot(neighbours(labels), 10)
     expected = F.cross_entropy(logits, soft, label_smoothing=0.1)
     gradient = torch.autograd.grad(expected, linear.weight)[0]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     trainer = create_trainer(model, optimizer, CPU, accumulate=accumulate, label_smoothing=0.1)
     before = linear.weight.detach().clone()
-    trainer.run([Batch(whole, labels, torch.arange(8), shares)])
+    trainer.run([Batch(whole, labels, torch.arange(8), lambdas)])
     torch.testing.assert_close(before - linear.weight, gradient)
     assert float(trainer.state.sums.read_and_reset()[0]) == pytest.approx(8 * float(expected), rel=1e-5)
 

@@ -124,7 +124,7 @@ MUTANTS = [
     (
         "remains of a killed save stay",
         "runs/folder.py",
-        "        remove_remains(self.checkpoints)\n",
+        "        remove_leftovers(self.checkpoints)\n",
         "",
         DIES,
     ),
@@ -239,7 +239,7 @@ MUTANTS = [
     (
         "the end of a rank's parent is a stop like any other",
         "distributed/stopping.py",
-        "            stop.wish(StopReason.ORPHANED)\n",
+        "            stop.request_stop(StopReason.ORPHANED)\n",
         "            pass\n",
         "test_ranks.py::test_a_parent_that_ends_slowly",
     ),
@@ -374,7 +374,7 @@ MUTANTS = [
     (
         "a clock set back mixes TensorBoard's files",
         "training/handlers/tensorboard.py",
-        "        _put_before(int(time.time()), folder.path)\n",
+        "        _rename_older_event_files(int(time.time()), folder.path)\n",
         "",
         "test_faults.py::test_a_clock_set_back",
     ),

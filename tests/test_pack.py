@@ -269,7 +269,7 @@ def test_killed_half_way_it_begins_anew(
     output = tmp_path / "out"
 
     def killed() -> None:
-        read, count = shards.read_picture, 0
+        read, count = shards.read_image, 0
 
         def read_eleven(*values: Any) -> Any:
             nonlocal count
@@ -282,7 +282,7 @@ def test_killed_half_way_it_begins_anew(
                 time.sleep(60)
             return read(*values)
 
-        monkeypatch.setattr(shards, "read_picture", read_eleven)
+        monkeypatch.setattr(shards, "read_image", read_eleven)
         pack.main([str(source), "--output", str(output), "--workers", "1", "--images-per-shard", "5"])
 
     assert in_fork(killed) == signal.SIGKILL

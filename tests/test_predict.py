@@ -34,7 +34,7 @@ def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The test images of a tiny run, as PNG in the order of their indices."""
     folder = tmp_path_factory.mktemp("shapes")
     images = load_shapes("test", COUNT)
-    for number, picture in enumerate(images.pictures):
+    for number, picture in enumerate(images.pixels):
         Image.fromarray(picture.numpy()).save(folder / f"{number:03}.png")
     return folder
 
@@ -135,7 +135,7 @@ def test_standard_input_that_is_no_picture(
 
 @pytest.mark.parametrize("change", ["none", "turned", "half"])
 def test_workers_change_nothing(finished_run: Path, shapes_folder: Path, change: str) -> None:
-    files = predict.find_pictures([str(shapes_folder)])
+    files = predict.find_images([str(shapes_folder)])
     if change == "turned":
         files = files[::-1]
     if change == "half":
@@ -270,7 +270,7 @@ def test_an_evaluation_with_views_is_marked_and_its_own(
     model, metadata = load_model(finished_run)
     test = load_shapes("test", COUNT)
     mean, std = (torch.tensor(values)[:, None, None] for values in (metadata.mean, metadata.std))
-    images = (test.pictures.permute(0, 3, 1, 2) / 255 - mean) / std
+    images = (test.pixels.permute(0, 3, 1, 2) / 255 - mean) / std
     with torch.no_grad():
         logits = (model(images) + model(images.flip(-1))) / 2
     assert found["correct"] == int((logits.argmax(1) == test.labels).sum())
@@ -344,7 +344,7 @@ def test_calibration_by_hand() -> None:
 def test_linked_folders_are_entered_once(shapes_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to(shapes_folder)
     (tmp_path / "itself").symlink_to(tmp_path)
-    assert predict.find_pictures([str(tmp_path)]) == [str(tmp_path / f"linked/{n:03}.png") for n in range(COUNT)]
+    assert predict.find_images([str(tmp_path)]) == [str(tmp_path / f"linked/{n:03}.png") for n in range(COUNT)]
 
 
 def test_a_sheet_of_no_mistakes_is_empty(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ class Cut:
         if self.how == "death":
             os._exit(DIED)
         if self.how == "time limit":
-            AGREEMENTS[-1].wish(StopReason.TIME_LIMIT)
+            AGREEMENTS[-1].request_stop(StopReason.TIME_LIMIT)
         else:
             os.kill(os.getpid(), signal.Signals[self.how])
 
@@ -185,7 +185,7 @@ def random_cut(draw: random.Random, ways: tuple[str, ...]) -> Cut:
 def run(folder: Path, values: list[str], ranks: int, *, resume: bool, often: bool, cut: Cut | None = None) -> Outcome:
     def patch() -> None:
         plots.Curves.draw = lambda self: None  # type: ignore[method-assign]
-        plots.MistakesPicture.__call__ = lambda self, engine: None  # type: ignore[method-assign]
+        plots.MistakesPlot.__call__ = lambda self, engine: None  # type: ignore[method-assign]
         if often:
             # Ranks meet at every iteration and at every batch of an evaluation.
             stopping._LONGEST_SILENCE_S = 0

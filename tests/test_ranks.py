@@ -23,7 +23,7 @@ from resnext_ignite.distributed import stopping
 from resnext_ignite.runs.checkpoint import iteration_checkpoints, load_checkpoint, verify_checkpoint
 from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime.errors import DataError
-from resnext_ignite.runtime.signals import PARENT_GONE, leave
+from resnext_ignite.runtime.signals import PARENT_GONE, exit_on_signal
 from resnext_ignite.training.handlers import checkpointing
 
 OFTEN = ["checkpoint.every_iterations=2", "logging.every_iterations=1"]
@@ -207,7 +207,7 @@ def test_a_signal_that_makes_a_cleanup_fail_is_still_a_stop(tmp_path: Path, rank
 
         def interrupted(kind: type[tqdm]) -> Any:
             # Once a run answers signals; the lock is not taken then, and its release fails.
-            if rank() == 0 and signal.getsignal(signal.SIGTERM) is not leave:
+            if rank() == 0 and signal.getsignal(signal.SIGTERM) is not exit_on_signal:
                 os.kill(os.getpid(), signal.SIGTERM)
             return real()
 
@@ -306,7 +306,7 @@ from resnext_ignite.distributed.ranks import Ranks
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
 failures._POLL_S = 0
-with failures.others_watched(Ranks(0, 2)):
+with failures.watch_other_ranks(Ranks(0, 2)):
     time.sleep(0.2)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)

@@ -300,7 +300,7 @@ def test_a_stop_at_the_end_of_the_best_epoch_keeps_its_weights(
             agreements.append(stop)
 
         StopAgreement.__init__ = remembered  # type: ignore[method-assign, assignment]
-        at_iteration(last, lambda engine: agreements[-1].wish(StopReason.TIME_LIMIT))
+        at_iteration(last, lambda engine: agreements[-1].request_stop(StopReason.TIME_LIMIT))
 
     patch, code = {
         "last iteration": (lambda: at_iteration(last, lambda engine: os.kill(os.getpid(), signal.SIGTERM)), 75),

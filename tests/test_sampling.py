@@ -11,7 +11,7 @@ from resnext_ignite.data.sampling import (
     integers,
     keyed_hash,
     permutation,
-    rank_share,
+    rank_slice,
     uniform,
 )
 
@@ -67,7 +67,7 @@ def test_an_order_holds_each_image_once_and_changes_with_the_epoch() -> None:
 @pytest.mark.parametrize("count", [0, 1, 7, 257])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_ranks_share_every_image_exactly_once(count: int, ranks: int) -> None:
-    shares = [rank_share(count, rank, ranks) for rank in range(ranks)]
+    shares = [rank_slice(count, rank, ranks) for rank in range(ranks)]
     assert [index for share in shares for index in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

@@ -236,7 +236,7 @@ def test_the_walk_is_kept_until_a_shard_changes(root: Path, tmp_path: Path, monk
     first = index_shards(root, "train")
     # Young shards may change within a tick of the clock.
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(disk_cache, "SETTLED_S", -1.0)
+    monkeypatch.setattr(disk_cache, "UNCHANGED_S", -1.0)
     index_shards(root, "train")
     assert len(walks) == 2
     again = index_shards(root, "train")

@@ -110,7 +110,7 @@ class Calls:
             setattr(os, name, self._hooked(name, getattr(os, name)))
         fcntl.flock = self._hooked("flock", fcntl.flock)
         plots.Curves.draw = lambda self: None  # type: ignore[method-assign]
-        plots.MistakesPicture.__call__ = lambda self, engine: None  # type: ignore[method-assign]
+        plots.MistakesPlot.__call__ = lambda self, engine: None  # type: ignore[method-assign]
 
     def _hooked(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def hooked(what: Any, *args: Any, **kwargs: Any) -> Any:
@@ -194,10 +194,10 @@ def test_the_last_status_is_written_or_the_run_has_failed(tmp_path: Path) -> Non
     def patch() -> None:
         write = RunFolder.write_status
 
-        def failing(folder: RunFolder, state: str, **facts: Any) -> None:
+        def failing(folder: RunFolder, state: str, **fields: Any) -> None:
             if state == "completed":
                 raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder.path / "status.json"))
-            write(folder, state, **facts)
+            write(folder, state, **fields)
 
         RunFolder.write_status = failing  # type: ignore[method-assign, assignment]
 

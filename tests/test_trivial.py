@@ -140,7 +140,7 @@ def test_it_comes_after_crop_and_flip() -> None:
     whole, indices = pictures(32), torch.arange(32)
     before = Augment(seed=3, mean=MEAN, std=STD, crop_padding=4, flip="random")
     with_it = Augment(seed=3, mean=MEAN, std=STD, crop_padding=4, flip="random", trivial=True)
-    flipped = before.on_pictures(before.pad(whole), indices, 1, indices)
+    flipped = before.on_pixels(before.pad(whole), indices, 1, indices)
     assert not torch.equal(flipped, whole)
     expected = before.on_images(trivial_augment(flipped, 3, 1, indices), 1, indices)
     assert torch.equal(with_it(with_it.pad(whole), indices, 1, indices), expected)

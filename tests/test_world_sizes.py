@@ -282,7 +282,7 @@ def test_a_time_limit_that_one_rank_sees_stops_all_at_one_iteration(
 
         def wish(engine: Engine) -> None:
             if rank() == 1:
-                agreements[-1].wish(StopReason.TIME_LIMIT)
+                agreements[-1].request_stop(StopReason.TIME_LIMIT)
 
         pytest.MonkeyPatch().setattr(StopAgreement, "__init__", remember)
         at_iteration(5, wish)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from resnext_ignite.config.batches import check_batch_size
-from resnext_ignite.config.files import COMMAND_LINE, DOTTED_KEY, Source, one_line, read_source
+from resnext_ignite.config.files import COMMAND_LINE, DOTTED_KEY, ConfigSource, one_line, read_source
 from resnext_ignite.config.schema import Config
 from resnext_ignite.runtime.errors import ConfigError
 
@@ -108,7 +108,7 @@ class _Reader:
         line = self.source.places.get(place, str(self.path))
         raise ConfigError(f"{line}: {'.'.join(place)}: {reason}")
 
-    def recipe(self) -> Source:
+    def recipe(self) -> ConfigSource:
         config = self.source.values.get("config")
         if not isinstance(config, str):
             self.refuse(("config",), f"{config!r}; a config's file, beside the plan or relative to it")
@@ -122,7 +122,7 @@ class _Reader:
             self.refuse((key,), f"{values!r}; keys with values")
         return values
 
-    def lay(self, source: Source, place: tuple[str, ...], values: dict[str, Any]) -> None:
+    def lay(self, source: ConfigSource, place: tuple[str, ...], values: dict[str, Any]) -> None:
         for key, value in values.items():
             if key == "seed":
                 self.refuse((*place, key), "the plan's seeds are the runs'; leave it out")

@@ -161,7 +161,7 @@ def main(arguments: list[str]) -> int:
         result = measure()
         results["suites"][name] = {**result, "took_s": time.monotonic() - begun}
         results["ratios"] |= {f"{r}, {model}" if model else r: value for r, value in result["ratios"].items()}
-        tell(name, result)
+        print_result(name, result)
         if parsed.json:
             # After each suite: a machine that is lent for some minutes may be gone before the last.
             write(parsed.json, results)
@@ -212,7 +212,7 @@ def write(path: Path, results: dict[str, Any]) -> None:
     replace_durably(path, write_to)
 
 
-def tell(name: str, result: dict[str, Any]) -> None:
+def print_result(name: str, result: dict[str, Any]) -> None:
     """Print a suite's medians, their spread, and its ratios."""
     for contender, values in result["samples"].items():
         spread = f"{min(values):.4g} to {max(values):.4g}"

@@ -54,7 +54,7 @@ def measure_checkpoint(contests: dict[Path, int], rounds: int = 11, iterations: 
 
 def _state_of(training: Training, data: Data) -> dict[str, Any]:
     """All that a run saves, but for the few numbers of its handlers."""
-    facts = {
+    metadata = {
         "config": training.config.model_dump(mode="json"),
         "classes": list(data.classes),
         "mean": list(data.mean),
@@ -70,7 +70,7 @@ def _state_of(training: Training, data: Data) -> dict[str, Any]:
         "lr_scheduler": training.lr_scheduler,
         "scaler": training.trainer.state.scaler,
     }
-    return RunState(training.trainer, Ranks(), facts, parts, {}, dict).collect()
+    return RunState(training.trainer, Ranks(), metadata, parts, {}, dict).collect()
 
 
 def _time_saves(state: dict[str, Any], rounds: int) -> tuple[dict[str, list[float]], int]:

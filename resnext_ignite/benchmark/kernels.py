@@ -12,7 +12,7 @@ from torch import Tensor
 from resnext_ignite.benchmark.limits import measure_limits
 from resnext_ignite.benchmark.setup import measured_device
 from resnext_ignite.models import create_model
-from resnext_ignite.models.grouped_conv import GroupedConv2d, GroupedShape, grouped_shapes, in_each_way
+from resnext_ignite.models.grouped_conv import GroupedConv2d, GroupedShape, grouped_shapes, in_each_implementation
 from resnext_ignite.runtime.devices import set_up_machine
 from resnext_ignite.runtime.timing import in_turns, medians, timer
 from resnext_ignite.training.tuning import Arithmetic, gradient_for
@@ -78,7 +78,7 @@ def _measure_shape(
     channels = shape.module.in_channels
     noise = arithmetic.noise(images, channels, shape.size).to(arithmetic.dtype)
     passes: dict[str, Callable[[], float]] = {}
-    for way, module in in_each_way(shape.module).items():
+    for way, module in in_each_implementation(shape.module).items():
         arithmetic.place(module)
         for step, work in _passes(module, noise, arithmetic).items():
             passes[f"{way}|{step}"] = timer(arithmetic.device, work)
@@ -129,8 +129,8 @@ def check(shape: GroupedShape, arithmetic: Arithmetic, images: int = 2) -> dict[
             out = arithmetic.place(module)(inputs)
         return [out.detach(), *torch.autograd.grad(out, [inputs, module.weight], gradient_for(out))]
 
-    modules = in_each_way(shape.module)
-    expected = results(in_each_way(shape.module)["grouped"], torch.float64)
+    modules = in_each_implementation(shape.module)
+    expected = results(in_each_implementation(shape.module)["grouped"], torch.float64)
     errors = {}
     for way, module in modules.items():
         pairs = zip(results(module, arithmetic.dtype), expected, strict=True)

@@ -96,7 +96,7 @@ def _same_size(model: nn.Module, name: str, num_classes: int) -> nn.Module:
     return model
 
 
-def seed_way(name: str, num_classes: int, device: torch.device) -> Peer:
+def resnext_pytorch_loop(name: str, num_classes: int, device: torch.device) -> Peer:
     """ResNeXt.pytorch's loop: fp32, NCHW, a running loss that waits for the device in each iteration."""
     model = create_model(name, num_classes).to(device)
     optimizer = torch.optim.SGD(model.parameters(), _LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -113,7 +113,7 @@ def seed_way(name: str, num_classes: int, device: torch.device) -> Peer:
     return Peer(model, optimizer, iterate)
 
 
-def torchvision_way(name: str, num_classes: int, device: torch.device) -> Peer:
+def torchvision_loop(name: str, num_classes: int, device: torch.device) -> Peer:
     """references/classification/train.py with `--amp`: fp16 with a scaler on a GPU, which leaves a CPU in fp32.
 
     NCHW, since it has no flag for anything else; loss, top-1 and top-5 are read in each iteration.
@@ -138,7 +138,7 @@ def torchvision_way(name: str, num_classes: int, device: torch.device) -> Peer:
     return Peer(model, optimizer, iterate)
 
 
-def amp_way(network: Network, name: str, num_classes: int, device: torch.device, *, compiled: bool = False) -> Peer:
+def amp_loop(network: Network, name: str, num_classes: int, device: torch.device, *, compiled: bool = False) -> Peer:
     """bf16 autocast and channels_last with torch's own SGD, the loss read at log points alone.
 
     So trains timm's train.py with `--amp --amp-dtype bfloat16 --channels-last`, and `--torchcompile`.

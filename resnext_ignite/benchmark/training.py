@@ -16,12 +16,12 @@ from torch._inductor import config as inductor
 from resnext_ignite.benchmark.limits import measure_limits
 from resnext_ignite.benchmark.peers import (
     Peer,
-    amp_way,
+    amp_loop,
     has_timm,
-    seed_way,
+    resnext_pytorch_loop,
     timm_network,
+    torchvision_loop,
     torchvision_network,
-    torchvision_way,
 )
 from resnext_ignite.benchmark.processes import Turn, in_processes
 from resnext_ignite.benchmark.setup import build_training, measured_device, prepare, random_batch
@@ -31,7 +31,7 @@ from resnext_ignite.runtime.devices import resolve_precision
 from resnext_ignite.runtime.timing import in_turns, medians, timed
 
 OURS = "resnext_ignite"
-_SEED, _TORCHVISION, _AMP = "ResNeXt.pytorch's way", "torchvision's script, --amp", "bf16 channels_last"
+_RESNEXT_PYTORCH, _TORCHVISION, _AMP = "ResNeXt.pytorch's loop", "torchvision's script, --amp", "bf16 channels_last"
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,17 @@ def contenders(work: Work, device: torch.device) -> dict[str, Callable[[], Turn]
             f"{OURS}, compiled, forced layout": partial(train_here, work, ["train.compile=true"], True),
             f"{OURS}, compiled, CUDA graphs": partial(train_here, work, ["train.compile=cuda_graphs"]),
         }
-    makers[_SEED] = partial(train_there, work, seed_way, False)
-    makers[_TORCHVISION] = partial(train_there, work, torchvision_way, False)
-    torchvision_amp = partial(amp_way, torchvision_network)
+    makers[_RESNEXT_PYTORCH] = partial(train_there, work, resnext_pytorch_loop, False)
+    makers[_TORCHVISION] = partial(train_there, work, torchvision_loop, False)
+    torchvision_amp = partial(amp_loop, torchvision_network)
     makers[f"torchvision's network, {_AMP}"] = partial(train_there, work, torchvision_amp, True)
     if device.type == "cuda" or not has_timm():
         # Somebody compiles: where timm does not, and where it takes seconds.
-        compiled_way = partial(amp_way, torchvision_network, compiled=True)
+        compiled_way = partial(amp_loop, torchvision_network, compiled=True)
         makers[f"torchvision's network, {_AMP}, compiled"] = partial(train_there, work, compiled_way, True)
     if has_timm():
         for suffix, compiled in (("", False), (", compiled", True)):
-            way = partial(amp_way, timm_network, compiled=compiled)
+            way = partial(amp_loop, timm_network, compiled=compiled)
             makers[f"timm's script, {_AMP}{suffix}"] = partial(train_there, work, way, True)
     return makers
 
@@ -131,7 +131,7 @@ def measure_training(work: Work, rounds: int = 5) -> dict[str, Any]:
     best = max(speed for name, speed in speeds.items() if name.startswith(OURS))
     least = limits.training_s(cost_of(create_model(work.model, work.num_classes), work.image_size), work.batch_size)
     peers = {
-        "train_vs_seed": [_SEED],
+        "train_vs_resnext_pytorch": [_RESNEXT_PYTORCH],
         "train_vs_torchvision": [_TORCHVISION],
         "train_vs_best_amp_peer": [name for name in speeds if _AMP in name],
         "train_vs_timm": [name for name in speeds if name.startswith("timm")],

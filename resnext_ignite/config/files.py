@@ -55,7 +55,7 @@ for _kind, (_pattern, _first_letters) in _SCALARS.items():
         _reads.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern + r"\Z"), _first_letters)
 
 
-class Source:
+class ConfigSource:
     """Values by dotted path, each with the place (file and line, or the command line) that says it."""
 
     def __init__(self) -> None:
@@ -183,7 +183,7 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     Raises:
         ConfigError: one line, `FILE:LINE: key: reason (did you mean 'x'?)`.
     """
-    source = Source() if path is None else read_source(path)
+    source = ConfigSource() if path is None else read_source(path)
     source.override(overrides)
     return source.config(str(path or COMMAND_LINE))
 
@@ -191,19 +191,19 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
 @one_line()
 def override_config(config: Config, overrides: Iterable[str]) -> Config:
     """Lay `KEY=VALUE` overrides over a config; raises as `load_config`."""
-    source = Source()
+    source = ConfigSource()
     source.values = config.model_dump(mode="json")
     source.override(overrides)
     return source.config(COMMAND_LINE)
 
 
-def read_source(path: str | Path, option: str = "--config") -> Source:
+def read_source(path: str | Path, option: str = "--config") -> ConfigSource:
     """What a YAML file says, with the line of each value; `option` is what named it.
 
     Raises:
         ConfigError: it cannot be read, or is not of the plain subset.
     """
-    source = Source()
+    source = ConfigSource()
     source.read(_read_text(Path(path), option), str(path))
     return source
 

@@ -32,7 +32,7 @@ SAFE_ON_RESUME = (
     "logging.histograms",
 )
 # Left open (null, auto), these are settled by the machine or the data at the first start, and kept from then on.
-_SETTLED = (
+_RESOLVED_AT_START = (
     "model.num_classes",
     "data.image_size",
     "data.mean",
@@ -49,7 +49,7 @@ def adopt_resolved(config: Config, saved: Config) -> Config:
     """`config`, with what it leaves to the machine or the data taken from a run that settled it already."""
     now = flatten(config)
     before = flatten(saved)
-    return with_values(config, {key: before[key] for key in _SETTLED if now[key] in (None, "auto", ["auto"])})
+    return with_values(config, {key: before[key] for key in _RESOLVED_AT_START if now[key] in (None, "auto", ["auto"])})
 
 
 def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:

@@ -58,7 +58,7 @@ class Config(Section):
                 f"train.ghost_batch: {ghost} does not divide the micro-batch of {batch // accumulate} images "
                 "(train.batch_size / train.accumulate)"
             )
-        self._check_ways()
+        self._check_grouped_conv()
         if self.train.compile == "cuda_graphs" and accumulate > 1:
             raise ValueError(
                 f"train.compile: cuda_graphs keeps no gradient from one of {accumulate} micro-batches to the next; "
@@ -94,7 +94,7 @@ class Config(Section):
                 "augment.progressive_from: CUDA graphs are of one size; set train.compile=true, or this to null"
             )
 
-    def _check_ways(self) -> None:
+    def _check_grouped_conv(self) -> None:
         architecture, ways = parse_model_name(self.model.name), self.train.grouped_conv
         if len(ways) not in (1, architecture.grouped_shapes) or ("auto" in ways and len(ways) > 1):
             raise ValueError(

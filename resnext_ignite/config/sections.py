@@ -15,7 +15,7 @@ from resnext_ignite.runtime.model_names import parse_model_name
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-GroupedConvWay = Annotated[str, Field(pattern=r"^(auto|grouped|split|merged[1-9][0-9]{0,3})$")]
+GroupedConvImplementation = Annotated[str, Field(pattern=r"^(auto|grouped|split|merged[1-9][0-9]{0,3})$")]
 PerChannel = tuple[float, float, float]
 
 
@@ -215,7 +215,7 @@ class TrainConfig(Section):
     """Keep images as NHWC in memory, which convolutions prefer."""
     compile: Literal[False, True, "cuda_graphs"] = False
     """Compile the model with torch.compile; cuda_graphs: and play its kernels back as CUDA graphs (GPUs only)."""
-    grouped_conv: tuple[GroupedConvWay, ...] = ("grouped",)
+    grouped_conv: tuple[GroupedConvImplementation, ...] = ("grouped",)
     """How each shape of the grouped 3x3 is computed, in the network's order: `grouped`, `split` (a dense convolution a
     group) or `merged<m>` (m groups in one, filled with zeros); one for all of them, or one for each. auto: the fastest,
     measured at the first start."""
@@ -256,7 +256,7 @@ class TrainConfig(Section):
 
     @field_validator("grouped_conv", mode="before")
     @classmethod
-    def _one_way(cls, ways: object) -> object:
+    def _as_tuple(cls, ways: object) -> object:
         return (ways,) if isinstance(ways, str) else ways
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from resnext_ignite.data.augment.mixing import Mixing
 from resnext_ignite.data.augment.progressive import GrowingSize
 from resnext_ignite.data.images import Images
 from resnext_ignite.data.loaders import EvalLoader, TrainLoader
-from resnext_ignite.data.memory_cache import data_kept, loaded_or_kept
+from resnext_ignite.data.memory_cache import keep_data_loaded, load_or_reuse
 from resnext_ignite.data.sampling import TrainOrder
 from resnext_ignite.data.splits import Data, load_data
 from resnext_ignite.distributed.ranks import Ranks
@@ -32,7 +32,7 @@ __all__ = [
     "build_mixing",
     "build_sizes",
     "build_train_loader",
-    "data_kept",
+    "keep_data_loaded",
     "load_data",
 ]
 
@@ -123,8 +123,8 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
 
 
 def _warn_of_sorted_shards(labels: torch.Tensor, shards: torch.Tensor, window: int) -> None:
-    shares = torch.bincount(labels[labels >= 0]) / len(labels)
-    alike, by_chance = (labels[1:] == labels[:-1]).float().mean(), (shares**2).sum()
+    frequencies = torch.bincount(labels[labels >= 0]) / len(labels)
+    alike, by_chance = (labels[1:] == labels[:-1]).float().mean(), (frequencies**2).sum()
     if window <= int(shards.max()) and alike > (1 + by_chance) / 2:
         log.warning(
             f"the shards are sorted by class, and only the images of {window} at a time are shuffled: "
@@ -164,7 +164,7 @@ class Loaders:
 
 def build_loaders(config: Config, device: torch.device, ranks: Ranks) -> Loaders:
     """All loaders of a run; raises as `load_data` and `build_train_loader`."""
-    data = loaded_or_kept(config, lambda: load_data(config, ranks))
+    data = load_or_reuse(config, lambda: load_data(config, ranks))
     splits: list[str] = [name for name in ("val", "test") if name in data.splits]
     evaluation = {name: build_eval_loader(config, data, name, device, ranks) for name in splits}
     if not evaluation:

@@ -15,11 +15,11 @@ from torch import Tensor
 from resnext_ignite.data.augment.chain import Augment
 from resnext_ignite.data.augment.mixing import Mixing, neighbours
 from resnext_ignite.data.augment.progressive import GrowingSize
-from resnext_ignite.data.images import UNREADABLE, Images, whole_color
+from resnext_ignite.data.images import UNREADABLE, Images, color_to_uint8
 from resnext_ignite.data.reading.device_decoding import DeviceDecoding, JpegDecoder, JpegReader
 from resnext_ignite.data.reading.image_files import ImageFiles
-from resnext_ignite.data.reading.readers import Decoded, PictureReader, decoded
-from resnext_ignite.data.sampling import TrainOrder, rank_share
+from resnext_ignite.data.reading.readers import Decoded, ImageReader, decoded
+from resnext_ignite.data.sampling import TrainOrder, rank_slice
 from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -32,13 +32,13 @@ class Batch:
     """Images float32 (n, 3, H, W), labels int64 (n,), and the images' indices in their whole split int64 (n,).
 
     The label of a training image that could not be read is UNREADABLE; the image is made of the mean colour. Of mixed
-    images `shares`, float32 (n,), say how much of each is its own; the rest is its neighbour (0 and 1, 2 and 3, ...).
+    images `lambdas`, float32 (n,), say how much of each is its own; the rest is its neighbour (0 and 1, 2 and 3, ...).
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
-    shares: Tensor | None = None
+    lambdas: Tensor | None = None
 
 
 class TrainLoader:
@@ -87,7 +87,7 @@ class TrainLoader:
         """Raises DataError for a picture that cannot be read (unless it is skipped) and for a dead worker."""
         batches = self.order.batches(self.start_iteration)
         if isinstance(self.split, Images):
-            padded = self.augment.pad(self.split.pictures)
+            padded = self.augment.pad(self.split.pixels)
             for epoch, positions in batches:
                 yield self._batch(padded, epoch, positions, chosen=positions)
             return
@@ -105,7 +105,7 @@ class TrainLoader:
         return not isinstance(self.split, Images) and self.augment.trivial and self.decode_on is None
 
     def _decoded(self, files: ImageFiles, batches: Iterable[tuple[int, Tensor]]) -> Iterator[Decoded]:
-        seed, fill = self.augment.seed, whole_color(self.augment.mean) if self.skip_unreadable else None
+        seed, fill = self.augment.seed, color_to_uint8(self.augment.mean) if self.skip_unreadable else None
         ahead = self.order.announcements(self.start_iteration)
         if self.decode_on is not None:
             reader = JpegReader(files, seed, fill, self.sizes)
@@ -113,7 +113,7 @@ class TrainLoader:
             return DeviceDecoding(reader, JpegDecoder(self.decode_on)).finished(read)
         seeded, sizes = (seed, self.sizes) if self.random_resized_crop else (None, None)
         augment = self.augment if self._by_workers else None
-        return decoded(PictureReader(files, seeded, fill, sizes, augment), batches, self.workers, self.device, ahead)
+        return decoded(ImageReader(files, seeded, fill, sizes, augment), batches, self.workers, self.device, ahead)
 
     def _warn(self, reasons: dict[int, str]) -> None:
         for position in sorted(set(reasons) - self._warned):
@@ -135,11 +135,11 @@ class TrainLoader:
         if unreadable:
             labels[list(unreadable)] = UNREADABLE
         labels = labels.to(self.device, non_blocking=True)
-        images, shares = self._augmented(padded, chosen, epoch, indices), None
+        images, lambdas = self._augmented(padded, chosen, epoch, indices), None
         if self.mixing is not None:
             bad = labels == UNREADABLE
-            images, shares = self.mixing(images, epoch, indices, bad | neighbours(bad))
-        return Batch(images, labels, indices, shares)
+            images, lambdas = self.mixing(images, epoch, indices, bad | neighbours(bad))
+        return Batch(images, labels, indices, lambdas)
 
     def _augmented(self, padded: Tensor, chosen: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
         augment, by_workers = self.augment, self._by_workers
@@ -152,7 +152,7 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every image of this rank's share once, in order; all ranks' shares together are the split.
+    """Every image of this rank's share once, in order; all ranks' lambdas together are the split.
 
     Args:
         split: the images.
@@ -186,7 +186,7 @@ class EvalLoader:
                 "data.on_error=fail names the first"
             )
         self.split, self.augment, self.device, self.batch_size = split, augment, device, batch_size
-        self.share = rank_share(len(split), rank, world_size)
+        self.share = rank_slice(len(split), rank, world_size)
         self.common_batches = -(-(len(split) // world_size) // batch_size)
         self.workers = workers
 
@@ -202,7 +202,7 @@ class EvalLoader:
         if isinstance(self.split, Images):
             found = ((self.split.load(positions), 0, positions.to(device), {}) for _, positions in batches)
         else:
-            found = decoded(PictureReader(self.split), batches, self.workers, self.device)
+            found = decoded(ImageReader(self.split), batches, self.workers, self.device)
         for pictures, _, positions, _ in found:
             images = self.augment.plain(pictures.to(self.device, non_blocking=True))
             labels, indices = (part[positions].to(self.device) for part in (self.split.labels, self.split.indices))
@@ -228,7 +228,7 @@ class CropsLoader:
             yield replace(batches[0], images=torch.stack([batch.images for batch in batches], dim=1))
 
 
-class PictureLoader:
+class ImageLoader:
     """Pictures that are not a data set, as an evaluation sees them: images, positions, and why some are unreadable.
 
     It yields float32 (n, 3, H, W), int64 (n,), and a reason for each position of a picture that could not be read, in
@@ -250,7 +250,7 @@ class PictureLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
         """Raises DataError for a dead worker."""
-        reader = PictureReader(self.files, fill=whole_color(self.augment.mean))
+        reader = ImageReader(self.files, fill=color_to_uint8(self.augment.mean))
         batches = ((0, part) for part in torch.arange(len(self.files)).split(self.batch_size))
         for pictures, _, positions, unreadable in decoded(reader, batches, self.workers, self.device):
             images = self.augment.plain(pictures.to(self.device, non_blocking=True))

@@ -8,12 +8,12 @@ from collections.abc import Callable, Hashable, Iterator
 from resnext_ignite.config.schema import Config
 from resnext_ignite.data.splits import Data
 
-# Outside of a `data_kept` block None: whoever loads alone must see the files as they are now.
+# Outside of a `keep_data_loaded` block None: whoever loads alone must see the files as they are now.
 _kept: dict[Hashable, Data] | None = None
 
 
 @contextlib.contextmanager
-def data_kept() -> Iterator[None]:
+def keep_data_loaded() -> Iterator[None]:
     """Inside the block the data that was loaded last stays loaded."""
     global _kept
     _kept = {}
@@ -23,8 +23,8 @@ def data_kept() -> Iterator[None]:
         _kept = None
 
 
-def loaded_or_kept(config: Config, load: Callable[[], Data]) -> Data:
-    """What `load` gives, all splits of a config; inside a `data_kept` block the last ones, if they are the same."""
+def load_or_reuse(config: Config, load: Callable[[], Data]) -> Data:
+    """Load the splits of a config, or reuse the last ones inside a `keep_data_loaded` block if they are the same."""
     if _kept is None:
         return load()
     # All that load_data reads: the seed chooses the held-out images, crops whether files are read.

@@ -91,7 +91,7 @@ def permutation(seed: int, epoch: int, count: int, purpose: int, device: torch.d
     return keys.argsort(stable=True)
 
 
-def rank_share(count: int, rank: int, world_size: int) -> range:
+def rank_slice(count: int, rank: int, world_size: int) -> range:
     """The contiguous run of 0 .. count-1 that a rank takes: all runs together hold each number once."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
@@ -135,7 +135,7 @@ class TrainOrder:
         if count < batch_size:
             raise ValueError(f"{count} training images hold no batch of {batch_size}")
         self.seed, self.count, self.batch_size, self.device = seed, count, batch_size, device
-        self.accumulate, self.share = accumulate, rank_share(batch_size // accumulate, rank, world_size)
+        self.accumulate, self.share = accumulate, rank_slice(batch_size // accumulate, rank, world_size)
         self.iterations_per_epoch = count // batch_size
         self.groups, self.window = None if groups is None else groups.to(device), window
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from resnext_ignite.config.schema import Config
-from resnext_ignite.data.images import Images, whole_color
+from resnext_ignite.data.images import Images, color_to_uint8
 from resnext_ignite.data.loaders import Split
 from resnext_ignite.data.reading.image_files import ImageFiles, decode_into_memory
 from resnext_ignite.data.sampling import Purpose, permutation
@@ -153,7 +153,7 @@ def _decoded(files: Split, config: Config, split: str, ranks: Ranks) -> Split:
         raise ConfigError("data.in_memory: a random-resized crop reads the files; set one of the two to false")
     whole = config.data.in_memory is True
     skips = split == "train" and config.data.on_error == "skip"
-    fill = whole_color(config.data.mean or folders.MEAN) if skips else None
+    fill = color_to_uint8(config.data.mean or folders.MEAN) if skips else None
     images = decode_into_memory(
         files,
         any_size=whole,

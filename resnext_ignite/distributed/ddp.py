@@ -60,7 +60,7 @@ def wrap_for_ranks(
     return wrapped
 
 
-def settle_buckets(wrapped: nn.Module, images: Tensor) -> None:
+def warm_up_ddp_buckets(wrapped: nn.Module, images: Tensor) -> None:
     """Let DistributedDataParallel settle the order of its gradients in the buckets that are summed, changing nothing.
 
     It does so after a process's first two backward passes. Without these a resumed run's first sums would have another

@@ -3,7 +3,7 @@
 torchrun starts failed ranks again (`--max-restarts`), whatever their exit code. Its agent gives each rank a file for
 its error, in a folder of the attempt; a rank leaves its exit code there, and a later attempt that finds one which no
 restart would cure ends at once with the same. What ended ranks of other machines is read where the ranks find one
-another (`failures.refuse_what_ended`).
+another (`failures.refuse_restart_of`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def launched_on_this_machine(environment: Mapping[str, str] = os.environ) -> int
 
 
 @contextlib.contextmanager
-def ends_remembered() -> Iterator[None]:
+def record_exit_for_torchrun() -> Iterator[None]:
     """Leave word for torchrun of how the block ends, and refuse to begin it again where that would not help.
 
     Raises:
@@ -88,7 +88,7 @@ def ends_remembered() -> Iterator[None]:
         raise
 
 
-def refuse_to_repeat(exit_code: int, message: str) -> None:
+def refuse_restart_after(exit_code: int, message: str) -> None:
     """Raises ResnextError where an earlier end with this code would only come again."""
     kind = _FINAL.get(exit_code)
     if kind is not None:
@@ -103,7 +103,7 @@ def _refuse_earlier_attempts(file: Path) -> None:
     attempt = file.parent.parent
     for other in sorted(attempt.parent.glob("attempt_*/*/error.json")):
         word = _read(other) if other.parent.parent != attempt else {}
-        refuse_to_repeat(word.get("exit_code", 0), word.get("message", ""))
+        refuse_restart_after(word.get("exit_code", 0), word.get("message", ""))
 
 
 def _read(path: Path) -> dict[str, Any]:

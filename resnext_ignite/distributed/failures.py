@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from torch import distributed as dist
 
-from resnext_ignite.distributed.environment import refuse_to_repeat
+from resnext_ignite.distributed.environment import refuse_restart_after
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.distributed.rendezvous import answer_in_time
 from resnext_ignite.runtime.errors import PreemptedError, RankError, ResnextError, as_resnext_error
@@ -43,7 +43,7 @@ class Failure:
     rank: int
     code: int
     text: str
-    told_by: int
+    reported_by: int
 
 
 class FailureBoard:
@@ -51,13 +51,13 @@ class FailureBoard:
 
     Args:
         store: where the ranks found one another.
-        life: tells these ranks from those before a restart (see `rendezvous`).
+        generation: tells these ranks from those before a restart (see `rendezvous`).
     """
 
-    current_life: ClassVar[str] = ""
+    current_generation: ClassVar[str] = ""
 
-    def __init__(self, store: dist.Store, life: str = "") -> None:
-        self._store = dist.PrefixStore(f"resnext_ignite/failure/{life}", store)
+    def __init__(self, store: dist.Store, generation: str = "") -> None:
+        self._store = dist.PrefixStore(f"resnext_ignite/failure/{generation}", store)
 
     @classmethod
     @functools.cache
@@ -68,7 +68,7 @@ class FailureBoard:
             RuntimeError: the process that keeps it is gone.
         """
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return cls(dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5)), cls.current_life)
+        return cls(dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5)), cls.current_generation)
 
     def post(self, failure: Failure) -> Failure:
         """Post a failure; the first one that was, which may be another."""
@@ -97,21 +97,21 @@ class FailureBoard:
         return answer_in_time(lambda: [rank for rank, key in keys.items() if not self._store.check([key])])
 
 
-def refuse_what_ended(life: str, store: dist.Store) -> None:
+def refuse_restart_of(generation: str, store: dist.Store) -> None:
     """Refuse to begin again where the ranks before these, of any machine, ended for what no restart would cure.
 
     Raises:
         ResnextError: their first failure.
     """
-    first = FailureBoard(store, life).first()
+    first = FailureBoard(store, generation).first()
     # Where a machine joins or leaves, torchrun stops the ranks of the others by SIGTERM, to start them again.
     by_torchrun = first is not None and first.text.startswith("stopped by SIGTERM")
     if first is not None and not by_torchrun:
-        refuse_to_repeat(first.code, first.text)
+        refuse_restart_after(first.code, first.text)
 
 
 @contextlib.contextmanager
-def failures_named(ranks: Ranks) -> Iterator[None]:
+def name_failures(ranks: Ranks) -> Iterator[None]:
     """Turn an error inside the block into what this rank should report; of all ranks' errors the first is the one told.
 
     Raises:
@@ -172,12 +172,12 @@ def _loss(error: BaseException, board: FailureBoard, ranks: Ranks) -> ResnextErr
         own = Failure(silent[0] if silent else ranks.rank, RankError.exit_code, text, ranks.rank)
         first = board.post(own)
     known = PreemptedError(first.text) if first.code == PreemptedError.exit_code else RankError(first.text)
-    known.quiet = first.told_by != ranks.rank
+    known.quiet = first.reported_by != ranks.rank
     return known
 
 
 @contextlib.contextmanager
-def others_watched(ranks: Ranks) -> Iterator[None]:
+def watch_other_ranks(ranks: Ranks) -> Iterator[None]:
     """End this process soon after any rank has failed, even where the block hangs in a collective.
 
     A rank that the others found to hang prints where it does.
@@ -206,7 +206,7 @@ def _watch(ranks: Ranks, over: threading.Event) -> None:
     except RuntimeError:
         # The board is gone with its process; the next collective fails, or the parent's death ends this one.
         return
-    declared = first.rank == ranks.rank != first.told_by
+    declared = first.rank == ranks.rank != first.reported_by
     if declared or not over.wait(_LAST_WORDS_S):
         faulthandler.dump_traceback(all_threads=True)
         os._exit(RankError.exit_code)

@@ -17,19 +17,25 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 
 from resnext_ignite.distributed.environment import by_srun, by_torchrun, launched_on_this_machine, launched_world_size
-from resnext_ignite.distributed.failures import Failure, FailureBoard, failures_named, others_watched, refuse_what_ended
+from resnext_ignite.distributed.failures import (
+    Failure,
+    FailureBoard,
+    name_failures,
+    refuse_restart_of,
+    watch_other_ranks,
+)
 from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.distributed.rendezvous import begin_life, connect_to_store, keeps_its_store, last_life
+from resnext_ignite.distributed.rendezvous import begin_generation, connect_to_store, keeps_its_store, last_generation
 from resnext_ignite.runtime.console import set_up_streams
 from resnext_ignite.runtime.errors import ConfigError, PreemptedError, RankError, report_error
 from resnext_ignite.runtime.signals import (
     PARENT_GONE,
     STOP_SIGNALS,
     die_with_parent,
-    end_start_on_signals,
-    held_back,
-    leave,
-    let_through,
+    exit_on_signal,
+    install_exit_during_start,
+    signals_blocked,
+    signals_unblocked,
 )
 
 # A rank that has not followed a failed one so long after it is killed.
@@ -91,10 +97,10 @@ def _as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str,
     try:
         if keeps_its_store():
             shared = connect_to_store(timeout_s)
-            ended = last_life(shared)
+            ended = last_generation(shared)
             if ended is not None:
-                refuse_what_ended(ended, shared)
-            FailureBoard.current_life, own = begin_life(shared, timeout_s)
+                refuse_restart_of(ended, shared)
+            FailureBoard.current_generation, own = begin_generation(shared, timeout_s)
             _initialize(backend, own, local_rank, timeout_s)
         else:
             idist.initialize(backend, timeout=timedelta(seconds=timeout_s))
@@ -102,7 +108,7 @@ def _as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str,
         reason = (str(error).strip().splitlines() or [""])[0]
         raise RankError(f"the ranks did not find one another: {reason}") from None
     ranks = Ranks.current()
-    with others_watched(ranks), failures_named(ranks):
+    with watch_other_ranks(ranks), name_failures(ranks):
         function(idist.get_local_rank(), *args)
         # Only where all went well: it may wait for a rank that is gone.
         idist.finalize()
@@ -134,7 +140,7 @@ def _spawn_and_wait(
     }
     arguments = (os.getpid(), environment, function, args, backend, timeout_s)
     # A signal that comes before a rank can answer it waits until it can.
-    with held_back():
+    with signals_blocked():
         ranks = mp.start_processes(_spawned, arguments, nprocs=count, join=False).processes
 
         def forward(number: int, frame: object) -> None:
@@ -147,7 +153,7 @@ def _spawn_and_wait(
         return _wait_for_all(ranks, FailureBoard(store))
     finally:
         for number, handler in before.items():
-            if handler is not leave:
+            if handler is not exit_on_signal:
                 signal.signal(number, handler)
 
 
@@ -174,7 +180,7 @@ def _answer_for(number: int, code: int, board: FailureBoard) -> int:
     """Tell of a rank that could not tell itself; its exit code."""
     if code < 0 or code == 1:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed before it began; see above"
-        own = Failure(number, RankError.exit_code, f"rank {number} {how}; go on with --resume", told_by=-1)
+        own = Failure(number, RankError.exit_code, f"rank {number} {how}; go on with --resume", reported_by=-1)
         if board.post(own) == own:
             report_error(RankError(own.text))
         return own.code
@@ -192,9 +198,9 @@ def _spawned(
 ) -> None:
     try:
         set_up_streams(prints_result=False)
-        end_start_on_signals()
+        install_exit_during_start()
         die_with_parent(parent, PARENT_GONE)
-        let_through()
+        signals_unblocked()
         os.environ.update(environment, RANK=str(local_rank), LOCAL_RANK=str(local_rank))
         if "OMP_NUM_THREADS" not in os.environ:
             # Each rank its share of the cores, as torchrun would; else all of them fight for each.

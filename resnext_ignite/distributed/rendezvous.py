@@ -1,9 +1,9 @@
-"""How ranks that torchrun started find one another, the second time too.
+"""How ranks that torchrun started find one another, also after a restart.
 
-torchrun 2.11 keeps one store over all its restarts, and says that it does not: what the dead ranks left in it - the
-addresses of gloo, the key of NCCL - is read by those that are started again, which then wait for nobody. Nor does its
-count of restarts tell one life of the ranks from the next: machines that it had to stop, not to restart, count none.
-So the ranks agree on a name for each life, under which all that they put there is their own.
+torchrun 2.11 keeps one store over all its restarts, although it says that it does not. Keys of dead ranks (gloo's
+addresses, NCCL's key) stay in it; restarted ranks read them and wait for ranks that no longer exist. torchrun's restart
+count does not separate one generation of ranks from the next either: it does not count machines that it stopped without
+restarting them. The ranks therefore agree on a name for each generation, and put everything under that name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import distributed as dist
 T = TypeVar("T")
 _PAUSE_S = 0.02
 _ANSWER_S = 3.0
-_LAST_LIFE = "resnext_ignite/last_life"
+_LAST_GENERATION = "resnext_ignite/last_generation"
 
 
 def answer_in_time(ask: Callable[[], T]) -> T:
@@ -52,7 +52,7 @@ def keeps_its_store() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def agree_on_life(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+def agree_on_generation(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
     """A name that all ranks which were started together have in common, and no others; to be called on all of them.
 
     Each rank but the first puts a word of its own into the store, which rank 0 answers with the name; it goes on once
@@ -65,16 +65,16 @@ def agree_on_life(store: dist.Store, rank: int, world_size: int, timeout_s: floa
     own = uuid.uuid4().hex
     if rank:
         store.set(f"word/{rank}", own)
-        while (life := _read(store, f"life/{own}")) is None:
+        while (generation := _read(store, f"generation/{own}")) is None:
             _pause(deadline, {0})
-        store.set(f"here/{life}/{rank}", "")
-        return life
+        store.set(f"here/{generation}/{rank}", "")
+        return generation
     missing = set(range(1, world_size))
     while missing:
         for other in missing:
             word = _read(store, f"word/{other}")
             if word is not None:
-                store.set(f"life/{word}", own)
+                store.set(f"generation/{word}", own)
         missing = {other for other in missing if not store.check([f"here/{own}/{other}"])}
         _pause(deadline, missing)
     return own
@@ -90,21 +90,21 @@ def connect_to_store(timeout_s: float) -> dist.Store:
     return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
-def last_life(store: dist.Store) -> str | None:
-    """The name of the ranks' life that `begin_life` gave last."""
-    return _read(store, _LAST_LIFE)
+def last_generation(store: dist.Store) -> str | None:
+    """The name of the ranks' generation that `begin_generation` gave last."""
+    return _read(store, _LAST_GENERATION)
 
 
-def begin_life(store: dist.Store, timeout_s: float) -> tuple[str, dist.Store]:
-    """A name for these ranks' life, and the part of the store that is their own; to be called on all of them.
+def begin_generation(store: dist.Store, timeout_s: float) -> tuple[str, dist.Store]:
+    """A name for these ranks' generation, and the part of the store that is their own; to be called on all of them.
 
     Raises:
         RuntimeError: not all ranks came, or torchrun is gone.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    life = agree_on_life(dist.PrefixStore("resnext_ignite/lives", store), rank, world_size, timeout_s)
-    store.set(_LAST_LIFE, life)
-    return life, dist.PrefixStore(f"resnext_ignite/life/{life}", store)
+    generation = agree_on_generation(dist.PrefixStore("resnext_ignite/generations", store), rank, world_size, timeout_s)
+    store.set(_LAST_GENERATION, generation)
+    return generation, dist.PrefixStore(f"resnext_ignite/generation/{generation}", store)
 
 
 def _read(store: dist.Store, key: str) -> str | None:

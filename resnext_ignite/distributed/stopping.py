@@ -17,8 +17,14 @@ from torch import Tensor
 from torch import distributed as dist
 
 from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.runtime.console import tell_from_signal_handler
-from resnext_ignite.runtime.signals import ENDING_SIGNALS, PARENT_GONE, cause, end_start, leave
+from resnext_ignite.runtime.console import write_from_signal_handler
+from resnext_ignite.runtime.signals import (
+    ENDING_SIGNALS,
+    PARENT_GONE,
+    describe_signal,
+    exit_during_start,
+    exit_on_signal,
+)
 
 _LONGEST_SILENCE_S = 5.0
 
@@ -51,18 +57,18 @@ class StopAgreement:
         self.ranks = ranks
         self.reason = StopReason.NONE
         self.signal_name = ""
-        self._wish = StopReason.NONE
+        self._requested = StopReason.NONE
         self._signal = 0
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
 
     @property
-    def wished(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether this rank has asked for a stop."""
-        return self._wish is not StopReason.NONE
+        return self._requested is not StopReason.NONE
 
-    def wish(self, reason: StopReason, signal_number: int = 0) -> None:
+    def request_stop(self, reason: StopReason, signal_number: int = 0) -> None:
         """Ask for a stop at the next exchange; safe in a signal handler."""
-        self._wish, self._signal = max(self._wish, reason), signal_number or self._signal
+        self._requested, self._signal = max(self._requested, reason), signal_number or self._signal
 
     def decide(self, reason: StopReason) -> None:
         """Stop for a reason that every rank has found by itself."""
@@ -71,10 +77,10 @@ class StopAgreement:
     def exchange(self, numbers: Tensor) -> Tensor:
         """One packed all-reduce: this rank's float64 (k,) -> all ranks' (world_size, k), and the wishes settled."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            self.wish(StopReason.TIME_LIMIT)
+            self.request_stop(StopReason.TIME_LIMIT)
         packed = torch.zeros(self.ranks.world_size, len(numbers) + 2, dtype=torch.float64)
         packed[self.ranks.rank, :-2] = numbers
-        packed[self.ranks.rank, -2], packed[self.ranks.rank, -1] = self._wish, self._signal
+        packed[self.ranks.rank, -2], packed[self.ranks.rank, -1] = self._requested, self._signal
         if self.ranks.world_size > 1:
             # Each rank fills its own row of zeros, so that the sum is a gather, and holds minima and maxima too.
             shared = packed.to(idist.device())
@@ -86,7 +92,7 @@ class StopAgreement:
         return packed[:, :-2]
 
 
-class Pace:
+class SyncSchedule:
     """When the ranks meet next: right after the start, whose speed nobody knows yet, then about every five seconds.
 
     Each exchange fixes the next, from the slowest rank's clock, so that all ranks come to it at the same position: an
@@ -104,7 +110,7 @@ class Pace:
 
     def due(self, position: int) -> bool:
         """Whether the ranks meet at this position at the latest; a single rank heeds its own wish at once."""
-        return position >= self._next or (self.stop.ranks.world_size == 1 and self.stop.wished)
+        return position >= self._next or (self.stop.ranks.world_size == 1 and self.stop.stop_requested)
 
     def exchange(self, position: int, numbers: Tensor) -> Tensor:
         """As StopAgreement.exchange: float64 (k,) -> (world_size, k + 1), the seconds since the last exchange last."""
@@ -136,15 +142,15 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
     def on_signal(number: int, frame: object) -> None:
         nonlocal heard
         if number == PARENT_GONE:
-            stop.wish(StopReason.ORPHANED)
+            stop.request_stop(StopReason.ORPHANED)
         if heard:
             return
         heard = True
-        stop.wish(StopReason.SIGNAL, number)
+        stop.request_stop(StopReason.SIGNAL, number)
         if not running:
-            end_start(number, frame)
+            exit_during_start(number, frame)
         if stop.ranks.rank == 0:
-            tell_from_signal_handler(f"stopped by {cause(number)}: saving, then leaving")
+            write_from_signal_handler(f"stopped by {describe_signal(number)}: saving, then leaving")
 
     before = {number: signal.signal(number, on_signal) for number in ENDING_SIGNALS}
     try:
@@ -153,5 +159,5 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
         heard = True
         for number, handler in before.items():
             # A process that is a run and nothing else is on its way out: a late signal must not change its exit code.
-            if handler not in (end_start, leave):
+            if handler not in (exit_during_start, exit_on_signal):
                 signal.signal(number, handler)

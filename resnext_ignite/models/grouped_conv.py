@@ -60,17 +60,17 @@ class GroupedConv2d(nn.Conv2d):
         return merged
 
 
-def ways_for(groups: int, channels: int) -> list[str]:
+def implementations_for(groups: int, channels: int) -> list[str]:
     """The ways that are worth measuring for so many groups of so many channels each, `grouped` first."""
     merges = [m for m in (2, 4, 8, 16, 32, 64) if groups % m == 0 and m * channels <= 512]
     return ["grouped"] + ["split"] * (1 < groups <= _MOST_SPLIT_GROUPS) + [f"merged{m}" for m in merges]
 
 
-def in_each_way(convolution: GroupedConv2d) -> dict[str, GroupedConv2d]:
+def in_each_implementation(convolution: GroupedConv2d) -> dict[str, GroupedConv2d]:
     """A grouped convolution in each of the ways that are worth measuring, with the same weights."""
     channels, groups = convolution.in_channels, convolution.groups
     modules = {}
-    for way in ways_for(groups, channels // groups):
+    for way in implementations_for(groups, channels // groups):
         modules[way] = GroupedConv2d(channels, groups, convolution.stride[0], way)
         modules[way].load_state_dict(convolution.state_dict())
     return modules

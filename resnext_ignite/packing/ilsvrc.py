@@ -19,7 +19,7 @@ from resnext_ignite.packing.archives import entries_of
 from resnext_ignite.packing.devkit import GROUND_TRUTH, Devkit, read_devkit
 from resnext_ignite.packing.images import content_of, shrunk
 from resnext_ignite.packing.options import Encoding, locked
-from resnext_ignite.packing.sources import Picture, TrainClass, ValPicture, contents_of, train_classes, val_pictures
+from resnext_ignite.packing.sources import Picture, TrainClass, ValImage, contents_of, train_classes, val_images
 from resnext_ignite.packing.workers import in_workers, storage_error
 from resnext_ignite.runtime.errors import ConfigError, DataError, RunFolderError
 from resnext_ignite.runtime.storage import write_durably
@@ -29,7 +29,7 @@ _CHUNK = 250
 
 
 @dataclass(frozen=True)
-class Sources:
+class Archives:
     """The three files of ILSVRC2012, or folders of what they hold."""
 
     train: Path
@@ -46,7 +46,7 @@ class Expected:
     val_images: int
 
 
-def prepare(sources: Sources, output: Path, expected: Expected, encoding: Encoding, workers: int) -> None:
+def prepare(sources: Archives, output: Path, expected: Expected, encoding: Encoding, workers: int) -> None:
     """Unpack, sort into classes, shrink where that is asked for, and count.
 
     With fewer classes than the development kit has, the validation images of the others are left out. Files of folders
@@ -63,7 +63,7 @@ def prepare(sources: Sources, output: Path, expected: Expected, encoding: Encodi
     devkit = read_devkit(sources.devkit)
     classes = train_classes(sources.train)
     _check_classes(classes, sources.train, devkit, expected.classes)
-    val = [picture for picture in val_pictures(sources.val, devkit) if picture.wnid in classes]
+    val = [picture for picture in val_images(sources.val, devkit) if picture.wnid in classes]
     _check_val(val, sources.val, devkit, expected)
     with locked(output):
         try:
@@ -97,7 +97,7 @@ def _check_classes(classes: dict[str, TrainClass], train: Path, devkit: Devkit, 
         raise DataError(f"{train}: holds {len(classes)} classes, not {expected}; of the development kit's {first}")
 
 
-def _check_val(val: list[ValPicture], path: Path, devkit: Devkit, expected: Expected) -> None:
+def _check_val(val: list[ValImage], path: Path, devkit: Devkit, expected: Expected) -> None:
     lines = len(devkit.ground_truth)
     if len(devkit.synsets) == expected.classes and lines != expected.val_images:
         raise DataError(f"{devkit.path}: {GROUND_TRUTH} has {lines} lines, not {expected.val_images}")
@@ -141,7 +141,7 @@ def _unpack_train(classes: dict[str, TrainClass], output: Path, images: int, enc
     _run(unpack, len(left), workers, desc="unpacking train", total=images if len(left) == len(classes) else None)
 
 
-def _unpack_val(path: Path, val: list[ValPicture], output: Path, encoding: Encoding, workers: int) -> None:
+def _unpack_val(path: Path, val: list[ValImage], output: Path, encoding: Encoding, workers: int) -> None:
     if (output / "val").exists():
         return
     temporary = output / _UNPACKING / "val"

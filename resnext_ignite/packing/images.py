@@ -37,7 +37,7 @@ def shrunk(path: Path, encoding: Encoding) -> bytes | None:
     return content.getvalue()
 
 
-def read_picture(path: Path, encoding: Encoding) -> tuple[bytes, str]:
+def read_image(path: Path, encoding: Encoding) -> tuple[bytes, str]:
     """A picture file's content, shrunk where that is asked for, and the ending of a name for it: `jpeg`.
 
     Raises:

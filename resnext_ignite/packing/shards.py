@@ -24,7 +24,7 @@ from webdataset import TarWriter
 from resnext_ignite.data.sampling import Purpose, permutation
 from resnext_ignite.data.sources.folders import ImageIndex, index_images
 from resnext_ignite.data.sources.shards import LIST_NAME, Shard, ShardList, index_shards, read_shard_list
-from resnext_ignite.packing.images import read_picture
+from resnext_ignite.packing.images import read_image
 from resnext_ignite.packing.options import Encoding, locked
 from resnext_ignite.packing.workers import in_workers, storage_error
 from resnext_ignite.runtime.errors import ConfigError, DataError, RunFolderError
@@ -33,7 +33,7 @@ from resnext_ignite.runtime.storage import HashingFile, replace_durably, sha256_
 SPLITS = ("train", "val", "test")
 # The order of a training split is that of the packed data, not of a run.
 _ORDER_SEED = 0
-_REMAINS = re.compile(r"\d{6,}\.tar|\.\d{6,}\.tar\.tmp|\.shards\.json\.tmp")
+_LEFTOVERS = re.compile(r"\d{6,}\.tar|\.\d{6,}\.tar\.tmp|\.shards\.json\.tmp")
 _LABEL = "cls"
 _BLOCK, _RECORD = 512, 10_240
 
@@ -141,7 +141,7 @@ def _clear(output: Path) -> None:
             if entry.name == LIST_NAME:
                 # So is what was stopped between the lists of two splits: it may as well be another folder's.
                 raise RunFolderError(f"{folder}: is packed already; choose another --output, or remove it")
-            if _REMAINS.fullmatch(entry.name) is None:
+            if _LEFTOVERS.fullmatch(entry.name) is None:
                 raise RunFolderError(f"{entry}: is in the way, and no shard; choose another --output")
             remains.append(entry)
     for entry in remains:
@@ -169,7 +169,7 @@ def _read(index: ImageIndex, encoding: Encoding, workers: int, *, shuffled: bool
     order = permutation(_ORDER_SEED, 0, count, Purpose.PACKED) if shuffled else torch.arange(count)
     labels = index.labels[order].tolist()
     paths = index.paths.take(order.numpy())
-    contents = in_workers(lambda position: read_picture(Path(paths[position]), encoding), count, workers)
+    contents = in_workers(lambda position: read_image(Path(paths[position]), encoding), count, workers)
     for position, (content, suffix) in enumerate(contents):
         yield _Sample(f"{position:08d}", labels[position], content, suffix)
 

@@ -66,7 +66,7 @@ def train_classes(path: Path) -> dict[str, TrainClass]:
 
 
 @dataclass(frozen=True)
-class ValPicture:
+class ValImage:
     """A validation image: its file name, its class's, and where it is."""
 
     name: str
@@ -74,18 +74,18 @@ class ValPicture:
     place: tarfile.TarInfo | Path
 
 
-def val_pictures(path: Path, devkit: Devkit) -> list[ValPicture]:
+def val_images(path: Path, devkit: Devkit) -> list[ValImage]:
     """The validation images, in `ILSVRC2012_img_val.tar`, or in a folder, whether or not they lie in class folders.
 
     Raises:
         DataError: something is damaged, twice there, in the wrong class's folder, or no validation image.
     """
-    found: dict[str, ValPicture] = {}
+    found: dict[str, ValImage] = {}
     if path.is_dir():
         for folder, folders, files in os.walk(path):
             folders.sort()
             for name in filter(_is_picture, files):
-                picture = ValPicture(name, _class_of(name, path, devkit), Path(folder, name))
+                picture = ValImage(name, _class_of(name, path, devkit), Path(folder, name))
                 of_folder = os.path.basename(folder)
                 if of_folder in devkit.synsets and of_folder != picture.wnid:
                     raise DataError(f"{picture.place}: the development kit says that it shows {picture.wnid}")
@@ -95,11 +95,11 @@ def val_pictures(path: Path, devkit: Devkit) -> list[ValPicture]:
             for member in files_in(archive, str(path)):
                 name = PurePosixPath(member.name).name
                 if _is_picture(name):
-                    _add(found, ValPicture(name, _class_of(name, path, devkit), member), path)
+                    _add(found, ValImage(name, _class_of(name, path, devkit), member), path)
     return [found[name] for name in sorted(found)]
 
 
-def contents_of(path: Path, pictures: Sequence[ValPicture]) -> Iterator[tuple[ValPicture, Picture]]:
+def contents_of(path: Path, pictures: Sequence[ValImage]) -> Iterator[tuple[ValImage, Picture]]:
     """Some of the validation images with their content; raises DataError where the tar file is damaged."""
     with contextlib.ExitStack() as stack:
         archive = None if path.is_dir() else stack.enter_context(opened(path, str(path)))
@@ -110,7 +110,7 @@ def contents_of(path: Path, pictures: Sequence[ValPicture]) -> Iterator[tuple[Va
                 yield picture, content_in(archive, picture.place)
 
 
-def _add(found: dict[str, ValPicture], picture: ValPicture, path: Path) -> None:
+def _add(found: dict[str, ValImage], picture: ValImage, path: Path) -> None:
     if picture.name in found:
         raise DataError(f"{path}: {picture.name}: is twice there")
     found[picture.name] = picture

@@ -100,11 +100,11 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
     """Share of each true class (rows) that got each answer (columns), from counts int64 (C, C)."""
     classes = [shown(name) for name in classes]
     counts = confusion.double()
-    shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+    fractions = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
     count = len(classes)
     side = min(max(4.5, 0.42 * count + 2.5), 14)
     figure, axes = pyplot().subplots(figsize=(side + 1, side), layout="constrained")
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
@@ -115,7 +115,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
         for row, column in np.ndindex(count, count):
             cell = int(confusion[row, column])
             if cell:
-                color = "white" if shares[row, column] > 0.5 else "black"
+                color = "white" if fractions[row, column] > 0.5 else "black"
                 axes.text(column, row, str(cell), ha="center", va="center", fontsize=6, color=color)
     return figure
 

@@ -131,8 +131,8 @@ def _details(evaluation: Record) -> dict[str, Any]:
 
 def _matrix(confusion: Tensor) -> list[list[tuple[int, int]]]:
     """Each cell's count, and its share of the true class in percent."""
-    shares = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)).round().int()
-    return [list(zip(*rows, strict=True)) for rows in zip(confusion.tolist(), shares.tolist(), strict=True)]
+    fractions = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)).round().int()
+    return [list(zip(*rows, strict=True)) for rows in zip(confusion.tolist(), fractions.tolist(), strict=True)]
 
 
 def _sheet(folder: RunFolder, last: Record) -> dict[str, str]:

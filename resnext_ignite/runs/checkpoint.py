@@ -233,7 +233,7 @@ def set_aside(path: Path) -> None:
             file.replace(file.with_name(file.name + ".damaged"))
 
 
-def remove_remains(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what a killed save or prune left: half-written files, and checksums without their file."""
     for path in [*folder.glob(".*.tmp"), *folder.glob("*.pt.sha256")]:
         if path.suffix == ".tmp" or not path.with_suffix("").exists():

@@ -27,13 +27,13 @@ from resnext_ignite.runs.checkpoint import (
     ResumePoint,
     config_of_checkpoint,
     newest_resume_point,
-    remove_remains,
+    remove_leftovers,
     resume_candidates,
     set_aside,
 )
 from resnext_ignite.runs.records import EvaluationInDetail, MetricsLine, Status
 from resnext_ignite.runtime.errors import PreemptedError, RunFolderError, StorageError, advice_for, as_resnext_error
-from resnext_ignite.runtime.storage import append_durably, errors_named, temporary_path, write_durably
+from resnext_ignite.runtime.storage import append_durably, name_file_in_errors, temporary_path, write_durably
 
 ENDED = ("completed", "stopped_early")
 _PACKAGES = ("torch", "torchvision", "pytorch-ignite", "tensorboard")
@@ -126,7 +126,7 @@ class RunFolder:
     def start(self, config: Config) -> None:
         """Write down a config and make room for checkpoints; what a killed process left half-written goes."""
         self.checkpoints.mkdir(exist_ok=True)
-        remove_remains(self.checkpoints)
+        remove_leftovers(self.checkpoints)
         # No more than what is a run's own: a user may have chosen a folder with files of his.
         for file in (self._config, self._metrics, self._status, self._evaluation, self.curves, self.mistakes):
             temporary_path(file).unlink(missing_ok=True)
@@ -145,7 +145,7 @@ class RunFolder:
         if not self._metrics.exists():
             return []
         records = []
-        with errors_named(self._metrics):
+        with name_file_in_errors(self._metrics):
             lines = self._metrics.read_bytes().splitlines()
         for line in lines:
             try:
@@ -174,9 +174,9 @@ class RunFolder:
         """What `evaluation.json` says; empty where it is not there, or damaged."""
         return _read_object(self._evaluation, EvaluationInDetail)
 
-    def write_status(self, state: str, **facts: Any) -> None:
-        """Write `status.json`: the state of the run, facts of it, and the versions it runs on."""
-        status = {"state": state, **facts, "versions": _versions()}
+    def write_status(self, state: str, **fields: Any) -> None:
+        """Write `status.json`: the state of the run, fields of it, and the versions it runs on."""
+        status = {"state": state, **fields, "versions": _versions()}
         text = json.dumps(status, indent=2, allow_nan=False) + "\n"
         write_durably(self._status, text)
 
@@ -291,8 +291,8 @@ def _write_failure(folder: RunFolder, error: BaseException) -> None:
         # It ended well, and nothing has been trained since: then it says "running".
         return
     before = {key: value for key, value in status.items() if key not in ("versions", "state")}
-    facts = {**before, "exit_code": known.exit_code if known else 1, "reason": str(known or repr(error))}
+    fields = {**before, "exit_code": known.exit_code if known else 1, "reason": str(known or repr(error))}
     state = "preempted" if isinstance(known, PreemptedError) else "failed"
     # A status that cannot be written (a full disk) must not hide why the run failed.
     with contextlib.suppress(OSError):
-        folder.write_status(state, **facts)
+        folder.write_status(state, **fields)

@@ -90,13 +90,13 @@ def _number_of(stream: Any) -> int | None:
     return number
 
 
-def tell_from_signal_handler(line: str) -> None:
+def write_from_signal_handler(line: str) -> None:
     """Write a line to standard error from a signal handler, which may interrupt a stream in the middle of its work."""
     with contextlib.suppress(OSError):
         os.write(2, line.encode() + b"\n")
 
 
-class _AboveTheBar(logging.Handler):
+class _TqdmHandler(logging.Handler):
     """Prints log lines on standard error without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -112,7 +112,7 @@ def set_up_console(*, quiet: bool = False) -> None:
     logger = logging.getLogger("resnext_ignite")
     # tqdm's own lock is one for all processes that were forked: one that is killed while it writes keeps it for ever.
     tqdm.set_lock(threading.RLock())
-    handler = _AboveTheBar()
+    handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers = [handler]
     logger.setLevel(logging.WARNING if quiet else logging.INFO)

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from resnext_ignite.runtime.console import tell_from_signal_handler
+from resnext_ignite.runtime.console import write_from_signal_handler
 from resnext_ignite.runtime.errors import PreemptedError
 
 _PR_SET_PDEATHSIG = 1
@@ -26,41 +26,41 @@ PARENT_GONE = signal.SIGRTMIN if sys.platform == "linux" else signal.SIGUSR2
 ENDING_SIGNALS = (*STOP_SIGNALS, PARENT_GONE)
 
 
-def cause(number: int) -> str:
+def describe_signal(number: int) -> str:
     """What a signal stands for, in messages that begin with 'stopped by'."""
     return "the end of what started it" if number == PARENT_GONE else signal.Signals(number).name
 
 
-def end_start(number: int, frame: object) -> None:
+def exit_during_start(number: int, frame: object) -> None:
     """The handler of a process that starts: end it.
 
     Raises:
         KeyboardInterrupt: always, whichever signal: what takes a damaged file's every Exception for damage must not
             take this for it.
     """
-    raise KeyboardInterrupt(f"stopped by {cause(number)} before there was anything to save")
+    raise KeyboardInterrupt(f"stopped by {describe_signal(number)} before there was anything to save")
 
 
-def leave(number: int, frame: object) -> None:
+def exit_on_signal(number: int, frame: object) -> None:
     """The handler of a command that only imports yet: an exception could be lost in what catches them on import."""
-    tell_from_signal_handler(f"error: stopped by {cause(number)} before there was anything to save")
+    write_from_signal_handler(f"error: stopped by {describe_signal(number)} before there was anything to save")
     os._exit(PreemptedError.exit_code)
 
 
-def leave_on_signals() -> None:
+def install_exit_on_signals() -> None:
     """From now on a stop signal ends this process with 75, until a run takes the signals over."""
     for number in ENDING_SIGNALS:
-        signal.signal(number, leave)
+        signal.signal(number, exit_on_signal)
 
 
-def end_start_on_signals() -> None:
+def install_exit_during_start() -> None:
     """From now on a stop signal raises KeyboardInterrupt, until a run takes the signals over."""
     for number in ENDING_SIGNALS:
-        signal.signal(number, end_start)
+        signal.signal(number, exit_during_start)
 
 
 @contextlib.contextmanager
-def stops_noted() -> Iterator[Callable[[], str | None]]:
+def note_stop_signals() -> Iterator[Callable[[], str | None]]:
     """Note every stop signal that comes inside the block, whoever answers it; the yielded function names the last one.
 
     A run answers signals in its own way, and one that comes to it in its last moments changes nothing: whoever makes
@@ -98,15 +98,15 @@ def die_with_parent(parent: int, number: int) -> None:
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Block the stop signals; processes that are started meanwhile begin with them blocked."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        let_through()
+        signals_unblocked()
 
 
-def let_through() -> None:
+def signals_unblocked() -> None:
     """Unblock the stop signals; what came meanwhile comes now."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

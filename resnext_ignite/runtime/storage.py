@@ -33,7 +33,7 @@ def replace_durably(
         OSError: what is under the name is then untouched.
     """
     temporary = temporary_path(path)
-    with errors_named(path):
+    with name_file_in_errors(path):
         try:
             with temporary.open("wb") as file:
                 write(file)
@@ -66,7 +66,7 @@ def append_durably(path: Path, line: str) -> None:
     Raises:
         OSError: the line may stand there in part.
     """
-    with errors_named(path):
+    with name_file_in_errors(path):
         new = not path.exists()
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -77,7 +77,7 @@ def append_durably(path: Path, line: str) -> None:
 
 
 @contextlib.contextmanager
-def errors_named(path: Path) -> Iterator[None]:
+def name_file_in_errors(path: Path) -> Iterator[None]:
     """Name a file in an error of the system: what fails on an open file does not know its name."""
     try:
         yield
@@ -110,7 +110,7 @@ class HashingFile:
 
 def sha256_of(path: Path, *, from_disk: bool = False) -> str:
     """Of a file, in hexadecimal; `from_disk`: past what the system holds in memory, as far as it grants that."""
-    with errors_named(path), path.open("rb") as file:
+    with name_file_in_errors(path), path.open("rb") as file:
         if from_disk:
             # Else the system answers from its memory what the disk was told to keep. It is a request: some file systems
             # do not know it.
@@ -141,7 +141,7 @@ def check_place(option: str, path: Path, *, new: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def warned_of(what: str) -> Iterator[None]:
+def warn_on_failure(what: str) -> Iterator[None]:
     """Let an error of writing something that a run can do without be a warning."""
     try:
         yield

@@ -126,28 +126,28 @@ def _begin_momentum_at_zero(optimizer: torch.optim.Optimizer) -> None:
 
 @dataclass(frozen=True)
 class _Target:
-    """What a micro-batch's images are: labels int64 (n,); of mixed ones the neighbours' too, and their own shares."""
+    """What a micro-batch's images are: labels int64 (n,); of mixed ones the neighbours' too, and their own lambdas."""
 
     labels: Tensor
     others: Tensor | None = None
-    shares: Tensor | None = None
+    lambdas: Tensor | None = None
 
     def loss(self, logits: Tensor, label_smoothing: float) -> Tensor:
         """The summed cross-entropy of logits (n, C)."""
-        if self.others is None or self.shares is None:
+        if self.others is None or self.lambdas is None:
             return F.cross_entropy(logits, self.labels, label_smoothing=label_smoothing, reduction="sum")
         own, other = (
             F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
             for labels in (self.labels, self.others)
         )
-        return torch.lerp(other, own, self.shares).sum()
+        return torch.lerp(other, own, self.lambdas).sum()
 
 
 def _micro_batches(batch: Batch, count: int) -> Iterator[tuple[Tensor, _Target]]:
-    if batch.shares is None:
+    if batch.lambdas is None:
         targets = [_Target(labels) for labels in batch.labels.chunk(count)]
     else:
-        parts = (part.chunk(count) for part in (batch.labels, neighbours(batch.labels), batch.shares))
+        parts = (part.chunk(count) for part in (batch.labels, neighbours(batch.labels), batch.lambdas))
         targets = [_Target(*target) for target in zip(*parts, strict=True)]
     yield from zip(batch.images.chunk(count), targets, strict=True)
 

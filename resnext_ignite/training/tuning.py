@@ -17,7 +17,7 @@ from resnext_ignite.config.schema import Config, with_values
 from resnext_ignite.data import Data
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.models import build_model
-from resnext_ignite.models.grouped_conv import grouped_shapes, in_each_way
+from resnext_ignite.models.grouped_conv import grouped_shapes, in_each_implementation
 from resnext_ignite.models.inference import Inference
 from resnext_ignite.runtime.devices import DTYPES, place
 from resnext_ignite.runtime.timing import in_turns, medians, timed, timer
@@ -118,7 +118,7 @@ def choose_grouped_conv(model: nn.Module, image_size: int, images: int, arithmet
         noise = arithmetic.noise(arithmetic.enough(images), shape.module.in_channels, shape.size)
         ways = {
             way: _training_step(arithmetic.place(module), noise, arithmetic)
-            for way, module in in_each_way(shape.module).items()
+            for way, module in in_each_implementation(shape.module).items()
         }
         choices.append(fastest(ways, arithmetic.device))
     return choices

@@ -20,7 +20,7 @@ def open_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
         return load_model(path)
     except ForeignFileError:
         # Not at the top: few files are another system's.
-        from resnext_ignite.weights.foreign.adopted import checkpoint_of
+        from resnext_ignite.weights.foreign.conversion import checkpoint_of
         from resnext_ignite.weights.foreign.reading import read_foreign
 
         file = find_checkpoint(Path(path))

@@ -75,7 +75,7 @@ def _checkpoint(source: str) -> dict[str, Any]:
         return load_checkpoint(file)
     except ForeignFileError:
         # Not at the top: most runs start from weights of this project, or from none.
-        from resnext_ignite.weights.foreign.adopted import checkpoint_of
+        from resnext_ignite.weights.foreign.conversion import checkpoint_of
         from resnext_ignite.weights.foreign.reading import read_foreign
 
         return checkpoint_of(read_foreign(file))

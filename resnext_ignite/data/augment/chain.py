@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from resnext_ignite.data.augment.erasing import random_boxes
 from resnext_ignite.data.augment.trivial import trivial_augment
-from resnext_ignite.data.images import whole_color
+from resnext_ignite.data.images import color_to_uint8
 from resnext_ignite.data.sampling import Purpose, integers, uniform
 
 Color = tuple[float, float, float]
@@ -159,7 +159,7 @@ class Augment:
         return pad(pictures, self.crop_padding, self._fill(pictures.device)) if self.crop_padding else pictures
 
     def __call__(self, padded: Tensor, positions: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
-        """Augment and normalise some pictures, given as `pad` made them: `on_pictures`, then `on_images`.
+        """Augment and normalise some pictures, given as `pad` made them: `on_pixels`, then `on_images`.
 
         Args:
             padded: uint8 (M, H+2p, W+2p, 3).
@@ -171,19 +171,19 @@ class Augment:
             float32 (n, 3, H, W).
         """
         if self.trivial:
-            return self.on_images(self.on_pictures(padded, positions, epoch, indices), epoch, indices)
+            return self.on_images(self.on_pixels(padded, positions, epoch, indices), epoch, indices)
         # Mirrored while they are normalised, which saves a pass over them.
         images = self._cropped(padded, positions, epoch, indices)
         return self.on_images(images, epoch, indices, self._mirrored(epoch, indices))
 
-    def on_pictures(self, padded: Tensor, positions: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
+    def on_pixels(self, padded: Tensor, positions: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
         """The part that yields pictures again, as `__call__`: -> uint8 (n, H, W, 3)."""
         images, mirrored = self._cropped(padded, positions, epoch, indices), self._mirrored(epoch, indices)
         images = images if mirrored is None else flip(images, mirrored)
         return trivial_augment(images, self.seed, epoch, indices) if self.trivial else images
 
     def on_images(self, images: Tensor, epoch: int, indices: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """The part that normalises and what follows: uint8 (n, H, W, 3) of `on_pictures` -> float32 (n, 3, H, W).
+        """The part that normalises and what follows: uint8 (n, H, W, 3) of `on_pixels` -> float32 (n, 3, H, W).
 
         Args:
             mirrored: bool (n,), which of them are still to be mirrored.
@@ -229,7 +229,7 @@ class Augment:
     def _fill(self, device: torch.device) -> Tensor | None:
         if self.crop_fill == "reflect":
             return None
-        return _constant(whole_color(self.mean) if self.crop_fill == "mean" else (0, 0, 0), torch.uint8, device)
+        return _constant(color_to_uint8(self.mean) if self.crop_fill == "mean" else (0, 0, 0), torch.uint8, device)
 
     def _moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
         return _constant(self.mean, torch.float32, device), _constant(self.std, torch.float32, device)

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional
 
 from resnext_ignite.data.reading.cropping import Box, Crop
-from resnext_ignite.data.sources.paths import Source
+from resnext_ignite.data.sources.paths import ImagePath
 from resnext_ignite.runtime.errors import DataError
 
 Pixels = NDArray[np.uint8]
@@ -44,7 +44,7 @@ _MOST_SHRUNK = 64
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-def open_rgb(source: Source) -> Image.Image:
+def open_rgb(source: ImagePath) -> Image.Image:
     """A picture as a person sees it, in RGB: turned as its EXIF orientation says, on white where it is transparent.
 
     Of 16 bits a channel the upper 8 are kept; of a film the first picture.
@@ -69,7 +69,7 @@ def open_rgb(source: Source) -> Image.Image:
         return picture.convert("RGB")
 
 
-def has_size(source: Source, size: int) -> bool:
+def has_size(source: ImagePath, size: int) -> bool:
     """Whether a picture is a square of `size` pixels; true of what cannot be read, which is met when it is decoded."""
     with contextlib.suppress(DataError), _opened(source) as picture:
         return picture.size == (size, size)
@@ -77,7 +77,7 @@ def has_size(source: Source, size: int) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(source: Source) -> Iterator[Image.Image]:
+def _opened(source: ImagePath) -> Iterator[Image.Image]:
     try:
         with _file(source) as file, Image.open(file) as picture:
             yield picture
@@ -94,7 +94,7 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         raise DataError(f"{source}: cannot be read: {reason or type(error).__name__}; remove or replace it") from None
 
 
-def _file(source: Source) -> IO[bytes]:
+def _file(source: ImagePath) -> IO[bytes]:
     return open(source, "rb", opener=_without_waiting) if isinstance(source, str) else source.open()
 
 
@@ -114,7 +114,7 @@ def no_warnings() -> Iterator[None]:
         yield
 
 
-def read_crop(source: Source, size: int, crop: Crop, *, training: bool = False) -> Pixels:
+def read_crop(source: ImagePath, size: int, crop: Crop, *, training: bool = False) -> Pixels:
     """A part of a picture file, resized to a square with antialiasing: uint8 (size, size, 3).
 
     In evaluation as torchvision's Resize before its CenterCrop, where pixels beyond the part weigh in at its edge. In
@@ -149,7 +149,7 @@ class WholeJpeg:
     box: Box
 
 
-def undecoded(source: Source, size: int, crop: Crop) -> WholeJpeg | None:
+def undecoded(source: ImagePath, size: int, crop: Crop) -> WholeJpeg | None:
     """A JPEG file in YCbCr, upright and with an end, of which whole pixels are to be cut out; None: `read_crop` it.
 
     What is cut off ends without the marker of an end, and decoders differ in what they make of it. A part of many times
@@ -183,7 +183,7 @@ class _PlainJpeg:
     space: str = "YCbCr"
 
     @classmethod
-    def of(cls, source: Source) -> _PlainJpeg | None:
+    def of(cls, source: ImagePath) -> _PlainJpeg | None:
         """None where it is none, or cannot be read: PIL says why."""
         try:
             content = _content(source)
@@ -211,7 +211,7 @@ class _PlainJpeg:
         return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
-def _content(source: Source) -> bytes:
+def _content(source: ImagePath) -> bytes:
     """A file's bytes, in one read; none where it is no JPEG."""
     if not isinstance(source, str):
         with source.open() as file:

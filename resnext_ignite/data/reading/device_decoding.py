@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 
 class JpegReader(Dataset[Any]):
-    """A batch's files at a time, in a worker, as `PictureReader` its pictures.
+    """A batch's files at a time, in a worker, as `ImageReader` its pictures.
 
     (epoch, positions, ahead) -> ((bytes, parts), epoch, positions, unreadable).
 

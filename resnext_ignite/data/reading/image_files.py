@@ -17,12 +17,12 @@ from resnext_ignite.data.images import UNREADABLE, Images
 from resnext_ignite.data.reading.cropping import CENTRE, Box, Crop, crop_draws, random_crop, square_crop
 from resnext_ignite.data.reading.decoding import has_size, no_warnings, read_crop
 from resnext_ignite.data.reading.workers import shared_room
-from resnext_ignite.data.sources.paths import Sources
+from resnext_ignite.data.sources.paths import ImagePaths
 from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_SHARE_OF_MEMORY = 0.4
+_MEMORY_FRACTION = 0.4
 _PROBES = 64
 
 
@@ -35,15 +35,15 @@ class ImageFiles:
         labels: int64 (N,).
         indices: int64 (N,), each picture's index in its whole split: the key of all that is random about it.
         size: side of a decoded picture in pixels.
-        crop_share: side of the square that is kept, over the shorter side.
+        crop_ratio: side of the square that is kept, over the shorter side.
         anchor: where that lies, as for `square_crop`.
     """
 
-    paths: Sources
+    paths: ImagePaths
     labels: Tensor
     indices: Tensor
     size: int
-    crop_share: float = 1.0
+    crop_ratio: float = 1.0
     anchor: tuple[float, float] = CENTRE
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class ImageFiles:
     def crops(self, positions: Tensor, crop_key: tuple[int, int] | None) -> list[Crop]:
         """What is kept of each picture at some positions (int64); `crop_key` as for `read`."""
         if crop_key is None:
-            return [square_crop(self.size, self.crop_share, self.anchor)] * len(positions)
+            return [square_crop(self.size, self.crop_ratio, self.anchor)] * len(positions)
         return [random_crop(draws) for draws in crop_draws(*crop_key, self.indices[positions])]
 
 
@@ -124,7 +124,7 @@ def decode_into_memory(
         DataError: a picture cannot be read and there is no `fill`; the line names it.
     """
     needed = len(files) * files.size**2 * 3
-    if processes * needed > _SHARE_OF_MEMORY * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    if processes * needed > _MEMORY_FRACTION * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         return None
     pictures = np.empty((len(files), files.size, files.size, 3), dtype=np.uint8)
     unreadable: dict[int, str] = {}
@@ -132,7 +132,7 @@ def decode_into_memory(
     def crop(width: int, height: int) -> Box:
         if not any_size and (width, height) != (files.size, files.size):
             raise _OtherSizeError
-        return square_crop(files.size, files.crop_share, files.anchor)(width, height)
+        return square_crop(files.size, files.crop_ratio, files.anchor)(width, height)
 
     def decode(position: int) -> bool:
         try:

@@ -21,7 +21,7 @@ from resnext_ignite.runtime.errors import DataError
 Decoded = tuple[Tensor, int, Tensor, dict[int, str]]
 
 
-class PictureReader(Dataset[Any]):
+class ImageReader(Dataset[Any]):
     """A batch at a time, in a worker process: (epoch, positions, ahead) -> (pictures, epoch, positions, unreadable).
 
     Positions are plain numbers: each tensor travels through shared memory, a file descriptor each. `ahead` are groups
@@ -32,7 +32,7 @@ class PictureReader(Dataset[Any]):
         crop_seed: key of random-resized crops; None: the centre.
         fill: as for `ImageFiles.read`.
         sizes: of the pictures in each epoch; None: that of the split's.
-        augment: what makes other pictures of them (`Augment.on_pictures`); None: they are given as they are.
+        augment: what makes other pictures of them (`Augment.on_pixels`); None: they are given as they are.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PictureReader(Dataset[Any]):
             return error
         if self.augment is not None:
             # Back into the memory that the main process reads.
-            pictures.copy_(self.augment.on_pictures(self.augment.pad(pictures), None, epoch, files.indices[places]))
+            pictures.copy_(self.augment.on_pixels(self.augment.pad(pictures), None, epoch, files.indices[places]))
         return pictures, epoch, positions, unreadable
 
 

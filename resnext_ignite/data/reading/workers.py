@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from resnext_ignite.runtime.errors import DataError, errors_of_data
-from resnext_ignite.runtime.signals import STOP_SIGNALS, die_with_parent, held_back
+from resnext_ignite.runtime.signals import STOP_SIGNALS, die_with_parent, signals_blocked
 
 _SHM_FULL = "/dev/shm is full: enlarge it (docker run --shm-size=8g) or set data.workers=0"
 # What torch says where a batch cannot be handed over for want of a file descriptor, by plain RuntimeErrors.
@@ -104,7 +104,7 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     handler = signal.getsignal(signal.SIGCHLD)
     try:
         # A worker begins with them blocked, and ignores them before it could hear one.
-        with held_back():
+        with signals_blocked():
             if loader.num_workers:
                 # Asked for before torch does, which leaves a traceback behind.
                 multiprocessing.Lock()

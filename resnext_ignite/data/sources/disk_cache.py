@@ -19,11 +19,11 @@ from resnext_ignite.runtime.storage import write_durably
 
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
-SETTLED_S = 2.0
+UNCHANGED_S = 2.0
 """Seconds after which a file's times are believed: one that changes within a tick of the clock may leave them alone."""
 
 
-def kept_or_found(
+def get_or_build(
     kind: str,
     folder: Path,
     names: Sequence[str],
@@ -46,7 +46,7 @@ def kept_or_found(
     arrays = _read_kept(path, state, names)
     if arrays is None:
         arrays = find()
-        if worth_keeping(arrays) and changed_s < now - SETTLED_S:
+        if worth_keeping(arrays) and changed_s < now - UNCHANGED_S:
             _keep(path, state, dict(zip(names, arrays, strict=True)))
     return arrays
 

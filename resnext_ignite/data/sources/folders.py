@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from resnext_ignite.data.sources.disk_cache import Array, kept_or_found
+from resnext_ignite.data.sources.disk_cache import Array, get_or_build
 from resnext_ignite.data.sources.paths import Paths
 from resnext_ignite.runtime.errors import DataError, data_error
 
@@ -57,7 +57,7 @@ def index_images(root: Path, split: str, classes: tuple[str, ...] | None = None)
     if unknown:
         raise DataError(f"{folder / unknown[0]}: not a class of the training images")
     known = classes or tuple(found)
-    starts, letters, counts = kept_or_found(
+    starts, letters, counts = get_or_build(
         "images",
         folder,
         _PARTS,
@@ -115,12 +115,12 @@ def _entries(folder: Path, split: str) -> list[os.DirEntry[str]]:
 def _state_of(folder: Path, classes: list[str]) -> tuple[float, str]:
     """When a folder or one of its classes was last changed, and all that would tell another list from this one."""
     try:
-        facts = [os.stat(folder / name) for name in classes]
+        stats = [os.stat(folder / name) for name in classes]
     except OSError as error:
         raise data_error(error.filename, error, "it was there a moment ago") from None
     # The time of change besides that of modification, which copying programs set back.
     folders = [
-        (name, fact.st_ino, fact.st_mtime_ns, fact.st_ctime_ns) for name, fact in zip(classes, facts, strict=True)
+        (name, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in zip(classes, stats, strict=True)
     ]
     text = json.dumps([_VERSION, os.fsdecode(folder.resolve()), IMG_EXTENSIONS, folders])
-    return max(fact.st_ctime_ns for fact in facts) / 1e9, hashlib.sha256(os.fsencode(text)).hexdigest()
+    return max(stat.st_ctime_ns for stat in stats) / 1e9, hashlib.sha256(os.fsencode(text)).hexdigest()

@@ -17,23 +17,23 @@ from numpy.typing import NDArray
 _BETWEEN = b"\n"
 
 
-class Stored(Protocol):
+class ArchivedFile(Protocol):
     """A picture's file inside another; its string names it."""
 
     def open(self) -> IO[bytes]:
         """Its bytes; raises OSError or EOFError."""
 
 
-Source = str | Stored
+ImagePath = str | ArchivedFile
 """A picture's file: where it lies, or what opens it."""
 
 
-class Sources(Protocol):
+class ImagePaths(Protocol):
     """Many pictures' files."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, position: int) -> Source: ...
-    def take(self, positions: NDArray[np.int64]) -> Sources:
+    def __getitem__(self, position: int) -> ImagePath: ...
+    def take(self, positions: NDArray[np.int64]) -> ImagePaths:
         """Some of them, int64 (n,)."""
 
     def identity(self) -> str:

@@ -18,7 +18,7 @@ from resnext_ignite.training.handlers.checkpointing import RunState, SaveCheckpo
 from resnext_ignite.training.handlers.evaluation import BestRecord, Evaluation, FinalTest
 from resnext_ignite.training.handlers.files import EvaluationFile, MetricsFile, StatusFile
 from resnext_ignite.training.handlers.log_point import LogPoint
-from resnext_ignite.training.handlers.plots import Curves, MistakesPicture
+from resnext_ignite.training.handlers.plots import Curves, MistakesPlot
 from resnext_ignite.training.handlers.progress import Progress
 from resnext_ignite.training.handlers.session import AttachedRun, EpochEnds, Parts
 
@@ -44,7 +44,7 @@ def attach_handlers(
         every=config.evaluation.every,
         early=(*config.evaluation.early, *abandon),
         lr=lr,
-        training=log_point.epoch_figures,
+        training=log_point.epoch_metrics,
         before=build_fresh_statistics(config, parts.average, loaders.train),
     )
     best = BestRecord(
@@ -93,8 +93,8 @@ def attach_handlers(
     status = None
     if ranks.rank == 0:
         device = torch.cuda.get_device_name() if config.train.device == "cuda" else config.train.device
-        facts = {"changes_on_resume": run.changes, "device": device, "ranks": ranks.world_size}
-        status = StatusFile(run.folder, best, facts)
+        metadata = {"changes_on_resume": run.changes, "device": device, "ranks": ranks.world_size}
+        status = StatusFile(run.folder, best, metadata)
         _attach_writers(config, parts, loaders, run, status)
 
     # The resume point comes last, when everything it has to remember has happened; only then the best one's file.
@@ -107,7 +107,7 @@ def attach_handlers(
         final_test = FinalTest(evaluation, parts.evaluated, loaders.evaluation["test"], saver.best_weights)
         trainer.add_event_handler(Events.COMPLETED, final_test)
     if ranks.rank == 0:
-        _attach_pictures(config, parts, loaders, run, saver, epoch_ends)
+        _attach_plots(config, parts, loaders, run, saver, epoch_ends)
     return AttachedRun(parts, state, saver, evaluation, epoch_ends, best, stop, status, run)
 
 
@@ -128,7 +128,7 @@ def _run_state(
         "lr_scheduler": parts.lr_scheduler,
         "scaler": parts.trainer.state.scaler,
     }
-    facts = {
+    metadata = {
         "config": config.model_dump(mode="json"),
         "classes": list(data.classes),
         "mean": list(data.mean),
@@ -142,7 +142,7 @@ def _run_state(
     def errors() -> dict[str, Any]:
         return {"last": getattr(parts.trainer.state, "record", None), "best": best.best}
 
-    return RunState(parts.trainer, ranks, facts, saved, handlers, errors)
+    return RunState(parts.trainer, ranks, metadata, saved, handlers, errors)
 
 
 def _attach_writers(config: Config, parts: Parts, loaders: Loaders, run: OpenRun, status: StatusFile) -> None:
@@ -157,7 +157,7 @@ def _attach_writers(config: Config, parts: Parts, loaders: Loaders, run: OpenRun
     Progress(config.train.batch_size).attach(parts.trainer)
 
 
-def _attach_pictures(
+def _attach_plots(
     config: Config, parts: Parts, loaders: Loaders, run: OpenRun, saver: SaveCheckpoints, epoch_ends: EpochEnds
 ) -> None:
     """TensorBoard, `curves.png` and `mistakes.png`, on rank 0; after everything whose figures they show."""
@@ -167,7 +167,7 @@ def _attach_pictures(
         trainer.add_event_handler(RunEvents.EVALUATED, curves)
         trainer.add_event_handler(Events.COMPLETED, lambda engine: curves.draw())
     splits = {name: loader.split for name, loader in loaders.evaluation.items()}
-    trainer.add_event_handler(Events.COMPLETED, MistakesPicture(run.folder, splits, classes))
+    trainer.add_event_handler(Events.COMPLETED, MistakesPlot(run.folder, splits, classes))
     if not config.logging.tensorboard:
         return
     # Not at the top: a run without TensorBoard does not wait for it to load.

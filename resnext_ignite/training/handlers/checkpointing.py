@@ -22,7 +22,7 @@ from resnext_ignite.runs.checkpoint import (
     save_checkpoint,
 )
 from resnext_ignite.runtime.errors import CheckpointError, NonFiniteError
-from resnext_ignite.runtime.storage import warned_of
+from resnext_ignite.runtime.storage import warn_on_failure
 from resnext_ignite.training.handlers.evaluation import BestRecord
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class RunState:
     """The one manifest of all that a run is, collected and restored.
 
     Args:
-        facts: plain values that go into every file (config, classes, normalisation, ...).
+        metadata: plain values that go into every file (config, classes, normalisation, ...).
         parts: model, ema, optimizer, lr_scheduler, scaler: by the name under which they are saved; None: absent.
         handlers: handlers with a state.
         errors: gives the records of the last and the best evaluation.
@@ -50,12 +50,12 @@ class RunState:
         self,
         trainer: Engine,
         ranks: Ranks,
-        facts: dict[str, Any],
+        metadata: dict[str, Any],
         parts: dict[str, Stateful | None],
         handlers: dict[str, Stateful],
         errors: Callable[[], dict[str, Any]],
     ) -> None:
-        self.trainer, self.ranks, self.facts, self.parts = trainer, ranks, facts, parts
+        self.trainer, self.ranks, self.metadata, self.parts = trainer, ranks, metadata, parts
         self.handlers, self.errors = handlers, errors
 
     def collect(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class RunState:
                 own[name] = {key: buffer.cpu() for key, buffer in own_statistics(part, self.ranks).items()}
         self._refuse_what_is_not_finite(parts)
         return {
-            **self.facts,
+            **self.metadata,
             "trainer": {"iteration": self.trainer.state.iteration, "epoch_length": self.trainer.state.epoch_length},
             **parts,
             "handlers": {name: handler.state_dict() for name, handler in self.handlers.items()},
@@ -211,7 +211,7 @@ class SaveCheckpoints:
         if not self._is_best():
             return
         saved = False
-        with warned_of("best.pt"):
+        with warn_on_failure("best.pt"):
             self.save_as("best.pt")
             saved = True
         if not self.state.ranks.from_rank_zero(lambda: saved):

@@ -13,13 +13,13 @@ from torch import nn
 
 from resnext_ignite.data.loaders import EvalLoader
 from resnext_ignite.distributed.ddp import average_statistics
-from resnext_ignite.distributed.stopping import Pace, StopAgreement, StopReason
+from resnext_ignite.distributed.stopping import StopAgreement, StopReason, SyncSchedule
 from resnext_ignite.runs.folder import Record
 from resnext_ignite.runtime.errors import NonFiniteError
 from resnext_ignite.training.engines import RunEvents
 from resnext_ignite.training.metrics import FlipCounts
 
-_FIGURES = ("images", "correct", "top1_error", "top5_error", "loss")
+_METRICS = ("images", "correct", "top1_error", "top5_error", "loss")
 
 
 class _AbandonedError(Exception):
@@ -64,7 +64,7 @@ class Evaluation:
         self.last_iteration = -1
         self.records = 0
         self.abandoned = False
-        self._pace = Pace(stop)
+        self._sync = SyncSchedule(stop)
         self._common_batches = 0
         evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._meet)
         self._seconds_before = 0.0
@@ -102,7 +102,7 @@ class Evaluation:
         for model in self.models:
             average_statistics(model, self.stop.ranks)
         began = time.monotonic() if began is None else began
-        self._pace.start(0)
+        self._sync.start(0)
         self._common_batches = loader.common_batches
         try:
             self.evaluator.run(loader)
@@ -120,7 +120,7 @@ class Evaluation:
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
             "split": split,
-            **{key: result[key] for key in (*_FIGURES, *FlipCounts.NAMES) if key in result},
+            **{key: result[key] for key in (*_METRICS, *FlipCounts.NAMES) if key in result},
             "lr": self.lr(),
             **self.training(),
             "evaluation_s": time.monotonic() - began,
@@ -133,8 +133,8 @@ class Evaluation:
     def _meet(self, evaluator: Engine) -> None:
         # Only at batches that every rank has: their shares may differ by one.
         batch = evaluator.state.iteration
-        if batch < self._common_batches and self._pace.due(batch):
-            self._pace.exchange(batch, torch.zeros(0, dtype=torch.float64))
+        if batch < self._common_batches and self._sync.due(batch):
+            self._sync.exchange(batch, torch.zeros(0, dtype=torch.float64))
             if self.stop.reason >= StopReason.SIGNAL:
                 raise _AbandonedError
 

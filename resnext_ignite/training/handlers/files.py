@@ -9,7 +9,7 @@ import torch
 from ignite.engine import Engine
 
 from resnext_ignite.runs.folder import Record, RunFolder
-from resnext_ignite.runtime.storage import warned_of
+from resnext_ignite.runtime.storage import warn_on_failure
 from resnext_ignite.training.handlers.evaluation import BestRecord
 
 
@@ -47,7 +47,7 @@ class EvaluationFile:
             "confusion": cells.tolist(),
             "mistakes": result["mistakes"],
         }
-        with warned_of("evaluation.json"):
+        with warn_on_failure("evaluation.json"):
             self.folder.write_evaluation(evaluation)
 
 
@@ -56,17 +56,17 @@ class StatusFile:
 
     Args:
         best: the record that is the best so far.
-        facts: what else the file says of the run.
+        metadata: what else the file says of the run.
     """
 
-    def __init__(self, folder: RunFolder, best: BestRecord, facts: dict[str, Any]) -> None:
-        self.folder, self.best, self.facts = folder, best, facts
+    def __init__(self, folder: RunFolder, best: BestRecord, metadata: dict[str, Any]) -> None:
+        self.folder, self.best, self.metadata = folder, best, metadata
         self.last: Record | None = None
 
     def __call__(self, engine: Engine, state: str = "running", exit_code: int | None = None, reason: str = "") -> None:
         self.last = getattr(engine.state, "record", None) or self.last
         # A run that goes on can do without this file. One that has ended must not be left marked as running.
-        with warned_of("status.json") if state == "running" else contextlib.nullcontext():
+        with warn_on_failure("status.json") if state == "running" else contextlib.nullcontext():
             self.folder.write_status(
                 state,
                 exit_code=exit_code,
@@ -75,5 +75,5 @@ class StatusFile:
                 reason=reason,
                 last=self.last,
                 best=self.best.best,
-                **self.facts,
+                **self.metadata,
             )

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from ignite.engine import Engine
 
-from resnext_ignite.distributed.stopping import Pace, StopAgreement
+from resnext_ignite.distributed.stopping import StopAgreement, SyncSchedule
 from resnext_ignite.runtime.errors import DataError, NonFiniteError
 from resnext_ignite.training.engines import RunEvents
 from resnext_ignite.training.metrics import TrainingSums
 
 
 class LogPoint:
-    """Meets the other ranks every so often: settles stops, refuses bad numbers, and makes the training metrics.
+    """Synchronises the ranks: agrees on stops, refuses non-finite numbers, and computes the training metrics.
 
-    Ranks meet (`Pace`) at least about every five seconds and before a save, so that nothing computed after a bad
-    number is ever evaluated or written. A log point is a meeting at a multiple of `every_iterations` or the end of an
-    epoch, wherever the run was cut. Attach it to ITERATION_COMPLETED.
+    Ranks synchronise about every five seconds (`SyncSchedule`) and before each save, so that nothing computed after a
+    non-finite number is evaluated or written. Log points are the synchronisations at multiples of `every_iterations`
+    and at the end of an epoch; they are the same after a resume. Attach it to ITERATION_COMPLETED.
 
     Sets `engine.state.metrics`, over all ranks since the last log point: loss, top1_error (percent, of augmented
     images), lr, images_per_s, skipped_updates; then fires RunEvents.METRICS_READY and RunEvents.PROGRESS.
@@ -50,13 +50,13 @@ class LogPoint:
         self.stop, self.lr_at, self.every_iterations = stop, lr_at, every_iterations
         self.max_skipped, self.save_due = max_skipped, save_due
         self.last: dict[str, float] = {}
-        self._pace = Pace(stop)
+        self._sync = SyncSchedule(stop)
         self._since_log = torch.zeros(self._SIZE, dtype=torch.float64)
         self._epoch = torch.zeros(self._SIZE, dtype=torch.float64)
 
     def begin_epoch(self, engine: Engine) -> None:
         """Attach to EPOCH_STARTED: leave the time of evaluations out, and start an epoch's sums anew."""
-        self._pace.start(engine.state.iteration)
+        self._sync.start(engine.state.iteration)
         if engine.state.iteration % (engine.state.epoch_length or 1) == 0:
             self._epoch.zero_()
 
@@ -64,7 +64,7 @@ class LogPoint:
         iteration, length = engine.state.iteration, engine.state.epoch_length
         assert length is not None
         logs = iteration % self.every_iterations == 0 or iteration % length == 0
-        in_time = self._pace.due(iteration)
+        in_time = self._sync.due(iteration)
         if logs or in_time or self.save_due(iteration):
             self._meet(engine, iteration)
             if logs:
@@ -78,7 +78,7 @@ class LogPoint:
 
     def _meet(self, engine: Engine, iteration: int) -> None:
         # (world_size, 7): the sums, the first bad iteration, seconds
-        numbers = self._pace.exchange(iteration, engine.state.sums.read_and_reset())
+        numbers = self._sync.exchange(iteration, engine.state.sums.read_and_reset())
         first_bad = numbers[:, -2].min().item()
         if first_bad <= iteration:
             raise NonFiniteError(
@@ -104,7 +104,7 @@ class LogPoint:
                 f"{self.max_skipped}; mend those named above, or raise it"
             )
 
-    def epoch_figures(self) -> dict[str, float | None]:
+    def epoch_metrics(self) -> dict[str, float | None]:
         """Training loss, images/s and what was left out, over the epoch so far; None before the first meeting."""
         loss, _, images, unreadable, skipped_updates, seconds = self._epoch.tolist()
         return {

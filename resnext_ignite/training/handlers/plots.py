@@ -9,7 +9,7 @@ from ignite.engine import Engine
 from resnext_ignite.data.loaders import Split
 from resnext_ignite.plots.figures import draw_curves, draw_mistakes, name_of_evaluation, save_figure
 from resnext_ignite.runs.folder import RunFolder
-from resnext_ignite.runtime.storage import warned_of
+from resnext_ignite.runtime.storage import warn_on_failure
 
 
 class Curves:
@@ -25,12 +25,12 @@ class Curves:
 
     def draw(self) -> None:
         """Draw now."""
-        with warned_of("curves.png"):
+        with warn_on_failure("curves.png"):
             save_figure(draw_curves({self.name: self.folder.read_metrics()}), self.folder.curves)
         self._last = time.monotonic()
 
 
-class MistakesPicture:
+class MistakesPlot:
     """Draws `mistakes.png`, the worst mistakes of the run's last evaluation; attach to COMPLETED.
 
     Args:
@@ -44,7 +44,7 @@ class MistakesPicture:
         record, result = getattr(engine.state, "record", None), getattr(engine.state, "evaluation", None)
         if record is None or result is None:
             return
-        with warned_of("mistakes.png"):
+        with warn_on_failure("mistakes.png"):
             if result["mistakes"]:
                 sheet = draw_mistakes(result["mistakes"], self.splits[record["split"]], self.classes)
                 save_figure(sheet, self.folder.mistakes, name_of_evaluation(record))

@@ -15,7 +15,7 @@ from resnext_ignite.training.engines import RunEvents
 log = logging.getLogger(__name__)
 
 
-def describe(record: Record) -> str:
+def describe_evaluation(record: Record) -> str:
     """A record of an evaluation as people say it."""
     wrong = record["images"] - record["correct"]
     flip = f" (with mirror images {record['top1_error_flip']:.2f} %)" if "top1_error_flip" in record else ""
@@ -73,4 +73,4 @@ class Progress:
         )
 
     def say_evaluation(self, engine: Engine) -> None:
-        log.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs} {describe(engine.state.record)}")
+        log.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs} {describe_evaluation(engine.state.record)}")

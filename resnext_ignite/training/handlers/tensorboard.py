@@ -24,7 +24,7 @@ from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.loaders import Split
 from resnext_ignite.plots.figures import draw_confusion, draw_mistakes, draw_sheet, figure_to_array
 from resnext_ignite.runs.folder import RunFolder
-from resnext_ignite.runtime.storage import warned_of
+from resnext_ignite.runtime.storage import warn_on_failure
 from resnext_ignite.training.engines import RunEvents
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ _SCALARS = ("loss", "top1_error", "lr", "images_per_s")
 _EVALUATED_SCALARS = ("top1_error", "top5_error", "loss")
 
 
-class _DispensableEvents:
+class _BestEffortEvents:
     """TensorBoard's writer as long as the disk takes what it writes; after that, with a warning, nothing."""
 
     def __init__(self, writer: Any) -> None:
@@ -54,7 +54,7 @@ class _DispensableEvents:
         if self.failed:
             return
         self.failed = True
-        with warned_of("TensorBoard's events"):
+        with warn_on_failure("TensorBoard's events"):
             act(*args)
             self.failed = False
 
@@ -65,7 +65,7 @@ def _mute_writer_thread(arguments: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(arguments)
 
 
-def _put_before(now: int, folder: Path) -> None:
+def _rename_older_event_files(now: int, folder: Path) -> None:
     """Have the event files of a folder come before one begun now: they are read in the order of their names' seconds.
 
     A clock may have been set back, and a process may follow another within a second.
@@ -90,12 +90,12 @@ class TensorBoard:
 
     def __init__(self, folder: RunFolder, purge_from: int) -> None:
         threading.excepthook = _mute_writer_thread
-        _put_before(int(time.time()), folder.path)
+        _rename_older_event_files(int(time.time()), folder.path)
         self.logger = TensorboardLogger(log_dir=str(folder.path), purge_step=purge_from)
         self.writer = self.logger.writer
         self._histograms: WeightsHistHandler | None = None
         self._split = ""
-        self.writer.file_writer.event_writer = _DispensableEvents(self.writer.file_writer.event_writer)
+        self.writer.file_writer.event_writer = _BestEffortEvents(self.writer.file_writer.event_writer)
 
     def attach(self, trainer: Engine, config: Config, model: nn.Module, split: str, *, new: bool) -> None:
         """Attach scalars, and histograms if asked; write the config down where the run is new.

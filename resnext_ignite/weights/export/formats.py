@@ -17,7 +17,7 @@ from resnext_ignite.runs.checkpoint import ModelMetadata
 from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.runtime.storage import replace_durably, write_durably
 from resnext_ignite.weights.export.networks import prepared, program_of, reference, traced_images
-from resnext_ignite.weights.foreign.stated import strings_of
+from resnext_ignite.weights.foreign.metadata import as_strings
 
 # The one that torch's exporter writes itself; others it converts. Runtimes read it since 2023.
 OPSET = 18
@@ -65,7 +65,7 @@ def write_onnx(path: Path, model: nn.Module, metadata: ModelMetadata, options: O
     for node in proto.graph.node:
         # Where in whose folders it was traced.
         del node.metadata_props[:]
-    onnx.helper.set_model_props(proto, facts(metadata, options))
+    onnx.helper.set_model_props(proto, export_metadata(metadata, options))
     difference = 0.0
 
     def check(temporary: Path) -> None:
@@ -96,7 +96,7 @@ def write_program(path: Path, model: nn.Module, metadata: ModelMetadata, options
     network = prepared(model, metadata.mean, metadata.std, uint8=options.uint8, fold=options.fold)
     with _quiet():
         program = program_of(network, uint8=options.uint8)
-    extra = {"metadata.json": json.dumps(facts(metadata, options))}
+    extra = {"metadata.json": json.dumps(export_metadata(metadata, options))}
     difference = 0.0
 
     def write(file: IO[bytes]) -> None:
@@ -128,10 +128,10 @@ def write_weights(path: Path, model: nn.Module, metadata: ModelMetadata) -> None
         if found.keys() != weights.keys() or not all(torch.equal(found[name], weights[name]) for name in weights):
             raise CheckpointError(f"{path}: read back with other weights than were written; the storage is failing")
 
-    write_durably(path, save(weights, strings_of(metadata)), before_rename=check)
+    write_durably(path, save(weights, as_strings(metadata)), before_rename=check)
 
 
-def facts(metadata: ModelMetadata, options: Options) -> dict[str, str]:
+def export_metadata(metadata: ModelMetadata, options: Options) -> dict[str, str]:
     """What one must know to feed an exported model and to name its answers, as strings."""
     return {
         "model_name": metadata.config.model.name,

@@ -16,7 +16,7 @@ from resnext_ignite.models import create_model
 from resnext_ignite.models.cost import cost_of
 from resnext_ignite.runs.checkpoint import ModelMetadata
 from resnext_ignite.weights.export.formats import TOLERANCE, Options
-from resnext_ignite.weights.foreign.stated import public_values
+from resnext_ignite.weights.foreign.metadata import public_values
 
 _DATA = {
     "cifar10": "CIFAR-10",
@@ -28,7 +28,7 @@ _DATA = {
 
 
 @dataclass(frozen=True)
-class Leaving:
+class ExportedModel:
     """The file that a card stands beside.
 
     Args:
@@ -45,7 +45,7 @@ class Leaving:
     versions: dict[str, str]
 
 
-def model_card(metadata: ModelMetadata, leaving: Leaving) -> str:
+def model_card(metadata: ModelMetadata, leaving: ExportedModel) -> str:
     """The whole card, as Markdown."""
     name = metadata.config.model.name
     head: dict[str, Any] = {
@@ -129,7 +129,7 @@ def _which_epoch(metadata: ModelMetadata, epoch: int, *, chosen: bool) -> str:
     return f"{best}: chosen on the {metadata.selection} split itself, so the error above is no result."
 
 
-def _use(metadata: ModelMetadata, leaving: Leaving) -> str:
+def _use(metadata: ModelMetadata, leaving: ExportedModel) -> str:
     size, name = metadata.image_size, json.dumps(leaving.name)
     resized = f"resize(({size}, {size}), PIL.Image.Resampling.BILINEAR)"
     picture = f'picture = PIL.Image.open("picture.png").convert("RGB").{resized}'
@@ -178,7 +178,7 @@ def _recipe(metadata: ModelMetadata) -> str:
     )
 
 
-def _file(leaving: Leaving) -> str:
+def _file(leaving: ExportedModel) -> str:
     lines = []
     if leaving.difference is None:
         lines.append("Weights and BatchNorm statistics as they are, under torchvision's names; metadata in the file.")

@@ -11,7 +11,7 @@ from resnext_ignite import __version__
 from resnext_ignite.runs.checkpoint import ModelMetadata
 from resnext_ignite.runtime.storage import write_durably
 from resnext_ignite.weights.export.formats import Options, write_onnx, write_program, write_weights
-from resnext_ignite.weights.export.model_card import Leaving, model_card
+from resnext_ignite.weights.export.model_card import ExportedModel, model_card
 
 _WRITTEN_WITH = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime"), "torch-export": ("torch",)}
 
@@ -37,7 +37,7 @@ def export_model(
     packages = _WRITTEN_WITH.get(format, ("torch", "safetensors"))
     versions = {"resnext_ignite": __version__, **{name: version(name) for name in packages}}
     try:
-        text = model_card(metadata, Leaving(output.name, format, options, difference, versions))
+        text = model_card(metadata, ExportedModel(output.name, format, options, difference, versions))
         write_durably(card, text)
     except BaseException:
         output.unlink()

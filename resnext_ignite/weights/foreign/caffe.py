@@ -14,7 +14,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 from torch import Tensor
 
 from resnext_ignite.runtime.errors import CheckpointError
-from resnext_ignite.weights.foreign.bounded import content_of, float_tensor
+from resnext_ignite.weights.foreign.binary import content_of, float_tensor
 
 # Of each message: its fields' numbers and types; '*' before a type: repeated. Text is read as bytes, which need not be
 # valid; a blob's packed numbers too, which are then views of the file instead of Python's numbers.

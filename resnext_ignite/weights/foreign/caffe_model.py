@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from resnext_ignite.runtime.errors import CheckpointError
-from resnext_ignite.weights.foreign.blocks import Block, Classifier, Convolution, Norm, no_norm, weights_of
 from resnext_ignite.weights.foreign.caffe import blob_of, load_caffemodel, pair, text
+from resnext_ignite.weights.foreign.graph import Block, Classifier, Convolution, Norm, no_norm, weights_of
 from resnext_ignite.weights.foreign.keys import Weights
 
 log = logging.getLogger(__name__)

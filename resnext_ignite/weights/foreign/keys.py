@@ -58,7 +58,7 @@ def _renamed(name: str, rules: tuple[tuple[str, str | Callable[[re.Match[str]], 
 
 _OURS = r"((?:conv1|bn1|fc)\.\w+|layer\d+\.\d+\.(?:conv[123]|bn[123]|downsample\.[01])\.\w+)"
 # Of a block: ResNeXt.pytorch's name for each of this project's.
-_SEED_PARTS = {
+_PARTS = {
     "conv1": "conv_reduce",
     "bn1": "bn_reduce",
     "conv2": "conv_conv",
@@ -68,20 +68,20 @@ _SEED_PARTS = {
     "downsample.0": "shortcut.shortcut_conv",
     "downsample.1": "shortcut.shortcut_bn",
 }
-_FROM_SEED_PARTS = {theirs: ours for ours, theirs in _SEED_PARTS.items()}
+_FROM_PARTS = {theirs: ours for ours, theirs in _PARTS.items()}
 # weiaicunzai/pytorch-cifar100: the places in each block's Sequential.
 _SPLIT_PARTS = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7": "bn3"}
 
 TORCHVISION = Naming("layer1.0.conv2.weight", ((_OURS, r"\1"),), ((_OURS, r"\1"),))
-SEED = Naming(
+RESNEXT_PYTORCH = Naming(
     "stage_1.stage_1_bottleneck_0.conv_conv.weight",
     (
         (r"conv_1_3x3\.(\w+)", r"conv1.\1"),
         (r"bn_1\.(\w+)", r"bn1.\1"),
         (r"classifier\.(\w+)", r"fc.\1"),
         (
-            rf"stage_(\d)\.stage_\1_bottleneck_(\d+)\.({'|'.join(map(re.escape, _FROM_SEED_PARTS))})\.(\w+)",
-            lambda match: f"layer{match[1]}.{match[2]}.{_FROM_SEED_PARTS[match[3]]}.{match[4]}",
+            rf"stage_(\d)\.stage_\1_bottleneck_(\d+)\.({'|'.join(map(re.escape, _FROM_PARTS))})\.(\w+)",
+            lambda match: f"layer{match[1]}.{match[2]}.{_FROM_PARTS[match[3]]}.{match[4]}",
         ),
     ),
     (
@@ -89,8 +89,8 @@ SEED = Naming(
         (r"bn1\.(\w+)", r"bn_1.\1"),
         (r"fc\.(\w+)", r"classifier.\1"),
         (
-            rf"layer([123])\.(\d+)\.({'|'.join(map(re.escape, _SEED_PARTS))})\.(\w+)",
-            lambda match: f"stage_{match[1]}.stage_{match[1]}_bottleneck_{match[2]}.{_SEED_PARTS[match[3]]}.{match[4]}",
+            rf"layer([123])\.(\d+)\.({'|'.join(map(re.escape, _PARTS))})\.(\w+)",
+            lambda match: f"stage_{match[1]}.stage_{match[1]}_bottleneck_{match[2]}.{_PARTS[match[3]]}.{match[4]}",
         ),
     ),
 )

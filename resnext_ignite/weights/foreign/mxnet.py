@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from resnext_ignite.weights.foreign.bounded import Cursor, content_of, float_tensor
+from resnext_ignite.weights.foreign.binary import Cursor, content_of, float_tensor
 from resnext_ignite.weights.foreign.signatures import MXNET
 
 # The first number of an array: the format's versions 1 to 3; before these it was the count of dimensions.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resnext_ignite.runtime.errors import CheckpointError
-from resnext_ignite.weights.foreign.blocks import with_our_eps
+from resnext_ignite.weights.foreign.graph import with_our_eps
 from resnext_ignite.weights.foreign.keys import Statistics, Weights
 
 # Of every BatchNorm in the symbol zoo's ResNeXt, the one of the pictures too.

@@ -16,26 +16,33 @@ from torch import Tensor
 from resnext_ignite.runs.checkpoint import verify_archive
 from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.weights.foreign import signatures
-from resnext_ignite.weights.foreign.fit import fitted, recognise
-from resnext_ignite.weights.foreign.keys import GLUONCV, MXNET, PYTORCH_CIFAR100, SEED, TORCHVISION, without_prefixes
-from resnext_ignite.weights.foreign.stated import OWN, stated_in, stated_network
-from resnext_ignite.weights.foreign.systems import SOURCES, ForeignModel
+from resnext_ignite.weights.foreign.keys import (
+    GLUONCV,
+    MXNET,
+    PYTORCH_CIFAR100,
+    RESNEXT_PYTORCH,
+    TORCHVISION,
+    without_prefixes,
+)
+from resnext_ignite.weights.foreign.metadata import OWN, metadata_in, network_from_metadata
+from resnext_ignite.weights.foreign.recognition import fitted, recognise
+from resnext_ignite.weights.foreign.systems import SYSTEMS, ForeignModel
 
 
 def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
     """The model in a file that another system wrote, or that this project exported as safetensors.
 
     Args:
-        source: one of SOURCES; "auto": told by the file.
+        source: one of SYSTEMS; "auto": told by the file.
 
     Raises:
         CheckpointError: it cannot be read, is of no system known here or of several, or does not fit a ResNeXt.
     """
     if source == "auto" and file.suffix == ".safetensors":
         weights, _ = state_of(load_tensors(file), file)
-        stated = stated_in(file)
+        stated = metadata_in(file)
         if stated is not None:
-            network = stated_network(stated, file)
+            network = network_from_metadata(stated, file)
             return ForeignModel(OWN, network, fitted(weights, network, file), stated["mean"], stated["std"], stated)
     if source == "auto":
         source = format_of(file) or source
@@ -50,7 +57,7 @@ def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
         renamed = read_caffe(file)
     else:
         source, renamed = renamed_weights(file, source)
-    system = SOURCES[source]
+    system = SYSTEMS[source]
     system.adapt(renamed)
     # Before the network is recognised, since what tells them is no part of it.
     mean, std = system.statistics(renamed, file) or (system.mean, system.std)
@@ -86,8 +93,8 @@ def renamed_weights(file: Path, source: str) -> tuple[str, dict[str, Tensor]]:
     """
     weights, wrapped = state_of(load_tensors(file), file)
     if source == "auto":
-        source = told_by(weights, wrapped=wrapped, file=file)
-    naming = SOURCES[source].naming
+        source = recognise_system(weights, wrapped=wrapped, file=file)
+    naming = SYSTEMS[source].naming
     renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
         ours = None if naming is None else naming.to_ours(name)
@@ -146,15 +153,15 @@ def state_of(content: Any, file: Path) -> tuple[dict[str, Tensor], bool]:
     return without_prefixes(content), wrapped
 
 
-def told_by(weights: Mapping[str, Tensor], *, wrapped: bool, file: Path) -> str:
+def recognise_system(weights: Mapping[str, Tensor], *, wrapped: bool, file: Path) -> str:
     """The system that names its weights so.
 
     Raises:
         CheckpointError: none does.
     """
-    if SEED.marker in weights:
+    if RESNEXT_PYTORCH.marker in weights:
         # Both name alike; only pytorch-classification keeps more than the weights in its files.
-        return "pytorch-classification" if wrapped else "seed"
+        return "pytorch-classification" if wrapped else "resnext.pytorch"
     if PYTORCH_CIFAR100.marker in weights:
         return "pytorch-cifar100"
     if MXNET.marker in weights:

@@ -12,12 +12,11 @@ from torch import Tensor
 from resnext_ignite.data.sources import cifar, folders
 from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.runtime.model_names import parse_model_name
-from resnext_ignite.weights.foreign.fit import Network
 from resnext_ignite.weights.foreign.keys import (
     GLUONCV,
     MXNET,
     PYTORCH_CIFAR100,
-    SEED,
+    RESNEXT_PYTORCH,
     TORCHVISION,
     Naming,
     Statistics,
@@ -25,10 +24,11 @@ from resnext_ignite.weights.foreign.keys import (
     spread_first_convolutions,
 )
 from resnext_ignite.weights.foreign.mxnet_model import adapt_symbol_zoo, statistics_of_data
+from resnext_ignite.weights.foreign.recognition import Network
 
 
 @dataclass(frozen=True)
-class Source:
+class System:
     """A system whose checkpoints are read.
 
     Args:
@@ -53,27 +53,27 @@ def _cifars_behind_a_small_stem(weights: Weights, file: Path) -> tuple[Statistic
     return (cifar.MEAN, cifar.STD) if weights["conv1.weight"].shape[-1] == 3 else None
 
 
-SOURCES = {
+SYSTEMS = {
     # train.py there: the same statistics for CIFAR-10 and CIFAR-100.
-    "seed": Source(SEED, cifar.MEAN, cifar.STD),
+    "resnext.pytorch": System(RESNEXT_PYTORCH, cifar.MEAN, cifar.STD),
     # cifar.py there: ResNeXt.pytorch's network and names, in a dictionary, with other statistics.
-    "pytorch-classification": Source(SEED, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "pytorch-classification": System(RESNEXT_PYTORCH, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     # conf/global_settings.py there.
-    "pytorch-cifar100": Source(
+    "pytorch-cifar100": System(
         PYTORCH_CIFAR100,
         (0.5070751592, 0.4865488733, 0.4409178434),
         (0.2673342859, 0.2564384629, 0.2761504713),
         adapt=spread_first_convolutions,
     ),
     # Their own have a 7x7 stem; under their names, CIFAR's come as `convert --to` writes them.
-    "torchvision": Source(
+    "torchvision": System(
         TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem
     ),
     # The tv_, fb_ssl_ and fb_swsl_ weights too.
-    "timm": Source(TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
-    "torch7": Source(None, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
-    "caffe": Source(None, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
-    "mxnet": Source(
+    "timm": System(TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
+    "torch7": System(None, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
+    "caffe": System(None, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
+    "mxnet": System(
         MXNET,
         folders.MEAN,
         folders.STD,
@@ -81,9 +81,9 @@ SOURCES = {
         adapt=adapt_symbol_zoo,
         statistics=statistics_of_data,
     ),
-    "gluoncv": Source(GLUONCV, folders.MEAN, folders.STD, is_imagenet=True),
+    "gluoncv": System(GLUONCV, folders.MEAN, folders.STD, is_imagenet=True),
 }
-TARGETS = {"torchvision": TORCHVISION, "timm": TORCHVISION, "seed": SEED}
+TARGETS = {"torchvision": TORCHVISION, "timm": TORCHVISION, "resnext.pytorch": RESNEXT_PYTORCH}
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ForeignModel:
         """Whether it was trained on pictures of 224 pixels; False where the file itself states a size."""
         if self.stated is not None:
             return False
-        told = SOURCES[self.source].is_imagenet
+        told = SYSTEMS[self.source].is_imagenet
         return parse_model_name(self.network.name).layout == "imagenet" if told is None else told
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from resnext_ignite.runtime.errors import CheckpointError
-from resnext_ignite.weights.foreign.bounded import Cursor, content_of, float_tensor
+from resnext_ignite.weights.foreign.binary import Cursor, content_of, float_tensor
 
 _NIL, _NUMBER, _STRING, _TABLE, _OBJECT, _BOOLEAN, _FUNCTION = range(7)
 # Later functions, which may contain themselves.

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from resnext_ignite.runtime.errors import CheckpointError
-from resnext_ignite.weights.foreign.blocks import Block, Classifier, Convolution, Norm, weights_of
+from resnext_ignite.weights.foreign.graph import Block, Classifier, Convolution, Norm, weights_of
 from resnext_ignite.weights.foreign.keys import Weights
 from resnext_ignite.weights.foreign.torch7 import Array, Object, load_t7
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from resnext_ignite.data.sources.disk_cache import Array, kept_or_found
+from resnext_ignite.data.sources.disk_cache import Array, get_or_build
 from resnext_ignite.data.sources.shards.listing import LIST_NAME, ShardList, read_shard_list
 from resnext_ignite.data.sources.shards.members import Members, OpenFiles
 from resnext_ignite.data.sources.shards.tar import Tar
@@ -62,7 +62,7 @@ def index_shards(root: Path, split: str, classes: tuple[str, ...] | None = None)
     if unknown:
         raise DataError(f"{folder / LIST_NAME}: classes: '{unknown[0]}' is not a class of the training images")
     known = classes or listed.classes
-    firsts, offsets, sizes, labels = kept_or_found(
+    firsts, offsets, sizes, labels = get_or_build(
         "shards",
         folder,
         _PARTS,
@@ -84,23 +84,23 @@ def shard_classes(root: Path, split: str) -> tuple[str, ...]:
 
 def _state_of(folder: Path, listed: ShardList) -> tuple[float, str]:
     """When a shard was last changed, and all that would tell other pictures from these; sizes are checked."""
-    facts = []
+    stats = []
     for shard in listed.shards:
         path = folder / shard.name
         try:
-            fact = path.stat()
+            stat = path.stat()
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; {LIST_NAME} lists it") from None
-        if fact.st_size != shard.bytes:
-            fault = "cut short" if fact.st_size < shard.bytes else "too long"
+        if stat.st_size != shard.bytes:
+            fault = "cut short" if stat.st_size < shard.bytes else "too long"
             raise DataError(
-                f"{path}: {fault}: {fact.st_size} bytes, where {LIST_NAME} has {shard.bytes}; pack or copy it again"
+                f"{path}: {fault}: {stat.st_size} bytes, where {LIST_NAME} has {shard.bytes}; pack or copy it again"
             )
-        facts.append(fact)
+        stats.append(stat)
     # The time of change besides that of modification, which copying programs set back.
-    times = [(fact.st_ino, fact.st_mtime_ns, fact.st_ctime_ns) for fact in facts]
+    times = [(stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
     text = json.dumps([_VERSION, os.fsdecode(folder.resolve()), IMG_EXTENSIONS, listed.model_dump(), times])
-    return max(fact.st_ctime_ns for fact in facts) / 1e9, hashlib.sha256(os.fsencode(text)).hexdigest()
+    return max(stat.st_ctime_ns for stat in stats) / 1e9, hashlib.sha256(os.fsencode(text)).hexdigest()
 
 
 def _walk(folder: Path, listed: ShardList) -> list[Array]:

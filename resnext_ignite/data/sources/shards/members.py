@@ -21,7 +21,7 @@ from resnext_ignite.data.sources.shards.tar import BLOCK, header_name
 # Descriptors that each process holds open.
 _OPEN = 32
 # What is read ahead at once must not push out what is being read.
-_SHARE_OF_MEMORY = 0.125
+_MEMORY_FRACTION = 0.125
 
 
 class _Descriptor:
@@ -55,7 +55,7 @@ class OpenFiles:
 
     def read_ahead(self, files: Iterable[int]) -> None:
         """Have the system read whole files into its memory, as far as there is room; no error says that it did not."""
-        room = _SHARE_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        room = _MEMORY_FRACTION * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         for file in files:
             room -= self.sizes[file]
             if room < 0:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from resnext_ignite.config.schema import Config, Values, flatten, nest
 from resnext_ignite.runs.checkpoint import ModelMetadata, config_of_checkpoint
 from resnext_ignite.runtime.errors import CheckpointError
-from resnext_ignite.weights.foreign.fit import Network
+from resnext_ignite.weights.foreign.recognition import Network
 
 OWN = "resnext_ignite"
 _VERSION = "1"
@@ -42,7 +42,7 @@ def public_values(config: Config) -> Values:
     return values
 
 
-def strings_of(metadata: ModelMetadata) -> dict[str, str]:
+def as_strings(metadata: ModelMetadata) -> dict[str, str]:
     """The metadata of a model as a safetensors file holds it; `model_name` and `format` are for other readers."""
     stated = {
         "classes": metadata.classes,
@@ -63,7 +63,7 @@ def strings_of(metadata: ModelMetadata) -> dict[str, str]:
     }
 
 
-def stated_in(file: Path) -> dict[str, Any] | None:
+def metadata_in(file: Path) -> dict[str, Any] | None:
     """A checkpoint's content but for the weights, of a safetensors file; None where it is not one of this project's.
 
     Raises:
@@ -84,7 +84,7 @@ def stated_in(file: Path) -> dict[str, Any] | None:
     return {**values, "trainer": {"iteration": values.pop("iteration")}}
 
 
-def stated_network(stated: dict[str, Any], file: Path) -> Network:
+def network_from_metadata(stated: dict[str, Any], file: Path) -> Network:
     """The network that a file states.
 
     Raises:
