@@ -379,9 +379,7 @@ def test_a_wrong_command_line_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "there").touch()
     with pytest.raises(ConfigError, match="is there already; choose another name"):
         convert.main(["--checkpoint", "x", "--output", str(tmp_path / "there")])
-    with pytest.raises(
-        ConfigError, match=r"--from resnext\.pytorch: with --to timm a checkpoint of this project is read"
-    ):
+    with pytest.raises(ConfigError, match=r"--from resnext\.pytorch: with --to timm a checkpoint of this"):
         convert.main(["--checkpoint", "x", "--output", "y", "--from", "resnext.pytorch", "--to", "timm"])
     result = command("convert", "--checkpoint", str(tmp_path / "x"), "--output", str(tmp_path / "y"))
     assert (result.returncode, result.stdout) == (4, "")
