@@ -1,6 +1,6 @@
-"""The tables of docs/scaling.md: time of a training iteration on many GPUs, from a model of it, not from GPUs.
+"""Tables of docs/scaling.md: the time of a training iteration on many GPUs, computed from a model, not measured.
 
-Usage: python docs/scaling.py [--attained SHARE]     SHARE of the roofline at which a GPU computes, once measured
+Usage: python docs/scaling.py [--attained FRACTION]     FRACTION of the roofline that a GPU attains, once measured
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ import torch
 from resnext_ignite.models import create_model
 from resnext_ignite.models.cost import cost_of
 
-# An H200: bf16 matrix products and memory as sustained, not as on the data sheet.
+# Sustained rates of an H200, not those of its data sheet: bf16 matrix products in operations/s, memory in bytes/s.
 FLOPS, MEMORY = 790e12, 4.3e12
 GPUS_A_BOX = 8
-# Bus bandwidth, as nccl-tests defines it, in bytes/s: 8 GPUs by NVLink 4 (450e9 a direction, ring, at 80 %), and a
-# GPU's own 400 Gbit/s InfiniBand card (46 to 48e9: NVIDIA in nccl-tests#290).
+# Bus bandwidth as nccl-tests defines it, in bytes/s. NVLINK: 8 GPUs with NVLink 4 (450e9 in each direction, ring, at
+# 80 %). NETWORK: one 400 Gbit/s InfiniBand card for each GPU (46 to 48e9: NVIDIA in nccl-tests#290).
 NVLINK, NETWORK = 360e9, 47e9
-# Start of a collective: in the box, and for each doubling of the boxes. Assumed.
+# Assumed latency of a collective: within a machine, and for each doubling of the number of machines.
 LATENCY_BOX_S, LATENCY_DOUBLING_S = 20e-6, 10e-6
+# Bytes of a DistributedDataParallel bucket.
 BUCKET = 25 * 2**20
+# Fraction of the compute that the backward pass takes.
 BACKWARD = 2 / 3
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model's cost an image, trained in bf16, and its parameters."""
+    """A model's cost per image when trained in bf16: operations, bytes of activations; and its number of parameters."""
 
     name: str
     flop: float
@@ -37,12 +39,12 @@ class Workload:
     parameters: int
 
     def seconds(self, images: float, attained: float) -> float:
-        """Forward and backward of so many images on a GPU that attains a share of its roofline."""
+        """Return the seconds of forward and backward on a GPU that attains the fraction `attained` of its roofline."""
         return images * max(self.flop / FLOPS, self.traffic / MEMORY) / attained
 
 
 def workload(name: str, image_size: int, num_classes: int) -> Workload:
-    """A model's operations and bytes an image, counted on the network."""
+    """Count a model's operations and bytes per image, and its parameters."""
     with torch.device("meta"):
         model = create_model(name, num_classes=num_classes)
     cost = cost_of(model, image_size)
@@ -50,14 +52,18 @@ def workload(name: str, image_size: int, num_classes: int) -> Workload:
 
 
 def reduction(size: float, gpus: int) -> float:
-    """Seconds of an all-reduce of so many bytes: within each box, then each GPU's part of it between the boxes."""
+    """Return the seconds of an all-reduce of `size` bytes: within each machine, then between machines."""
     inside, boxes = min(gpus, GPUS_A_BOX), math.ceil(gpus / GPUS_A_BOX)
     seconds = 2 * (inside - 1) / inside * size / NVLINK + LATENCY_BOX_S * (inside > 1)
+    # Each GPU's card carries its part of the bytes between the machines.
     return seconds + 2 * (boxes - 1) / boxes * size / inside / NETWORK + LATENCY_DOUBLING_S * math.log2(boxes)
 
 
 def iteration(work: Workload, images_a_gpu: float, gpus: int, attained: float, gradient_bytes: int = 4) -> float:
-    """Seconds of an iteration: a bucket of gradients is reduced once the backward pass has filled it, one at a time."""
+    """Return the seconds of an iteration.
+
+    A bucket of gradients is reduced when the backward pass has filled it; the buckets are reduced one at a time.
+    """
     compute = work.seconds(images_a_gpu, attained)
     size = work.parameters * gradient_bytes
     buckets = math.ceil(work.parameters * 4 / BUCKET)
@@ -65,18 +71,18 @@ def iteration(work: Workload, images_a_gpu: float, gpus: int, attained: float, g
     for number in range(1, buckets + 1):
         ready = compute * (1 - BACKWARD + BACKWARD * number / buckets)
         end = max(end, ready) + reduction(size / buckets, gpus) * (gpus > 1)
-    # The update reads weights, gradients and momenta, and writes two of them.
+    # The update reads weights, gradients and momenta, and writes weights and momenta: five passes over fp32 values.
     return max(end, compute) + 5 * 4 * work.parameters / MEMORY
 
 
 def table(work: Workload, batch: int, attained: float) -> str:
-    """Markdown: at a fixed global batch, and at that batch for each box of eight."""
+    """Return a Markdown table: a fixed global batch of `batch` images, and `batch` images per machine of eight GPUs."""
     lines = [
-        f"`{work.name}`: {work.flop / 1e9:.1f} GFLOP and {work.traffic / 1e6:.0f} MB an image, "
+        f"`{work.name}`: {work.flop / 1e9:.1f} GFLOP and {work.traffic / 1e6:.0f} MB per image, "
         f"{4 * work.parameters / 1e6:.0f} MB of gradients",
         "",
-        f"| GPUs | batch {batch}: images a GPU | ms | efficiency | with bf16 gradients "
-        f"| {batch} a box: batch | ms | efficiency |",
+        f"| GPUs | global batch {batch}: images per GPU | ms | efficiency | with bf16 gradients "
+        f"| {batch} images per machine: global batch | ms | efficiency |",
         "|---|---|---|---|---|---|---|---|",
     ]
     alone = iteration(work, batch, 1, attained) / batch
@@ -99,7 +105,7 @@ def table(work: Workload, batch: int, attained: float) -> str:
 
 
 def tables(attained: float) -> str:
-    """Both models, CIFAR's and ImageNet's."""
+    """Return the tables of both models, one for CIFAR and one for ImageNet."""
     cifar = workload("cifar_resnext29_8x64d", 32, 10)
     imagenet = workload("resnext101_64x4d", 224, 1000)
     return f"{table(cifar, 128, attained)}\n\n{table(imagenet, 256, attained)}\n"

@@ -1,6 +1,6 @@
-"""A recipe and its variants over several seeds: `python -m resnext_ignite.ablate PLAN.yaml --output-dir DIR`.
+"""Train a recipe and its variants over several seeds: `python -m resnext_ignite.ablate PLAN.yaml --output-dir DIR`.
 
-Each run is an ordinary one, in a folder of its own beneath DIR; all are made by this one process, one after the other.
+Each run is an ordinary run, in its own folder in DIR. This one process makes all of them, one after the other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line; leaves with exit code 2 where it is wrong."""
+    """Parse the command line; exit with code 2 if it is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.ablate",
         description="Train a recipe and its variants over several seeds, and compare their last-epoch errors.",
@@ -43,11 +43,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
-    """Make all runs that are not made yet, and write the results down after each; how all of them stand.
+    """Make all runs that are not finished yet, write the results after each, and return the results of all runs.
 
     Raises:
-        PreemptedError: a signal came; what there was to save is saved.
-        ResnextError: whatever else a run ends with, but for a number that is not finite.
+        PreemptedError: a signal arrived; all progress is saved.
+        ResnextError: a run failed. Non-finite numbers are the exception: they only mark that run as failed.
     """
     from resnext_ignite.ablation.runs import result_of, write_results
     from resnext_ignite.data import keep_data_loaded
@@ -65,7 +65,7 @@ def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
                 done += 1
                 print(f"run {done} of {len(results)}: {_described(result)}", file=sys.stderr)
                 write_results(plan, list(results.values()), output_dir)
-                # One that came to a run in its last moments has not stopped it.
+                # A signal in the last moments of a run does not stop that run; stop before the next one.
                 if done < len(results) and (signal := stop()):
                     raise PreemptedError(signal)
         except (PreemptedError, KeyboardInterrupt) as error:
@@ -78,19 +78,19 @@ def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
 
 
 def _train(run: PlannedRun, folder: Path) -> None:
-    """Make a run, or what is missing of it; one that fails of its own numbers has said so in its folder."""
+    """Make a run, or resume it. If it fails with a non-finite number, print that; its folder records the failure."""
     import torch
 
     from resnext_ignite import train
 
-    # Again for each: a run leaves the signals as it heard them last.
+    # Before each run: a finished run leaves its own handlers installed, and they ignore further signals.
     install_exit_during_start()
     try:
         train.run(0, run.config, folder, resume=True)
     except NonFiniteError as error:
         print(f"{folder}: failed: {error}", file=sys.stderr)
     finally:
-        # A run's engine and handlers hold each other, and compiled code its network.
+        # Free the memory: a run's engine and handlers form reference cycles, and compiled code holds the network.
         if run.config.train.compile:
             torch.compiler.reset()
         gc.collect()
@@ -98,7 +98,11 @@ def _train(run: PlannedRun, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet(quiet: bool) -> Iterator[None]:
-    """Keep standard output for the results, and where `quiet` standard error for a line a run, and for warnings."""
+    """Keep the runs' output away from standard output, which is for the results.
+
+    Args:
+        quiet: drop that output, and all log lines below warnings; else it goes to standard error.
+    """
     logging.disable(logging.INFO if quiet else logging.NOTSET)
     try:
         with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stderr):
@@ -113,7 +117,7 @@ def _described(result: Result) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; raises ResnextError for what a user can mend."""
+    """Run the command; raise ResnextError for an error that the user can correct."""
     parsed = parse_arguments(arguments)
     from resnext_ignite.ablation.plan import load_plan
 
@@ -121,7 +125,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"{launched_world_size()} ranks: an ablation is one process; start it without a launcher")
     plan = load_plan(Path(parsed.plan), parsed.overrides)
     if all(run.config.train.device == "cpu" for run in plan.runs):
-        # Before torch looks for them, as train does.
+        # Hide the GPUs before torch looks for them, as train does.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     results = make_runs(plan, Path(parsed.output_dir), verbose=parsed.verbose)
 

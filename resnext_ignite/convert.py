@@ -1,6 +1,7 @@
-"""Checkpoints of other systems, to and fro: `python -m resnext_ignite.convert --checkpoint FILE --output FILE`.
+"""Convert checkpoints from and to other systems: `python -m resnext_ignite.convert --checkpoint FILE --output FILE`.
 
-What comes out can be evaluated, or start a training (`model.pretrained`); or, with `--to`, opens in the other system.
+The output is a checkpoint of this project. It can be evaluated, or it can initialise a training (`model.pretrained`).
+With `--to`, the output is a file of weights for the other system.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from resnext_ignite.runtime.errors import ConfigError, run_command
 from resnext_ignite.runtime.storage import check_place
 
-# Those of `weights/foreign/systems.py`, which needs torch.
+# The same names as in `weights/foreign/systems.py`. They are not imported from there, because that module needs torch.
 _SYSTEMS = (
     "auto",
     "resnext.pytorch",
@@ -25,15 +26,15 @@ _SYSTEMS = (
     "gluoncv",
 )
 _TARGETS = ("resnext_ignite", "torchvision", "timm", "resnext.pytorch")
-# Names that earlier versions had for these; still accepted.
+# Names from earlier versions, which are still accepted.
 _EARLIER_NAMES = {"seed": "resnext.pytorch", "ours": "resnext_ignite"}
 
 
 def convert(checkpoint: Path, output: Path, source: str, target: str) -> str:
-    """Read one file and write the other; what was done, in a line.
+    """Read one file, write the other, and return a one-line report.
 
     Raises:
-        CheckpointError: the file cannot be used; the line names the first weight that does not fit.
+        CheckpointError: the file cannot be used; the message names the first weight that does not fit.
     """
     import torch
 
@@ -59,7 +60,7 @@ def _name(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; raises ResnextError for what a user can mend."""
+    """Run the command; raise ResnextError for an error that the user can fix."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.convert",
         description="Convert checkpoints of other systems for this project, or its checkpoints for them.",

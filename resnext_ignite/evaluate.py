@@ -1,7 +1,7 @@
 """Count a checkpoint's errors on a split: `python -m resnext_ignite.evaluate --checkpoint RUN [--json]`.
 
-With the run's own config, so that on the run's machine the figures are the run's own, to the last digit. Another
-system's checkpoint is evaluated as well, as far as `convert` reads it.
+The evaluation uses the run's own config. On the machine of the run, the metrics therefore equal the run's to the last
+digit. The checkpoint may also be another system's, if `convert` reads its format.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ALLOWED = (
     "train.channels_last",
 )
 _JSON_KEYS = ("images", "correct", "correct_top5", "top1_error", "top5_error", "loss", "calibration_error")
-# With evaluation.flip_tta.
+# Present with evaluation.flip_tta.
 _FLIP_KEYS = ("correct_flip", "top1_error_flip", "top5_error_flip", "loss_flip")
 _MISTAKES = 32
 _VIEWS = {"one": "", "flip": " with mirror images", "ten-crop": " with ten crops"}
@@ -46,16 +46,18 @@ _PICTURES = {"confusion": "confusion matrix", "mistakes": "worst mistakes", "cal
 def evaluate(
     checkpoint: Path, split: str, overrides: list[str], *, views: str = "one", keep_mistakes: int = 0
 ) -> tuple[dict[str, Any], Data]:
-    """The figures of ClassificationCounts and Calibration for a checkpoint file or run folder, and the data.
+    """Evaluate a checkpoint file or run folder; return the metrics and the data.
 
-    With those of FlipCounts where the config has `evaluation.flip_tta` and there is one view.
+    The metrics are those of ClassificationCounts and Calibration. Those of FlipCounts are included if the
+    config has `evaluation.flip_tta` and `views` is "one".
 
     Args:
-        views: "one" as the run evaluates; "flip" or "ten-crop": the mean of the logits of mirror images, of ten crops.
-        keep_mistakes: worst mistakes that are listed.
+        views: "one": as the run evaluates; "flip": mean logits over each image and its mirror image; "ten-crop": mean
+            logits over five crops and their mirror images.
+        keep_mistakes: number of worst mistakes to list.
 
     Raises:
-        ResnextError: no usable checkpoint or data, or an override that would evaluate another model.
+        ResnextError: there is no usable checkpoint or data, or an override would change the model.
     """
     import torch
 
@@ -81,7 +83,7 @@ def evaluate(
         raise ConfigError("data.image_size: this run is evaluated at evaluation.image_size; set that")
     if config.train.device == "cuda" and not torch.cuda.is_available():
         config = with_values(config, {"train.device": "cpu"})
-    # Whatever the run did while training: an evaluation has one size, any, and leaves no picture out.
+    # Drop what concerns training only: `progressive_from` would restrict the image size. An evaluation skips no image.
     config = with_values(config, {"augment.progressive_from": None})
     fixed = {"data.on_error": "fail", "logging.mistakes": keep_mistakes}
     config = with_values(override_config(config, overrides), fixed)
@@ -89,10 +91,10 @@ def evaluate(
         log.info(f"evaluation.flip_tta: left out, since --views {views} is a mean already")
         config = with_values(config, {"evaluation.flip_tta": False})
     if config.evaluation.image_size:
-        # The training images too, where they are what is evaluated.
+        # `--split train`: the training images take the evaluation size too.
         config = with_values(config, {"data.image_size": config.evaluation.image_size})
     if views == "ten-crop":
-        # In memory a picture is its centre only.
+        # Images in memory are centre crops already.
         config = with_values(config, {"data.in_memory": False})
     device, ranks = devices.resolve_device(config.train.device, 0), Ranks()
     devices.set_up_machine(device, deterministic=bool(config.train.deterministic))
@@ -113,7 +115,7 @@ def _check_classes(checkpoint: Path, own: tuple[str, ...], found: tuple[str, ...
     if own == found:
         return
     if foreign and len(own) == len(found):
-        # Its file names none; what ImageNet's folders are called is not what its classes are called.
+        # The file of another system stores no class names. The folders of ImageNet are not named as its classes.
         log.info(f"the {len(own)} classes of {checkpoint} are taken to be the data's, in their order")
         return
     raise CheckpointError(f"{checkpoint}: knows the classes {_shortened(own)}, the data has {_shortened(found)}")
@@ -143,7 +145,7 @@ def _shortened(names: tuple[str, ...]) -> str:
 
 
 def per_class_table(confusion: Any, classes: tuple[str, ...]) -> str:
-    """Images, error and the most frequent wrong answer of each class, from counts int64 (C, C)."""
+    """Return a table with images, error and most frequent wrong prediction of each class; confusion: int64 (C, C)."""
     from resnext_ignite.runs.class_metrics import metrics_by_class
 
     width = max(len("class"), *(len(name) for name in classes))
@@ -156,7 +158,7 @@ def per_class_table(confusion: Any, classes: tuple[str, ...]) -> str:
 
 
 def draw(pictures: dict[str, Path], metrics: dict[str, Any], data: Data, split: str) -> None:
-    """Draw what is asked for, by name."""
+    """Draw the requested plots into files; `pictures` maps the name of each plot to its path."""
     if not pictures:
         return
     from resnext_ignite.plots.figures import draw_calibration, draw_confusion, draw_mistakes, save_figure
@@ -170,7 +172,11 @@ def draw(pictures: dict[str, Path], metrics: dict[str, Any], data: Data, split: 
 
 
 def main(arguments: list[str]) -> int:
-    """The command; raises ResnextError for what a user can mend."""
+    """Run the command and return its exit code.
+
+    Raises:
+        ResnextError: an error that the user can fix.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.evaluate",
         description="Top-1 and top-5 error, loss and a table by class, each image of the split counted once.",
@@ -199,7 +205,7 @@ def main(arguments: list[str]) -> int:
         views=parsed.views,
         keep_mistakes=_MISTAKES if parsed.mistakes else 0,
     )
-    # Before anything is printed: its reader may leave (`| head`), and ends this command.
+    # Draw before printing: the reader of the output may exit early (`| head`), which ends this command.
     draw(pictures, metrics, data, parsed.split)
     figures = {key: metrics[key] for key in (*_JSON_KEYS, *_FLIP_KEYS) if key in metrics}
     if parsed.json:

@@ -1,7 +1,7 @@
-"""A model that leaves: `python -m resnext_ignite.export --checkpoint FILE|RUN --format onnx --output FILE`.
+"""Export a model: `python -m resnext_ignite.export --checkpoint FILE|RUN --format onnx --output FILE`.
 
-ONNX, torch.export or safetensors, of any checkpoint that opens, this project's or not; checked before it is put in
-place, with a model card beside it.
+The formats are ONNX, torch.export and safetensors. The checkpoint is this project's or another system's. The exported
+file is checked before it gets its final name. A model card is written beside it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 from resnext_ignite.runtime.errors import ConfigError, run_command
 from resnext_ignite.runtime.storage import check_place
 
-# How a file of each format ends, by which it is opened.
+# The suffix of each format's files. Programs that open the files rely on it.
 _SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 
 
 def export(checkpoint: Path, format: str, output: Path, *, uint8: bool, fold: bool) -> str:
-    """Read a checkpoint, write and check the file; what was done, in a line.
+    """Read a checkpoint, write and check the exported file, and return a one-line report.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used, or what was written is not the model.
+        CheckpointError: the checkpoint cannot be used, or the exported file does not reproduce the model.
     """
     from resnext_ignite.weights.export.formats import OPSET, Options
     from resnext_ignite.weights.export.write import export_model
@@ -41,18 +41,18 @@ def export(checkpoint: Path, format: str, output: Path, *, uint8: bool, fold: bo
 
 
 def card_path(output: Path) -> Path:
-    """Where the model card of an exported file lies."""
+    """Return the path of the model card of an exported file."""
     return output.with_name("README.md")
 
 
 def check_options(format: str, output: Path, *, changed: bool) -> None:
-    """Refuse at once what would fail at the end.
+    """Check the options before the work starts, because an error at the end would waste it.
 
     Args:
-        changed: options are given that only a network has, not its weights.
+        changed: whether an option is given that changes the network, which a file of weights does not hold.
 
     Raises:
-        ConfigError: something is in the way, or missing.
+        ConfigError: a file exists already, an option does not fit the format, or a folder or package is missing.
     """
     card = card_path(output)
     if output.suffix != _SUFFIXES[format]:
@@ -71,7 +71,7 @@ def check_options(format: str, output: Path, *, changed: bool) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; raises ResnextError for what a user can mend."""
+    """Run the command; raise ResnextError for an error that the user can fix."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.export", description="Write a model as ONNX, torch.export or safetensors."
     )

@@ -1,4 +1,4 @@
-"""An earlier name of `resnext_ignite.checkpoint.open_model`, which model cards of earlier versions show."""
+"""The earlier import path of `resnext_ignite.checkpoint.open_model`. Model cards of earlier versions use it."""
 
 from resnext_ignite.weights.loading import open_model
 

@@ -1,6 +1,6 @@
-"""Runs at a glance: `python -m resnext_ignite.report RUN [RUN ...]` prints a table and draws their curves together.
+"""Report runs: `python -m resnext_ignite.report RUN [RUN ...]` prints a table and draws all curves in one plot.
 
-With `--html FILE` also a page with what there is to see of them; `report_page.py` makes it.
+With `--html FILE` it also writes a page of their details, which `plots/report_page.py` builds.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _OF_THE_PAGE = ("records", "config", "status", "folder")
 
 
 def summarize(path: Path) -> dict[str, Any]:
-    """A run's state, epochs, last and best errors, speed and time; and its records, config and status.
+    """Return a run's state, epochs, last and best errors (percent), speed and time, and its records, config and status.
 
-    The headline is the error of the last evaluation. The best over epochs is only named beside it: chosen on the test
-    split, it is no result.
+    The result is the error of the last evaluation. The best error over epochs is only reported beside it: where it is
+    chosen on the test split, it is biased and not a result.
 
     Raises:
-        RunFolderError: no run is there, or it has not evaluated yet.
+        RunFolderError: there is no run, or it has not evaluated anything yet.
     """
     from resnext_ignite.runs.folder import RunFolder
 
@@ -62,7 +62,7 @@ def summarize(path: Path) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """The runs as aligned columns."""
+    """Return the table of runs, with aligned columns."""
     rows = [["run", "state", "model", "data", "epoch", "split", "last error %", "(best, epoch)", "images/s", "minutes"]]
     flip = any(run["last_error_flip"] is not None for run in runs)
     if flip:
@@ -88,7 +88,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def differences(runs: list[dict[str, Any]]) -> list[str]:
-    """A line for each config key in which the runs differ."""
+    """Return one line for each config key in which the runs differ."""
     from resnext_ignite.config.resume import differing_values
 
     differing = differing_values([run["config"] for run in runs])
@@ -96,7 +96,7 @@ def differences(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; raises ResnextError for what a user can mend."""
+    """Run the command; raise ResnextError for an error that the user can correct."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.report", description="A table of runs, and their curves in one picture."
     )
@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _short_name(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    """The folder's name alone where that tells the runs apart."""
+    """Return the name of the run's folder, or the given path if several runs have that name."""
     name = Path(run["run"]).resolve().name
     return name if sum(Path(other["run"]).resolve().name == name for other in runs) == 1 else run["run"]
 

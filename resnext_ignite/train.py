@@ -1,6 +1,6 @@
 """Train a ResNeXt: `python -m resnext_ignite.train --config configs/quickstart.yaml [KEY=VALUE ...]`.
 
-`run` is the story of a training run; each line's own work is done where its name says.
+`run` lists the steps of a training run; the modules that it imports implement them.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from resnext_ignite.runtime.console import set_up_streams
 from resnext_ignite.runtime.errors import ConfigError, DataError, run_command
 from resnext_ignite.runtime.signals import install_exit_on_signals
 
-# torch, and all that imports it, waits until the command line and the config are known to be right.
+# Import torch, and modules that import it, only after the checks of the command line and the config.
 if TYPE_CHECKING:
     import torch
 
     from resnext_ignite.config.schema import Config
     from resnext_ignite.data import Data
 
-# Not by __name__, which is `__main__` where this is the command.
+# Not __name__: it is `__main__` when this module runs as the command.
 log = logging.getLogger("resnext_ignite.train")
 
 
 def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False) -> None:
-    """Train on this rank, from the start or from the run in `output_dir`; rank 0 prints the result.
+    """Train on this rank, from scratch or, with `resume`, from the state in `output_dir`; rank 0 prints the result.
 
     Raises:
-        ResnextError: each with its exit code; `output_dir/status.json` says the same.
+        ResnextError: each class has its exit code; `output_dir/status.json` reports the same error.
     """
     import torch
 
@@ -97,7 +97,12 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
 
 
 def resolve_config(config: Config, data: Data, device: torch.device) -> Config:
-    """The config with everything settled that it leaves to the data or the machine."""
+    """Return the config with all values resolved that depend on the data or the device; `tuned` resolves `auto`.
+
+    Raises:
+        DataError: the data has a single class.
+        ConfigError: `model.num_classes` is not the number of classes of the data.
+    """
     from resnext_ignite.config.schema import with_values
     from resnext_ignite.runtime.devices import resolve_precision
 
@@ -121,7 +126,7 @@ def resolve_config(config: Config, data: Data, device: torch.device) -> Config:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line; leaves with exit code 2 where it is wrong."""
+    """Parse the command line; exit with code 2 if it is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.train",
         description="Train a ResNeXt as a config says.",
@@ -144,7 +149,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 @record_exit_for_torchrun()
 def main(arguments: list[str]) -> int:
-    """The command; raises ResnextError for what a user can mend."""
+    """Run the command and return its exit code.
+
+    Raises:
+        ResnextError: an error that the user can fix.
+    """
     parsed = parse_arguments(arguments)
     from resnext_ignite.config.batches import check_batch_size
     from resnext_ignite.config.files import load_config
@@ -165,9 +174,9 @@ def main(arguments: list[str]) -> int:
     output_dir = Path(parsed.output_dir) if parsed.output_dir else default_output_dir(Path(path))
 
     if config.train.device == "cpu":
-        # Before torch looks for them: it would choose a backend for GPUs, and Ignite one of them for each rank.
+        # Hide the GPUs before torch looks for them. Otherwise `launch` chooses nccl, and Ignite a GPU for each rank.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # torch's C++ parts warn of a rank that is gone with a stack of frames; the run says it in a line.
+    # When a rank is gone, torch's C++ code logs a stack trace; this package reports it in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from resnext_ignite.distributed.launch import launch
     from resnext_ignite.runtime.console import set_up_console
@@ -186,7 +195,7 @@ def main(arguments: list[str]) -> int:
 
 
 def default_output_dir(config_path: Path) -> Path:
-    """`runs/<config name>/<date-time>`; a config that lies in a run folder has that run's name."""
+    """Return `runs/<config name>/<date-time>`; the `config.yaml` of a run folder keeps that name."""
     name = config_path.resolve().parent.parent.name if config_path.name == "config.yaml" else config_path.stem
     return Path("runs") / name / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 

@@ -1,6 +1,6 @@
-"""Which checkpoints are whole: `python -m resnext_ignite.verify RUN [RUN ...]` checks every file of a run.
+"""Check every checkpoint of a run: `python -m resnext_ignite.verify RUN [RUN ...]`.
 
-It takes no lock and writes nothing, so that it may run beside the training whose files it checks.
+The command takes no lock and writes nothing; it can check a run while the run trains.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from resnext_ignite.runtime.errors import CheckpointError, RunFolderError, run_command
 from resnext_ignite.runtime.tables import aligned
 
-# What a resume reads, besides the config, and the average where the config has one.
+# The parts that a resume reads, besides the config, and the averaged weights if the config requests them.
 _PARTS = (
     "model",
     "optimizer",
@@ -34,15 +34,15 @@ _COUNTS = ("trainer.iteration", "trainer.epoch_length")
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found in one file.
+    """The result of the check of one file.
 
     Attributes:
         size: in bytes.
-        ok: it is undamaged, and a checkpoint of this project.
-        resumable: besides, a run can go on from it.
-        reason: why it is not ok or not resumable, or what else is to be said of it.
-        iteration, epoch: those that the run had behind it; None: unknown.
-        iterations: of the whole run; None: unknown.
+        ok: the file is undamaged and a checkpoint of this project.
+        resumable: the file is also complete, so that a run can resume from it.
+        reason: why the file is not ok or not resumable, or another remark; None: no remark.
+        iteration, epoch: completed iterations and epochs of the run; None: unknown.
+        iterations: iterations of the whole run; None: unknown.
     """
 
     path: Path
@@ -56,7 +56,7 @@ class Checked:
 
     @property
     def state(self) -> str:
-        """The state in words: `ok`, `ok (...)` or `damaged: ...`."""
+        """Return the state as text: `ok`, `ok (...)` or `damaged: ...`."""
         if self.reason is None:
             return "ok"
         if self.ok:
@@ -66,9 +66,9 @@ class Checked:
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run folder or checkpoint file, and its checkpoints in the order in which a resume tries them.
+    """The results for a run folder or a checkpoint file: its checkpoints, in the order in which a resume tries them.
 
-    `remains` names what lies beside them and is none, each with what it is.
+    `remains` lists the leftover files beside the checkpoints, each with an explanation.
     """
 
     path: Path
@@ -77,12 +77,12 @@ class CheckedRun:
 
     @property
     def candidate(self) -> Checked | None:
-        """What `--resume` takes: the first undamaged file, whether it can go on from it or not."""
+        """Return the file that `--resume` uses: the first undamaged one, even if it is not resumable."""
         return next((file for file in self.files if file.ok), None)
 
     @property
     def resumes_from(self) -> Checked | None:
-        """What a resume goes on from; None where it fails or has nothing."""
+        """Return the file that a run resumes from; None: a resume would fail, or there is no checkpoint."""
         return self.candidate if self.candidate is not None and self.candidate.resumable else None
 
 
@@ -90,7 +90,7 @@ def require_run_folder(path: Path) -> None:
     """Check that a path is a run folder or a file.
 
     Raises:
-        RunFolderError: it is neither.
+        RunFolderError: the path is neither.
     """
     from resnext_ignite.runs.folder import RunFolder
 
@@ -101,7 +101,7 @@ def require_run_folder(path: Path) -> None:
 
 
 def check_run(path: Path) -> CheckedRun:
-    """Check all checkpoints of a run folder, or one checkpoint file; each is read once."""
+    """Check all checkpoints of a run folder, or one checkpoint file."""
     from resnext_ignite.runs.checkpoint import resume_candidates
 
     folder = path / "checkpoints"
@@ -111,7 +111,7 @@ def check_run(path: Path) -> CheckedRun:
 
 
 def check_file(path: Path) -> Checked | None:
-    """Check one file; None where it is gone by then: a training process beside this one prunes its old files."""
+    """Check one file; None: it no longer exists, because a run that trains now has removed it."""
     from resnext_ignite.runs.checkpoint import checksum_path, load_checkpoint
 
     while True:
@@ -127,7 +127,7 @@ def check_file(path: Path) -> Checked | None:
                 return None
             if after == before:
                 return Checked(path, size, ok=False, resumable=False, reason=_reason(path, error))
-            # It was replaced meanwhile, and may have been held against the checksum of its predecessor: once more.
+            # A save replaced the file during the check; file and checksum may not have matched: check again.
             continue
         return _check_state(path, size, state, has_sum=has_sum)
 
@@ -145,7 +145,7 @@ def _reason(path: Path, error: CheckpointError) -> str:
 
 
 def _check_state(path: Path, size: int, state: dict[str, Any], *, has_sum: bool) -> Checked:
-    """What a resume would find in a file that is whole."""
+    """Check the content of an undamaged file for everything that a resume needs."""
     from resnext_ignite.runs.checkpoint import config_of_checkpoint
 
     iteration, length = (_count(state, name) for name in _COUNTS)
@@ -175,7 +175,7 @@ def _check_state(path: Path, size: int, state: dict[str, Any], *, has_sum: bool)
 
 
 def _part(state: Any, name: str) -> Any:
-    """A part of nested dicts by its dotted name; None where it is not there."""
+    """Return a part of nested dicts by its dotted name; None if it is missing."""
     for key in name.split("."):
         state = state.get(key) if isinstance(state, dict) else None
     return state
@@ -187,7 +187,7 @@ def _count(state: dict[str, Any], name: str) -> int | None:
 
 
 def find_leftovers(folder: Path) -> list[str]:
-    """What lies beside the checkpoints and is none, each with what it is."""
+    """Return the leftover files of a checkpoint folder, each with an explanation."""
     found = []
     for name in sorted(path.name for path in folder.iterdir()):
         if name.startswith(".") and name.endswith(".tmp"):
@@ -200,7 +200,7 @@ def find_leftovers(folder: Path) -> list[str]:
 
 
 def table(files: list[Checked]) -> str:
-    """The files as aligned columns; epochs are whole ones."""
+    """Return the files as a table with aligned columns; the epoch is the number of completed epochs."""
     rows = [("file", "iteration", "epoch", "MiB", "resumable", "state")]
     for file in files:
         rows.append(
@@ -217,7 +217,7 @@ def table(files: list[Checked]) -> str:
 
 
 def resume_line(run: CheckedRun) -> str:
-    """Which file of a run a resume would use, or why it can use none."""
+    """Return a line that says which file a resume would use, or why it cannot use any."""
     if run.resumes_from is not None:
         point = run.resumes_from
         return f"resumes from {point.path} (iteration {point.iteration} of {point.iterations})"
@@ -228,13 +228,13 @@ def resume_line(run: CheckedRun) -> str:
 
 
 def as_text(run: CheckedRun) -> str:
-    """A run's table, what else lies there, and what would be resumed."""
+    """Return the table of a run, its leftover files, and the line about a resume."""
     parts = [table(run.files)] if run.files else []
     return "\n".join([*parts, *(f"no checkpoint: {line}" for line in run.remains), resume_line(run)])
 
 
 def as_json(run: CheckedRun) -> dict[str, Any]:
-    """A run as plain values."""
+    """Return a run as plain values for JSON."""
     return {
         "run": str(run.path),
         "resumes_from": None if run.resumes_from is None else str(run.resumes_from.path),
@@ -254,10 +254,10 @@ def as_json(run: CheckedRun) -> dict[str, Any]:
 
 
 def fail_on_damage(runs: list[CheckedRun]) -> None:
-    """Check that every file is good, and that every run can be resumed.
+    """Check that every file is undamaged, and that every run can be resumed.
 
     Raises:
-        CheckpointError: the line names the first file or run of which that is not so.
+        CheckpointError: a check failed; the message names the first file or run.
     """
     files = [file for run in runs for file in run.files]
     damaged = [file for file in files if not file.ok]
@@ -272,7 +272,11 @@ def fail_on_damage(runs: list[CheckedRun]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; raises ResnextError for what a user can mend."""
+    """Run the command.
+
+    Raises:
+        ResnextError: an error that the user can fix.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.verify",
         description="Check every checkpoint of a run, and say which can be resumed. Safe beside a training process.",

@@ -191,9 +191,9 @@ def test_the_slurm_script_queues_again_what_was_preempted(tmp_path: Path, code: 
 
 
 def test_the_page_on_performance_holds_the_floors() -> None:
-    table = runpy.run_path(str(ROOT / "docs/performance.py"))["table"]()
+    table = runpy.run_path(str(ROOT / "docs/benchmarks.py"))["table"]()
     assert "`cifar_resnext29_8x64d`, 32 | 32.3 |" in table
-    assert table in (ROOT / "docs/performance.md").read_text()
+    assert table in (ROOT / "docs/benchmarks.md").read_text()
 
 
 def test_the_page_on_scaling_holds_what_its_script_computes() -> None:

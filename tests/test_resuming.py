@@ -15,6 +15,7 @@ import torch
 from conftest import Command, at_iteration, digest, rig_errors, tensors, train_tiny
 from ignite.engine import Engine, Events
 
+from resnext_ignite import evaluate, export
 from resnext_ignite.distributed.stopping import StopAgreement, StopReason
 from resnext_ignite.runs import checkpoint
 from resnext_ignite.runs.checkpoint import (
@@ -361,6 +362,30 @@ def test_a_checkpoint_of_before_epoch_ends_were_noted_goes_on(tmp_path: Path) ->
     assert train_tiny(folder, *OFTEN, resume=True) == 0
     assert train_tiny(tmp_path / "whole", *OFTEN) == 0
     assert digest(folder) == digest(tmp_path / "whole")
+
+
+def test_a_run_of_an_earlier_version_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """A run folder as versions without `logging.curves` wrote it is resumed, evaluated and exported."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    values = [*OFTEN, "train.ema_decay=0.9", "train.lookahead=2", "evaluation.flip_tta=true", "data.val_size=10"]
+    assert train_tiny(whole, *values) == 0
+    assert Command(folder, *values, patch=lambda: at_iteration(6, die)).wait().code == DIED
+    saved = folder / "config.yaml"
+    lines = saved.read_text().splitlines(keepends=True)
+    older = [line for line in lines if line.split(":")[0].strip() not in ("curves", "mistakes")]
+    assert len(older) == len(lines) - 2
+    saved.write_text("".join(older))
+    for path in iteration_checkpoints(folder / "checkpoints"):
+        state = load_checkpoint(path)
+        del state["config"]["logging"]["curves"], state["config"]["logging"]["mistakes"]
+        save_checkpoint(path, state)
+    # What reads a checkpoint alone takes it as well as a resume does.
+    earlier = str(iteration_checkpoints(folder / "checkpoints")[0])
+    assert evaluate.main(["--checkpoint", earlier]) == 0
+    weights = ["--format", "safetensors", "--output", str(tmp_path / "model.safetensors")]
+    assert export.main(["--checkpoint", earlier, *weights]) == 0
+    assert train_tiny(folder, *values, resume=True) == 0
+    assert digest(folder) == digest(whole)
 
 
 def test_a_new_checkpoint_is_not_pruned_for_newer_ones_that_cannot_be_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ablations: what a plan asks for, what its runs' errors say together, and how that is drawn.
+"""Ablations: the plan, the statistics of its runs' errors, and their plot.
 
-The runs themselves are `train.run`'s; `python -m resnext_ignite.ablate` makes them one after the other.
+`python -m resnext_ignite.ablate` makes the runs one after the other, each by `train.run`.
 """

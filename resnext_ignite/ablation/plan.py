@@ -1,6 +1,6 @@
 """The plan of an ablation: a YAML file that names a recipe, its variants and seeds.
 
-All configs are checked before any run begins.
+All configs are checked before the first run begins.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LONGEST_NAME = 60
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run: the variant's name, the seed, the folder beneath the ablation's, and the whole config."""
+    """One run: the variant's name, the seed, the folder relative to the ablation's, and the whole config."""
 
     variant: str
     seed: int
@@ -34,9 +34,9 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked plan: its file's name, the variants in their order, and all runs in the order in which they are made.
+    """A checked plan: the name of its file, the variants in order, and all runs in the order in which they are made.
 
-    The runs go by seed first, so that an ablation that is cut has whole pairs to compare.
+    The runs are ordered by seed first, so that an interrupted ablation has complete pairs to compare.
     """
 
     name: str
@@ -48,10 +48,15 @@ class Plan:
 
 @one_line()
 def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
-    """Read a plan; each variant's config is the recipe, the plan's overrides, `KEY=VALUE` ones, the variant's own.
+    """Read a plan and build the config of each variant.
+
+    A config is the recipe, then the plan's overrides, then `overrides`, then the variant's values; later values win.
+
+    Args:
+        overrides: `KEY=VALUE` config values for all variants.
 
     Raises:
-        ConfigError: one line, `PLAN:LINE: key: reason`, also of what is wrong with the config of a variant.
+        ConfigError: one line, `PLAN:LINE: key: reason`, also for an error in the config of a variant.
     """
     reader = _Reader(path)
     base = reader.recipe()
@@ -60,7 +65,7 @@ def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
     if any(override.partition("=")[0] == "seed" for override in given):
         raise ConfigError(f"{COMMAND_LINE}: seed: the plan's seeds are the runs'; leave it out")
     base.override(given)
-    # What is wrong with all variants is told of the recipe, not of the first of them.
+    # An error of all variants is reported for the recipe, not for the first variant.
     base.config(str(path))
     seeds, variants = reader.seeds(), reader.variants()
     configs: dict[str, Config] = {}
@@ -89,12 +94,12 @@ def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
 
 
 def slug(name: str) -> str:
-    """A variant's name as its folder has it: small letters and digits, a hyphen for all between."""
+    """Return the folder name of a variant: lowercase letters and digits; a hyphen replaces anything between them."""
     return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 class _Reader:
-    """A plan's file: its values one by one, each checked, and the lines to tell errors with."""
+    """Reads and checks the values of a plan's file one by one; errors name the line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -126,7 +131,7 @@ class _Reader:
         for key, value in values.items():
             if key == "seed":
                 self.refuse((*place, key), "the plan's seeds are the runs'; leave it out")
-            # A section by itself would be laid over the whole of the recipe's.
+            # A whole section as the value would replace all of the recipe's section.
             if not DOTTED_KEY.fullmatch(key) or (isinstance(value, dict) and "." not in key):
                 self.refuse((*place, key), "a config's key with its value, as train.epochs: 4")
             source.put(tuple(key.split(".")), value, self.source.places[(*place, key)])

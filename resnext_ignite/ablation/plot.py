@@ -1,4 +1,4 @@
-"""An ablation as a picture: each variant's mean error with its standard error, and the seeds as small dots."""
+"""The plot of an ablation: each variant's mean error with its standard error, and each seed as a small dot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def draw_ablation(results: Sequence[Result], rows: Sequence[Row], baseline: str) -> Figure:
-    """The variants from top to bottom; a line at the baseline's mean. Variants without a completed run stay empty."""
+    """Draw the variants from top to bottom, and a line at the baseline's mean.
+
+    The row of a variant without a completed run stays empty.
+    """
     figure, axes = pyplot().subplots(figsize=(8, 1.6 + 0.42 * len(rows)), layout="constrained")
     for place, row in enumerate(rows):
         color = "C0" if row.variant == baseline else "C1" if row.exceeds else "0.45"

@@ -1,4 +1,4 @@
-"""What the runs of an ablation say together: means, standard errors, differences in pairs, and the table of them."""
+"""The statistics of an ablation's runs: means, standard errors, paired differences, and their table."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _COLUMNS = ("variant", "seeds", "error at epoch 0 %", "last-epoch error %", "aga
 
 @dataclass(frozen=True)
 class Result:
-    """How one planned run stands.
+    """The state and the result of one planned run.
 
-    `error` and `first_error` are percent of the test split wrong, at the last epoch and at epoch 0 (None where that was
-    not evaluated); `seconds` are the run's own, `evaluation_seconds` those of them that evaluations took.
+    `error` and `first_error` are the top-1 test errors in percent, at the last epoch and at epoch 0 (None if not
+    evaluated). `seconds` is the run's wall-clock time; `evaluation_seconds` is the part of it that evaluations took.
     """
 
     variant: str
@@ -33,10 +33,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """A variant over its completed runs. Errors and differences are percent, None where there is nothing to say.
+    """The statistics of a variant over its completed runs. Errors and differences are in percent, None if undefined.
 
-    `difference` is the mean, over the `pairs` seeds that both have completed, of the variant's error less the
-    baseline's; `exceeds`: it is more than twice its standard error.
+    `difference` is the mean of the variant's error minus the baseline's, over the `pairs` seeds that both completed.
+    `exceeds`: its absolute value is more than twice its standard error.
     """
 
     variant: str
@@ -53,17 +53,17 @@ class Row:
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """The mean, or None of nothing."""
+    """Return the mean, or None without values."""
     return statistics.fmean(values) if values else None
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean: the sample's standard deviation over the root of its size; None of fewer than two values."""
+    """Return the standard error of the mean: sample standard deviation / sqrt(n); None for fewer than two values."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def compare(results: Sequence[Result], variants: Sequence[str], baseline: str) -> list[Row]:
-    """A row for each variant, in the order given."""
+    """Return a row for each variant, in the order of `variants`."""
     errors: dict[str, dict[int, float]] = {variant: {} for variant in variants}
     for result in results:
         if result.error is not None:
@@ -94,7 +94,7 @@ def _row(variant: str, results: Sequence[Result], errors: dict[str, dict[int, fl
 
 
 def table(rows: Sequence[Row], baseline: str) -> str:
-    """Markdown, its columns aligned, with what the marks mean beneath."""
+    """Return a Markdown table with aligned columns, and the legend of its marks below."""
     cells = [_COLUMNS, *(_cells(row, baseline) for row in rows)]
     lines = markdown(cells, align=True)
     notes = ["", "± is the standard error of the mean over seeds; differences are taken seed by seed."]
@@ -105,7 +105,7 @@ def table(rows: Sequence[Row], baseline: str) -> str:
 
 def _cells(row: Row, baseline: str) -> tuple[str, ...]:
     against = _with_error(row.difference, row.difference_standard_error, "+.2f") + (" *" if row.exceeds else "")
-    # A variant that lacks seeds is compared over those that it has.
+    # Not every completed seed has a completed run of the baseline to compare with.
     against += f" ({row.pairs} pairs)" if 0 < row.pairs < row.completed else ""
     return (
         row.variant.replace("|", "\\|"),
@@ -124,7 +124,7 @@ def _with_error(value: float | None, error: float | None, form: str) -> str:
 
 
 def as_json(results: Sequence[Result], rows: Sequence[Row], baseline: str) -> dict[str, Any]:
-    """Everything as plain values: the rows of the table, and each run."""
+    """Return the rows of the table and all runs as plain values."""
     return {
         "baseline": baseline,
         "variants": [asdict(row) for row in rows],

@@ -1,4 +1,4 @@
-"""The run folders of an ablation: how each planned run stands, and the results beside them."""
+"""The run folders of an ablation: the result of each planned run, and the files of results beside them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _SAME_IN_ALL = ("train.epochs", "data.root", "data.on_error", "data.max_skipped"
 
 
 def result_of(run: PlannedRun, path: Path) -> Result:
-    """How a run stands, by what lies in its folder.
+    """Read the state and the result of a run from its folder.
 
-    A run that met a number that is not finite would meet it again: it has failed for good, as one that was hopeless.
+    A run with a non-finite loss or gradient has failed for good, since it would meet the same number again. A run that
+    was stopped early (evaluation.abandon) has failed too.
 
     Raises:
         RunFolderError: the run was made with another config.
@@ -31,7 +32,7 @@ def result_of(run: PlannedRun, path: Path) -> Result:
     if saved is None:
         return Result(run.variant, run.seed, "unfinished")
     changes = changed_values(adopt_resolved(run.config, saved), saved)
-    # A run may go on with these; what is compared must agree in them.
+    # A resumed run may change the keys in _SAME_IN_ALL, but compared runs must agree on them.
     refused = [key for key in changes if key not in SAFE_ON_RESUME or key in _SAME_IN_ALL]
     if refused:
         listed = ", ".join(f"{key} {changes[key][0]} -> {changes[key][1]}" for key in refused)
@@ -56,7 +57,7 @@ def result_of(run: PlannedRun, path: Path) -> Result:
 
 
 def write_results(plan: Plan, results: Sequence[Result], folder: Path) -> None:
-    """Write `ablation.md`, `ablation.json` and `ablation.png`, each whole."""
+    """Write `ablation.md`, `ablation.json` and `ablation.png`, each atomically."""
     rows = compare(results, plan.variants, plan.baseline)
     save_figure(draw_ablation(results, rows, plan.baseline), folder / "ablation.png")
     page = f"# {plan.name}\n\n{table(rows, plan.baseline)}\n![The same as a picture](ablation.png)\n"

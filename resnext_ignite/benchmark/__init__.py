@@ -1,1 +1,1 @@
-"""Side by side with what one would use instead: a module for each suite; the command is `__main__.py`."""
+"""Benchmarks of this project against the alternatives: one module per suite; the command is in `__main__.py`."""

@@ -1,7 +1,7 @@
-"""Side by side with what one would use instead: `python -m resnext_ignite.benchmark [--suite NAME ...]`.
+"""Measure this project against the alternatives: `python -m resnext_ignite.benchmark [--suite NAME ...]`.
 
-Contenders run in turns, A B A B ..., so that a machine whose speed drifts drifts for all; medians with their spread are
-printed, and ratios.
+Contenders run in turns, A B A B ..., so that a drift of the machine's speed affects all of them. The command prints
+medians with their spread, and ratios.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import IO, Any
 
 from resnext_ignite.runtime.errors import ConfigError, run_command
 
-# A suite of several models is a part for each, as in train and train:resnext50_32x4d.
+# A suite of several models has one part per model, for example train and train:resnext50_32x4d.
 SUITES = ("data", "train", "overhead", "eval", "startup", "checkpoint", "ranks", "kernels", "growth")
-# Not of "all", whose time they would take; photographs needs some, export onnxruntime.
+# Not in "all", because they take long; photographs also needs image files, and export needs onnxruntime.
 _ON_REQUEST = ("folders", "photographs", "export")
 _LARGE = Path("configs/cifar10_resnext29_8x64d.yaml")
 _SMALL = Path("configs/cifar10_resnext11_small.yaml")
@@ -31,7 +31,7 @@ _IMAGENET = Path("configs/imagenet_resnext50_32x4d.yaml")
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return the hardware, the package versions, the date and the commit of a measurement."""
     import ignite
     import torch
     import torchvision
@@ -59,7 +59,7 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the source that is measured; None where it is no checkout."""
+    """Return the commit of the measured source, or None if it is not a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -73,7 +73,11 @@ def _cpu_info() -> list[str]:
 
 
 def parts(photographs: Path = Path()) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What each part of a suite measures; on a CPU, smaller batches than fill a GPU."""
+    """Return the function that measures each part, by the part's name; batches are smaller on a CPU.
+
+    Args:
+        photographs: folder of JPEG files for the suite `photographs`.
+    """
     from resnext_ignite.benchmark.checkpoints import measure_checkpoint
     from resnext_ignite.benchmark.data import measure_data
     from resnext_ignite.benchmark.end_to_end import measure_end_to_end
@@ -117,7 +121,7 @@ def parts(photographs: Path = Path()) -> dict[str, Callable[[], dict[str, Any]]]
 
 
 def main(arguments: list[str]) -> int:
-    """The command; raises ResnextError for what a user can mend."""
+    """Run the command; raise ResnextError for an error that the user can correct."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.benchmark", description="Measure side by side, in turns; medians and ratios."
     )
@@ -163,7 +167,7 @@ def main(arguments: list[str]) -> int:
         results["ratios"] |= {f"{r}, {model}" if model else r: value for r, value in result["ratios"].items()}
         print_result(name, result)
         if parsed.json:
-            # After each suite: a machine that is lent for some minutes may be gone before the last.
+            # After each part, so that an interruption loses only the current one.
             write(parsed.json, results)
     if parsed.json:
         from resnext_ignite.benchmark.plot import draw_benchmark
@@ -174,10 +178,14 @@ def main(arguments: list[str]) -> int:
 
 
 def continued(path: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """What a file holds, to be gone on with.
+    """Return the results in a file, to add further suites to them.
+
+    Args:
+        path: a JSON file that an earlier call of the command wrote.
+        results: the results of this call, with its machine.
 
     Raises:
-        ConfigError: it was measured on another machine, with other versions, or of another state of the source.
+        ConfigError: the file was measured on another machine, with other versions, or at another commit.
     """
     before: dict[str, Any] = json.loads(path.read_text())
     then, now = before["machine"], results["machine"]
@@ -189,10 +197,10 @@ def continued(path: Path, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def choose_device(name: str) -> None:
-    """Measure on the CPU, though there is a GPU, here and in all processes to come.
+    """Hide all GPUs from this process and its children if `name` is "cpu".
 
     Raises:
-        ConfigError: a GPU is asked for, and there is none.
+        ConfigError: `name` is "cuda", and there is no GPU.
     """
     if name == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -203,7 +211,7 @@ def choose_device(name: str) -> None:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """Write the results whole."""
+    """Write the results as JSON, atomically."""
     from resnext_ignite.runtime.storage import replace_durably
 
     def write_to(file: IO[bytes]) -> None:

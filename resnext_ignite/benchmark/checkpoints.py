@@ -1,4 +1,4 @@
-"""What it costs that a run cannot be lost: a durable, verified save against a plain one."""
+"""The cost of durable checkpoints: a synced and verified save against a plain `torch.save`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ _CIFAR_IMAGES = 50_000
 
 
 def measure_checkpoint(contests: dict[Path, int], rounds: int = 11, iterations: int = 5) -> dict[str, Any]:
-    """Seconds of a save of a run's whole state, for the models of some configs: bare, synced, and as this project does.
+    """Measure the seconds of saving a run's whole state: `torch.save`, the same with fsync, and `save_checkpoint`.
 
-    The last is written, synced, renamed, read back and compared. `checkpoint_share` is its share of a run's time at a
-    save for each epoch of CIFAR's 50,000 images; the epoch is that many times the median of some bare iterations.
+    `save_checkpoint` writes, syncs, reads back, compares and renames. `checkpoint_share` is the fraction of a run's
+    time that it takes with one save per epoch of CIFAR's 50,000 images. The time of an epoch is its number of
+    iterations times the median of some bare iterations (forward, backward, update).
 
     Args:
-        contests: the configs, each with the batch of those iterations.
+        contests: the configs, each with the batch size of the bare iterations.
+        iterations: number of bare iterations.
     """
     samples: dict[str, list[float]] = {}
     models: dict[str, dict[str, Any]] = {}
@@ -37,7 +39,7 @@ def measure_checkpoint(contests: dict[Path, int], rounds: int = 11, iterations: 
         training, data, loader = prepare(path, [f"train.batch_size={batch_size}"])
         name = training.config.model.name
         ready = next(iter(loader))
-        # Before the saves: the first update makes the momentum that they hold.
+        # Before the saves: the first update creates the momentum, which is part of the state.
         updates = [training.update_alone(ready, 1) for _ in range(iterations + 1)][1:]
         saves, size = _time_saves(_state_of(training, data), rounds)
         seconds = medians({**saves, "update": updates})
@@ -45,7 +47,7 @@ def measure_checkpoint(contests: dict[Path, int], rounds: int = 11, iterations: 
         samples |= {f"{name}, {contender}": values for contender, values in saves.items()}
         samples[f"{name}, forward, backward, update"] = updates
         models[name] = {"bytes": size, "batch_size": batch_size, "epoch_s": epoch}
-        # The first model's have plain names.
+        # The ratios of the first model have no suffix.
         suffix = f", {name}" if ratios else ""
         ratios[f"checkpoint_vs_torch_save{suffix}"] = ours / seconds["torch.save"]
         ratios[f"checkpoint_share{suffix}"] = ours / (ours + epoch)
@@ -53,7 +55,7 @@ def measure_checkpoint(contests: dict[Path, int], rounds: int = 11, iterations: 
 
 
 def _state_of(training: Training, data: Data) -> dict[str, Any]:
-    """All that a run saves, but for the few numbers of its handlers."""
+    """Return the state that a run saves, without the few numbers of its handlers."""
     metadata = {
         "config": training.config.model_dump(mode="json"),
         "classes": list(data.classes),
@@ -74,7 +76,7 @@ def _state_of(training: Training, data: Data) -> dict[str, Any]:
 
 
 def _time_saves(state: dict[str, Any], rounds: int) -> tuple[dict[str, list[float]], int]:
-    """Seconds of each way to save a state, and the bytes of the file."""
+    """Return the seconds of each save by implementation, and the size of the file in bytes."""
 
     def save_synced(path: Path) -> None:
         with path.open("wb") as file:
@@ -92,14 +94,14 @@ def _time_saves(state: dict[str, Any], rounds: int) -> tuple[dict[str, list[floa
             save(path)
             seconds = time.perf_counter() - start
             size = path.stat().st_size
-            # At once, lest what is not on the disk yet is written in the time of the next contender.
+            # Delete now, or the system writes the pending data during the next contender's turn.
             for file in folder.iterdir():
                 file.unlink()
             return seconds
 
         return run
 
-    # Where runs lie by default: a folder for temporary files may be in memory, and syncing is free there.
+    # The default place of runs. A folder for temporary files may be in memory, where fsync costs nothing.
     runs = Path("runs")
     runs.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs) as name:

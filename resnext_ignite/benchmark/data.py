@@ -1,4 +1,4 @@
-"""Input: this project's batches against torchvision's transforms in a DataLoader."""
+"""Input from memory: this project's batches against torchvision's transforms in a DataLoader."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ _BATCH = 128
 
 
 def measure_data(rounds: int = 5) -> dict[str, Any]:
-    """Input of CIFAR's size, images/s: this project's batches against torchvision's transforms in a DataLoader.
+    """Measure input of CIFAR's size in images/s: this project's batches against torchvision's transforms.
 
-    Both crop with 4 pixels of padding, flip and normalise the same uint8 arrays, to float32 on the CPU.
+    Both crop with 4 pixels of padding, flip and normalise the same uint8 images, to float32 on the CPU. torchvision's
+    transforms run in a DataLoader.
     """
     devices.set_up_machine(torch.device("cpu"), deterministic=True)
     pixels = np.random.default_rng(0).integers(0, 256, (_IMAGES, 32, 32, 3), dtype=np.uint8)
@@ -43,7 +44,7 @@ def measure_data(rounds: int = 5) -> dict[str, Any]:
     )
 
     class Pictures(Dataset[Any]):
-        """As torchvision's CIFAR10 gives them to its transforms."""
+        """Passes PIL images to the transforms, as torchvision's CIFAR10 does."""
 
         def __len__(self) -> int:
             return _IMAGES
@@ -72,7 +73,7 @@ def measure_data(rounds: int = 5) -> dict[str, Any]:
 
         return run
 
-    # One iterator for all epochs, as a run has it.
+    # One iterator of this project's loader for all epochs, as in a run.
     contenders = {name: epoch_of(loader) for name, loader in {**loaders, "resnext_ignite": iter(ours)}.items()}
     samples = in_turns(contenders, rounds, "data")
     speeds = medians(samples)

@@ -1,4 +1,4 @@
-"""Training from JPEG files to updates: images/s, and how long the device waits for pictures."""
+"""Training from JPEG files to updates: images/s, and how long the device waits for images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from resnext_ignite.runtime.timing import in_turns, medians
 
 _DECODERS = ("workers", "device")
 _ITERATIONS = 40
-# Batches that a worker of a DataLoader is ahead.
+# Batches that each worker of a DataLoader prefetches by default.
 _AHEAD = 2
 READY = "a batch that lies ready"
 
@@ -29,15 +29,16 @@ READY = "a batch that lies ready"
 def measure_end_to_end(
     folder: Path, work: Work, *, decoders: tuple[str, ...] = _DECODERS, rounds: int = 5, iterations: int = _ITERATIONS
 ) -> dict[str, Any]:
-    """Images/s of the trainer on random-resized crops of the JPEG files in a folder, for each way to decode them.
+    """Measure the images/s of the trainer on random-resized crops of a folder's JPEG files, for each decoder.
 
-    In turns with the same iterations on one batch that lies ready: what these take less is what the device waits for
-    its pictures. As many workers as there are cores; each turn starts its own, and takes what they are ahead first.
+    Another contender runs the same number of iterations on one batch that is already on the device. The difference in
+    time is the time that the device waits for images. There is one worker per core. Each turn starts its own workers
+    and discards the first batches.
 
     Args:
-        work: the config, which reads an imagefolder, and the batches.
+        work: the config, the model and the batch; the data of the config is replaced by an imagefolder of the files.
         decoders: values of `data.decode`.
-        iterations: in a turn.
+        iterations: iterations per turn.
 
     Raises:
         DataError: there are no JPEG files.
@@ -84,10 +85,10 @@ def _loader(training: Training, data: Data, decoder: str) -> TrainLoader:
 
 
 def _turn(training: Training, loader: TrainLoader, iterations: int, ahead: int) -> Callable[[], float]:
-    """Seconds an iteration, of which none takes a picture that was decoded before the first began."""
+    """Return a turn that measures the seconds per iteration, without the first `ahead` batches of the loader."""
 
     def run() -> float:
-        # Workers that went on decoding would slow down the next turn.
+        # Close the iterator at the end: workers that continue to decode would slow down the next turn.
         with contextlib.closing(iter(loader)) as batches:
             for _ in islice(batches, ahead):
                 pass

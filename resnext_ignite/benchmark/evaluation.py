@@ -1,4 +1,4 @@
-"""Evaluation: this project's ways to compute logits against torchvision's network in each of its own."""
+"""Evaluation: this project's implementations of inference against torchvision's network in several precisions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from resnext_ignite.runtime.timing import in_turns, medians, timed
 
 
 def infer_here(work: Work, way: str) -> Turn:
-    """Seconds a batch of this project's inference."""
+    """Return a turn that measures the seconds per batch of this project's inference, in one implementation."""
     device = measured_device()
     set_up_machine(device, deterministic=device.type == "cpu")
     network = Inference(_network(work, device), torch.bfloat16, way)
@@ -31,7 +31,11 @@ def infer_here(work: Work, way: str) -> Turn:
 
 
 def infer_with_torchvision(work: Work, dtype: torch.dtype, channels_last: bool, autocast: bool) -> Turn:
-    """Seconds a batch of torchvision's network: under autocast, or its weights and images in a precision."""
+    """Return a turn that measures the seconds per batch of torchvision's network.
+
+    Args:
+        dtype: the precision of autocast, or else of weights and images.
+    """
     device = measured_device()
     torch.backends.cudnn.benchmark = True
     model = place(torchvision_network(work.model, work.num_classes), device, channels_last=channels_last).eval()
@@ -62,7 +66,10 @@ def _repeated(work: Work, device: torch.device, network: Callable[[Tensor], Tens
 
 
 def measure_evaluation(work: Work, rounds: int = 5) -> dict[str, Any]:
-    """Images/s of logits; how far the faster ways are from fp32, beside how far bf16 itself is."""
+    """Measure the images/s of logits, and how far the bf16 logits of each implementation are from fp32.
+
+    The difference of `plain` is that of bf16 itself; compare those of `folded` and `compiled` with it.
+    """
     device = measured_device()
     makers: dict[str, Callable[[], Turn]] = {
         f"{OURS}, {way}": partial(infer_here, work, way) for way in ("plain", "folded", "compiled")
@@ -101,11 +108,11 @@ def measure_evaluation(work: Work, rounds: int = 5) -> dict[str, Any]:
 
 
 def differences(work: Work) -> dict[str, float]:
-    """Of each way in bf16 from the network in fp32: the norm of the logits' difference over that of the logits."""
+    """Return ||bf16 logits - fp32 logits|| / ||fp32 logits|| for each of this project's implementations."""
     device = measured_device()
     set_up_machine(device, deterministic=device.type == "cpu")
     model = _network(work, device)
-    # As many as were measured, for whom it is compiled already.
+    # The measured batch size: torch.compile finds its code for this size in the cache on disk.
     images = random_batch(work.batch_size, work.image_size, work.num_classes, device, channels_last=True).images
     reference = Inference(model)(images)
     found = {}

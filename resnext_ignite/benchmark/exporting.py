@@ -1,4 +1,4 @@
-"""A model that has left, on the CPU: onnxruntime on its ONNX file against the same network in eager mode."""
+"""Exported models on the CPU: onnxruntime on an ONNX file against the same network in eager mode."""
 
 from __future__ import annotations
 
@@ -26,22 +26,25 @@ _SIZE, _CLASSES = 32, 10
 
 
 def has_onnxruntime() -> bool:
-    """Whether what an export to ONNX needs is installed: it is an extra."""
+    """Return whether the packages for ONNX are installed; they are an optional extra."""
     return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime"))
 
 
 def infer_eagerly(name: str, batch_size: int, way: str) -> Turn:
-    """Seconds a batch of the network in fp32: `plain`, or `folded`."""
+    """Return a turn that measures the seconds per batch of the network in fp32, `plain` or `folded`."""
     return _turn(Inference(_network(name), torch.float32, way), batch_size)
 
 
 def infer_with_onnxruntime(file: Path, batch_size: int) -> Turn:
-    """Seconds a batch of an ONNX file, on as many threads as torch takes."""
+    """Return a turn that measures the seconds per batch of an ONNX file, on as many threads as torch uses."""
     return _turn(onnx_logits(file, torch.get_num_threads()), batch_size)
 
 
 def measure_export(name: str, batch_size: int = 32, rounds: int = 2) -> dict[str, Any]:
-    """Images/s of logits in fp32 on the CPU, and how far those of the file and of the folded network are."""
+    """Measure the images/s of fp32 logits on the CPU, and how far they are from those of the plain network.
+
+    The differences are the largest absolute ones, of the ONNX file's logits and of the folded network's.
+    """
     model = _network(name)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"

@@ -1,4 +1,4 @@
-"""What it takes to know a million pictures: the time until their list is there, and what a worker's memory does."""
+"""The cost of a list of a million images: the time to get it, and the memory that it costs each worker."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _IMAGES, _CLASSES = 1_281_167, 1000
 
 
 def measure_folders(images: int = _IMAGES, classes: int = _CLASSES, rounds: int = 3) -> dict[str, Any]:
-    """Seconds to open a folder of so many (empty) pictures, and the private memory of a worker that goes through it.
+    """Measure the seconds to list a folder of empty image files, and the private memory that its list costs a worker.
 
-    The folder lies in memory where there is such a file system, so that no disk is measured.
+    The folder is in memory (/dev/shm) if possible, so that no disk is measured.
     """
     where = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=where) as name:
         root, cache = Path(name), Path(name) / "cache"
         _make_tree(root / "train", images, classes)
-        # The folders' times must be past the moment in which a list is not believed.
+        # Wait: a list is cached only if its folders have not changed for UNCHANGED_S (2 s, `disk_cache.py`).
         time.sleep(2.5)
         before = os.environ.get("XDG_CACHE_HOME")
         os.environ["XDG_CACHE_HOME"] = str(cache)
@@ -86,7 +86,7 @@ def _measured(root: Path, rounds: int) -> dict[str, Any]:
 
 
 def _growth(samples: Sequence[Any]) -> int:
-    """Bytes of private memory that a forked process gains by going through all samples once, as a worker does."""
+    """Return the bytes of private memory that a forked process gains when it reads all samples once, as workers do."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""How time and memory grow with batch, depth, cardinality, images and ranks: each size in a process of its own."""
+"""How time and memory grow with batch, depth, cardinality, images and ranks; each size runs in its own process."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from resnext_ignite.distributed.launch import launch
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.timing import in_turns, medians, timed
 
-# An exponent above it is worse than linear; what lies between is noise.
+# A larger exponent is worse than linear; the difference from 1 allows for noise.
 LINEAR = 1.1
 
 
 def train(config_path: Path, model: str, stem_channels: int, batch_size: int) -> Turn:
-    """Seconds an iteration."""
+    """Return a turn that measures the seconds per iteration of a model at a width and a batch size."""
     training = build_training(
         config_path,
         [f"model.name={model}", f"model.stem_channels={stem_channels}", f"train.batch_size={batch_size}"],
@@ -43,7 +43,11 @@ def train(config_path: Path, model: str, stem_channels: int, batch_size: int) ->
 
 
 def load(count: int, batches: int = 20) -> Turn:
-    """Seconds of an epoch's start: its order, and the first batches of so many images."""
+    """Return a turn that measures the seconds of an epoch's start: its order, and the first `batches` batches.
+
+    Args:
+        count: images of the data set.
+    """
     device = measured_device()
     images = Images(
         torch.zeros(count, 32, 32, 3, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64), torch.arange(count)
@@ -54,7 +58,11 @@ def load(count: int, batches: int = 20) -> Turn:
 
 
 def sizes(config_path: Path, *, large: bool) -> dict[str, dict[int, Callable[[], Turn]]]:
-    """What grows, and each size of it; larger ones for a GPU."""
+    """Return the functions that prepare the turns, by the growing quantity and its size.
+
+    Args:
+        large: take a wider network and larger batches, as for a GPU.
+    """
     width, batch = (64, 128) if large else (24, 64)
 
     def network(depth: int = 11, cardinality: int = 4, images: int = batch) -> Callable[[], Turn]:
@@ -69,9 +77,9 @@ def sizes(config_path: Path, *, large: bool) -> dict[str, dict[int, Callable[[],
 
 
 def measure_growth(config_path: Path, rounds: int = 3) -> dict[str, Any]:
-    """Seconds and peak bytes at each size, and the exponent with which they grow: 1 is in proportion.
+    """Measure seconds and peak bytes at each size, and the exponents of their growth; 1 is linear.
 
-    The exponent is that of the two largest sizes, between which a fixed share weighs least.
+    The exponents are those between the two largest sizes, where a fixed cost weighs least.
     """
     samples: dict[str, list[float]] = {}
     tables: dict[str, dict[str, dict[str, float]]] = {}
@@ -91,10 +99,10 @@ def measure_growth(config_path: Path, rounds: int = 3) -> dict[str, Any]:
 
 
 def measure_rank_growth(config_path: Path, batch_size: int = 128, rounds: int = 3) -> dict[str, dict[str, float]]:
-    """Seconds of an iteration at the same batch, and rank 0's peak bytes, on more and more ranks of this machine."""
+    """Return the seconds per iteration at the same global batch, and rank 0's peak bytes, by the number of ranks."""
     most = torch.cuda.device_count() or 4
     table = {}
-    # A single rank would be this process, whose memory holds what was measured before.
+    # Not 1: a single rank runs in this process, and its peak memory includes the earlier measurements.
     for world_size in (count for count in (2, 4, 8) if count <= most):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "figures.json"
@@ -115,5 +123,5 @@ def _train_on_ranks(local_rank: int, config_path: Path, batch_size: int, rounds:
 
 
 def exponent(at: Sequence[float], values: Sequence[float]) -> float:
-    """The slope between the two largest sizes where both axes are logarithmic."""
+    """Return the slope between the two largest sizes, both axes being logarithmic."""
     return math.log(values[-1] / values[-2]) / math.log(at[-1] / at[-2])

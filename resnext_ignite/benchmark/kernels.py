@@ -1,4 +1,4 @@
-"""The grouped 3x3, which makes a ResNeXt: each of its shapes in each way to compute it, against the machine's limit."""
+"""The grouped 3x3 convolutions of a ResNeXt: each shape in each implementation, against the machine's limits."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from resnext_ignite.runtime.timing import in_turns, medians, timer
 from resnext_ignite.training.tuning import Arithmetic, gradient_for
 
 PASSES = ("forward", "data gradient", "weight gradient")
-# A bf16 product keeps 8 bits; sums of thousands of them, rounded once, stay well below this share.
+# bf16 has 8 significant bits: sums of thousands of products, rounded once, have relative errors well below this.
 _TOLERANCE = 0.02
 
 
 def measure_kernels(models: dict[str, tuple[int, int]], rounds: int = 3) -> dict[str, Any]:
-    """Seconds of each pass of each shape in each way, in bf16 and channels_last; the best way for a whole iteration.
+    """Measure the seconds of each pass of each shape in each implementation, in bf16 and channels_last.
 
-    Every way's result and gradients are first compared with the grouped convolution in float64.
+    The fastest implementation of a shape has the least sum over the three passes. The output and the gradients of each
+    implementation are first compared with the grouped convolution in float64.
 
     Args:
-        models: names, with pictures at once and their size.
+        models: names, each with its batch size and its image size in pixels.
 
     Raises:
-        ValueError: a way computes something else.
+        ValueError: an implementation computes a different result.
     """
     device = measured_device()
     set_up_machine(device, deterministic=device.type == "cpu")
@@ -66,7 +67,7 @@ def measure_kernels(models: dict[str, tuple[int, int]], rounds: int = 3) -> dict
 
 
 def describe(shape: GroupedShape) -> str:
-    """As in `8 groups of 64, 32x32 / 1`: the stride after the slash."""
+    """Return a description, as in `8 groups of 64, 32x32 / 1`; the stride follows the slash."""
     module = shape.module
     width = module.in_channels // module.groups
     return f"{module.groups} groups of {width}, {shape.size}x{shape.size} / {module.stride[0]}"
@@ -104,7 +105,10 @@ def _passes(module: GroupedConv2d, images: Tensor, arithmetic: Arithmetic) -> di
 
 
 def _least_seconds(shape: GroupedShape, images: int, flop_per_s: float, bytes_per_s: float) -> float:
-    """Of any of the three passes: each has the same products, and moves the input, the output and the weights once."""
+    """Return the least seconds of a pass in bf16, by operations and by memory traffic.
+
+    It is the same for all three: each has the same products, and moves the input, the output and the weights once.
+    """
     module = shape.module
     pixels_in, pixels_out = shape.size**2, (shape.size // module.stride[0]) ** 2
     flop = 2 * 9 * module.in_channels * (module.in_channels // module.groups) * pixels_out * images
@@ -114,10 +118,13 @@ def _least_seconds(shape: GroupedShape, images: int, flop_per_s: float, bytes_pe
 
 @torch.enable_grad()
 def check(shape: GroupedShape, arithmetic: Arithmetic, images: int = 2) -> dict[str, float]:
-    """How far each way's result and gradients are from float64's: norm of the difference over the norm, the largest.
+    """Check the output and the gradients of each implementation against float64, and return the relative errors.
+
+    An error is the norm of the difference over the norm of the exact tensor: the largest of output, data gradient and
+    weight gradient.
 
     Raises:
-        ValueError: further than rounding explains.
+        ValueError: an error is larger than rounding explains.
     """
     noise = arithmetic.noise(images, shape.module.in_channels, shape.size)
 

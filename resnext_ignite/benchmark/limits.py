@@ -1,4 +1,4 @@
-"""How far from the machine's limits: its rates, measured, and the time that a network needs at them."""
+"""The machine's limits: its measured rates, and the least time that a network needs at these rates."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ from resnext_ignite.runtime.timing import in_turns, timer
 
 @dataclass(frozen=True)
 class Limits:
-    """Operations/s of a large matrix product at some precision, and bytes/s of a large copy (read and written)."""
+    """Operations/s of a large matrix product in a precision, and bytes/s of a large copy (bytes read plus written).
+
+    `bytes_a_number` is the size of a number in that precision.
+    """
 
     flop_per_s: float
     bytes_per_s: float
     bytes_a_number: int
 
     def training_s(self, cost: Cost, images: int) -> float:
-        """The least time of forward and backward: the larger of the two bounds."""
+        """Return the least seconds of forward and backward: the larger of the compute and the memory bound."""
         return images * max(
             cost.training_flop / self.flop_per_s, cost.least_training_bytes(self.bytes_a_number) / self.bytes_per_s
         )
 
     def forward_s(self, cost: Cost, images: int) -> float:
-        """Of the forward pass alone."""
+        """Return the least seconds of the forward pass alone."""
         return images * max(
             cost.forward_flop / self.flop_per_s, cost.least_forward_bytes(self.bytes_a_number) / self.bytes_per_s
         )
 
 
 def measure_limits(device: torch.device, precision: str, rounds: int = 5) -> Limits:
-    """The best rates that this machine shows in some rounds: of products of several sizes, and of a large copy."""
+    """Return the best rates over all rounds: of matrix products of several sizes, and of a large copy."""
     dtype = DTYPES[precision]
     gpu = device.type == "cuda"
     sizes, count = ((4096, 8192), 2**30) if gpu else ((1024, 2048, 3072), 2**27)
@@ -45,5 +48,5 @@ def measure_limits(device: torch.device, precision: str, rounds: int = 5) -> Lim
         left, right = (torch.randn(size, size).to(device, dtype) for _ in range(2))
         contenders[str(size)] = timer(device, partial(torch.mm, left, right))
     best = {name: min(values) for name, values in in_turns(contenders, rounds).items()}
-    # Bytes are read and written.
+    # A copy reads and writes each byte.
     return Limits(max(2 * size**3 / best[str(size)] for size in sizes), 2 * count / best["copy"], dtype.itemsize)

@@ -1,6 +1,6 @@
-"""What a user would pick instead: the same network from other packages, in the loops of their training scripts.
+"""The alternatives to this project: the same network from other packages, in the loops of their training scripts.
 
-The loops are written here, from the documented flags of each script, and each gets its batch ready on the device.
+The loops are reimplemented here from the documented flags of each script. Each receives batches on the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from resnext_ignite.data.loaders import Batch
 from resnext_ignite.models import create_model
 from resnext_ignite.runtime.model_names import parse_model_name
 
-# Tiny, so that noise can be trained on for as long as it is timed without a number that is not finite.
+# Small enough that the loss stays finite while a benchmark trains on noise.
 _LR = 1e-4
 
 
@@ -29,7 +29,7 @@ Network = Callable[[str, int], nn.Module]
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to train: a network, its optimizer, and one iteration of its loop."""
+    """A network, its optimizer, and one iteration of its training loop."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -37,14 +37,14 @@ class Peer:
 
 
 def torchvision_network(name: str, num_classes: int) -> nn.Module:
-    """torchvision's ResNeXt of a name; its CIFAR form has a 3x3 stem and three stages.
+    """Build torchvision's ResNeXt of a name; the CIFAR form has a 3x3 stem and three stages.
 
     Raises:
         ValueError: torchvision cannot build the same network.
     """
     shape = parse_model_name(name)
     cifar = shape.layout == "cifar"
-    # torchvision always has four stages: CIFAR's fourth is built with one block, and replaced.
+    # torchvision always builds four stages; for CIFAR the fourth has one block, and is replaced below.
     blocks = [*shape.blocks, 1] if cifar else list(shape.blocks)
     model = torchvision_resnet.ResNet(
         torchvision_resnet.Bottleneck,
@@ -61,17 +61,17 @@ def torchvision_network(name: str, num_classes: int) -> nn.Module:
 
 
 def has_timm() -> bool:
-    """Whether timm is installed: it is an extra."""
+    """Return whether timm is installed; it is an optional extra."""
     return importlib.util.find_spec("timm") is not None
 
 
 def timm_network(name: str, num_classes: int) -> nn.Module:
-    """timm's ResNeXt of a name, likewise.
+    """Build timm's ResNeXt of a name; the CIFAR form has a 3x3 stem and three stages.
 
     Raises:
         ValueError: timm cannot build the same network.
     """
-    # Typed or not, as it happens to be installed.
+    # Any: type checkers find types only where timm is installed.
     timm_resnet: Any = importlib.import_module("timm.models.resnet")
     shape = parse_model_name(name)
     cifar = shape.layout == "cifar"
@@ -97,7 +97,7 @@ def _same_size(model: nn.Module, name: str, num_classes: int) -> nn.Module:
 
 
 def resnext_pytorch_loop(name: str, num_classes: int, device: torch.device) -> Peer:
-    """ResNeXt.pytorch's loop: fp32, NCHW, a running loss that waits for the device in each iteration."""
+    """Build ResNeXt.pytorch's loop: fp32, NCHW, a running loss that waits for the device in each iteration."""
     model = create_model(name, num_classes).to(device)
     optimizer = torch.optim.SGD(model.parameters(), _LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
     average = 0.0
@@ -114,9 +114,10 @@ def resnext_pytorch_loop(name: str, num_classes: int, device: torch.device) -> P
 
 
 def torchvision_loop(name: str, num_classes: int, device: torch.device) -> Peer:
-    """references/classification/train.py with `--amp`: fp16 with a scaler on a GPU, which leaves a CPU in fp32.
+    """Build the loop of torchvision's references/classification/train.py with `--amp`.
 
-    NCHW, since it has no flag for anything else; loss, top-1 and top-5 are read in each iteration.
+    `--amp` is fp16 with a gradient scaler on a GPU; on a CPU it has no effect, and the loop computes in fp32. Images
+    are NCHW, since the script has no flag for channels_last. Loss, top-1 and top-5 are read in each iteration.
     """
     model = torchvision_network(name, num_classes).to(device)
     optimizer = torch.optim.SGD(model.parameters(), _LR, momentum=0.9, weight_decay=1e-4)
@@ -139,9 +140,10 @@ def torchvision_loop(name: str, num_classes: int, device: torch.device) -> Peer:
 
 
 def amp_loop(network: Network, name: str, num_classes: int, device: torch.device, *, compiled: bool = False) -> Peer:
-    """bf16 autocast and channels_last with torch's own SGD, the loss read at log points alone.
+    """Build a loop with bf16 autocast, channels_last and torch's SGD.
 
-    So trains timm's train.py with `--amp --amp-dtype bfloat16 --channels-last`, and `--torchcompile`.
+    timm's train.py trains in this way with `--amp --amp-dtype bfloat16 --channels-last`, and `--torchcompile` where
+    `compiled`. It reads the loss only at log points; this loop never reads it.
     """
     model = network(name, num_classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), _LR, momentum=0.9, weight_decay=5e-4, nesterov=True)

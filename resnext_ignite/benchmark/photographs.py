@@ -28,25 +28,26 @@ from resnext_ignite.runtime.timing import in_turns, medians
 
 _BATCH = 64
 _IMAGES = 1280
-# Over the files, by each process that decodes alone.
+# Passes over the files in each process of the decode limit.
 _PASSES = 4
-# Batches that a worker of a DataLoader is ahead.
+# Batches that each worker of a DataLoader prefetches by default.
 _AHEAD = 2
 OURS, TORCHVISION, TIMM, LIMIT = "resnext_ignite", "torchvision", "timm", "libjpeg-turbo alone"
 
 
 def measure_photographs(folder: Path, sizes: tuple[int, ...] = (224, 176, 128, 64), rounds: int = 5) -> dict[str, Any]:
-    """Images/s of random-resized crops of the JPEG files in a folder, flipped and normalised, to float32 on the CPU.
+    """Measure the images/s of random-resized crops of a folder's JPEG files, flipped and normalised.
 
-    Every loader has as many workers as there are cores. A file counts as often as it takes to make up an epoch.
+    The batches are float32 on the CPU. Every loader has one worker per core. An epoch has `_IMAGES` images; fewer files
+    are repeated.
 
     Raises:
         DataError: there are no JPEG files.
     """
     files = jpegs_in(folder)
-    # As a run does; the memory that is kept serves the others' batches as well.
+    # As in a run. The freed memory that this process keeps also serves the batches of the other loaders.
     devices.set_up_machine(torch.device("cpu"), deterministic=True)
-    # The workers have the cores; threads that wait for more work here would take them away.
+    # The workers need all cores; threads of this process that wait for work would occupy some of them.
     torch.set_num_threads(1)
     workers = len(os.sched_getaffinity(0))
     samples: dict[str, list[float]] = {}
@@ -70,7 +71,7 @@ def measure_photographs(folder: Path, sizes: tuple[int, ...] = (224, 176, 128, 6
 
 
 def jpegs_in(folder: Path) -> list[Path]:
-    """All JPEG files in a folder and those within it.
+    """Return all JPEG files in a folder and its subfolders, sorted.
 
     Raises:
         DataError: there are none.
@@ -82,7 +83,7 @@ def jpegs_in(folder: Path) -> list[Path]:
 
 
 def linked(files: list[Path], root: Path) -> Path:
-    """An imagefolder of two classes in `root`, as long as an epoch is; of a few files, each many times."""
+    """Make an imagefolder of two classes in `root`: `_IMAGES` links to the files, which are repeated if fewer."""
     for number in range(_IMAGES):
         place = root / "train" / ("a", "b")[number % 2]
         place.mkdir(parents=True, exist_ok=True)
@@ -91,17 +92,17 @@ def linked(files: list[Path], root: Path) -> Path:
 
 
 def _rate(batches: Iterator[Any], workers: int) -> Callable[[], float]:
-    """Images/s of the next epoch of endless batches."""
+    """Return a turn that measures the images/s of the next epoch of endless batches."""
 
     def run() -> float:
-        # What was decoded ahead, in the time of others.
+        # Discard the batches that were decoded outside of this turn.
         for _ in range(_AHEAD * workers):
             next(batches)
         start = time.perf_counter()
         for _ in range(_IMAGES // _BATCH):
             next(batches)
         rate = _IMAGES / (time.perf_counter() - start)
-        # The workers decode ahead again before it is another's turn.
+        # Let the workers finish prefetching before the next contender's turn.
         time.sleep(2 * _AHEAD * workers * _BATCH / rate)
         return rate
 
@@ -123,7 +124,7 @@ def _ours(root: Path, size: int, workers: int) -> Iterator[Any]:
 
 
 def _torchvision(root: Path, size: int, workers: int) -> Iterator[Any]:
-    """As torchvision's reference script makes them."""
+    """Return batches as torchvision's reference script makes them."""
     chain = transforms.Compose(
         [
             transforms.RandomResizedCrop(size),
@@ -145,7 +146,10 @@ def _torchvision(root: Path, size: int, workers: int) -> Iterator[Any]:
 
 
 def _timm(root: Path, size: int, workers: int) -> Iterator[Any]:
-    """As timm's script makes them: uint8 from the workers, normalised by its prefetcher; no more augmentation."""
+    """Return batches as timm's script makes them: uint8 from the workers, normalised by its prefetcher.
+
+    timm's colour jitter and automatic augmentation are off, so that all loaders augment in the same way.
+    """
     from timm.data import create_dataset, create_loader
 
     dataset = create_dataset("folder", root=str(root), split="train", is_training=True)
@@ -169,7 +173,7 @@ def _timm(root: Path, size: int, workers: int) -> Iterator[Any]:
 
 
 def _decoding_rate(files: list[Path]) -> float:
-    """Images/s of reading and decoding whole files in this process."""
+    """Return the images/s of reading and decoding whole files in this process."""
     start = time.perf_counter()
     for _ in range(_PASSES):
         for file in files:

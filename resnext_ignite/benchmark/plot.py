@@ -1,4 +1,4 @@
-"""The picture of a benchmark: a row of bars for each suite, and how things grow."""
+"""The plot of a benchmark: a row of bars for each suite, and curves of growth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Suites whose contenders are few enough to be told apart; the others are tables.
+# Suites that are drawn as bars, with their titles. Of the others, only growth is drawn.
 _BARS = {
     "data": "input, pictures of CIFAR",
     "train": "training",
@@ -24,7 +24,7 @@ _OURS, _THEIRS = "tab:blue", "0.65"
 
 
 def draw_benchmark(results: dict[str, Any]) -> Figure:
-    """Medians with their whole spread, ours in colour; growth as lines, on logarithmic axes."""
+    """Draw medians with their full range, this project's in colour; draw growth as lines on logarithmic axes."""
     found = results["suites"]
     bars = [name for name in found if name.partition(":")[0] in _BARS]
     tables = found.get("growth", {}).get("tables", {})

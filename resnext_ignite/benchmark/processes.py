@@ -1,4 +1,4 @@
-"""Contenders in processes of their own: each with the allocator, threads and caches that it would have alone."""
+"""Contenders in separate processes: each has its own allocator, threads and caches, as if it ran alone."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _turn: Turn | None = None
 
 
 class Contender:
-    """One of them, warm, which waits for its turn; called, it takes it, and gives what the turn gave.
+    """A contender in its own process, warmed up by one turn; a call takes the next turn and returns its result.
 
     Args:
-        make: prepares a turn in the process; to be pickled.
+        pool: the process.
+        make: is pickled, and prepares the turn in the process.
     """
 
     def __init__(self, pool: ProcessPoolExecutor, make: Callable[[], Turn]) -> None:
@@ -31,26 +32,30 @@ class Contender:
         return self._pool.submit(_take_turn).result()
 
     def peak_bytes(self) -> int:
-        """The most memory that it had at once: the GPU's where there is one, else of its process."""
+        """Return the peak memory of the contender's process in bytes, on the GPU if there is one."""
         return self._pool.submit(peak_bytes).result()
 
 
 class Contenders(dict[str, Contender]):
-    """By name; `failed` says of those that cannot take part why."""
+    """Contenders by name; `failed` holds the reason for each one that cannot take part."""
 
     failed: dict[str, str]
 
 
 @contextlib.contextmanager
 def in_processes(makers: Mapping[str, Callable[[], Turn]]) -> Iterator[Contenders]:
-    """A process for each contender, until the block ends; what is made for it and what it is called stay its own.
+    """Start a process for each contender; the processes end with the block.
 
-    One that fails at its first turn - a compiler is missing, the memory is full - takes no part.
+    A contender that fails while it is prepared or at its first turn (a compiler is missing, the memory is full) takes
+    no part.
+
+    Args:
+        makers: for each name, a function that prepares the contender's turn in its process.
 
     Raises:
-        RuntimeError: none is left.
+        RuntimeError: all contenders failed.
     """
-    # Forked from a process that has torch loaded and has done nothing with it: a new one would need seconds to import.
+    # Fork from a process that has imported torch and not used it yet: a new process would need seconds to import it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["resnext_ignite.benchmark.setup", "resnext_ignite.benchmark.peers"])
     contenders = Contenders()
@@ -82,9 +87,9 @@ def _take_turn() -> float:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process had at once, on the GPU where there is one."""
+    """Return the peak memory of this process in bytes: memory allocated on the GPU if there is one, else RAM."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    # Not getrusage's, which for a spawned process begins with what its parent had.
+    # Not from getrusage: the peak of a spawned process starts there at its parent's value.
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1])

@@ -1,4 +1,4 @@
-"""What several ranks on this machine cost."""
+"""The speed of several ranks on this machine, and the cost of their communication."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ from resnext_ignite.runtime.timing import in_turns, medians
 
 
 def measure_ranks(contests: dict[Path, int], rounds: int = 5, iterations: int = 2) -> dict[str, Any]:
-    """Images/s of one rank on all cores and of a rank a core, at the same global batch; the share of communication.
+    """Measure the images/s of one rank on all cores and of one rank per core, at the same global batch.
 
-    On GPUs: of one, and of a rank for each; nothing where there is a single one.
+    On GPUs: of one rank, and of one rank per GPU. On a single core or GPU nothing is measured. `communication_share` is
+    the fraction of an iteration's time that the reduction of gradients takes.
 
     Args:
-        contests: the configs whose models are measured, each with its global batch.
-        iterations: in a turn.
+        contests: the configs whose models are measured, each with its global batch size.
+        iterations: iterations per turn.
     """
     world_size = torch.cuda.device_count() or len(os.sched_getaffinity(0))
     samples: dict[str, list[float]] = {}
@@ -75,7 +76,7 @@ def _measure_on_ranks(
             start = time.perf_counter()
             if updates:
                 contender.update_alone(batch, updates)
-            # Blocks: a rank that only waits takes none of the others' time.
+            # A waiting rank blocks here, and takes no time from the ranks that still compute.
             dist.barrier()
             return time.perf_counter() - start
 

@@ -1,4 +1,4 @@
-"""What the suites measure on: a config's model, optimizer and trainer, and batches for it."""
+"""What the suites measure: the model, optimizer and trainer of a config, and batches for them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from resnext_ignite.training.tuning import Arithmetic, grouped_conv_for
 
 
 def measured_device() -> torch.device:
-    """The GPU where there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return devices.resolve_device("auto", 0)
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a single rank of a config trains with."""
+    """The model, optimizer, schedule and trainer of a config on a single rank."""
 
     config: Config
     device: torch.device
@@ -45,12 +45,12 @@ class Training:
     trainer: Engine
 
     def run(self, source: Iterator[Batch], iterations: int) -> float:
-        """Seconds an iteration of the trainer, with the handlers that act on each."""
+        """Return the seconds per iteration of the trainer, with the handlers that act on every iteration."""
         self.trainer.state.max_epochs = None
         return timed(self.device, lambda: self.trainer.run(source, max_epochs=1, epoch_length=iterations)) / iterations
 
     def update_alone(self, ready: Batch, iterations: int) -> float:
-        """Seconds an iteration of nothing but forward, backward and update, on a batch that lies ready."""
+        """Return the seconds per iteration of forward, backward and update alone, on a batch that is on the device."""
         self.model.train()
 
         def update() -> None:
@@ -67,7 +67,7 @@ class Training:
 def build_training(
     config_path: Path, overrides: Sequence[str], num_classes: int, local_rank: int = 0, image_size: int = 32
 ) -> Training:
-    """The model, optimizer and trainer of a config, with the handlers of each iteration: log point and schedule."""
+    """Build the training of a config, with the handlers that act on every iteration: log point and schedule."""
     config = load_config(config_path, overrides)
     device, ranks = devices.resolve_device(config.train.device, local_rank), Ranks()
     precision = devices.resolve_precision(config.train.precision, device)
@@ -90,14 +90,14 @@ def build_training(
 def prepare(
     config_path: Path, overrides: Sequence[str] = (), local_rank: int = 0
 ) -> tuple[Training, Data, TrainLoader]:
-    """What a single rank of a config would train with, on the embedded data set."""
+    """Build the training of a config on a single rank, with the embedded data set and its loader."""
     training = build_training(config_path, ["data.name=shapes", *overrides], 10, local_rank)
     data = load_data(training.config, Ranks(), ("train",))
     return training, data, build_train_loader(training.config, data, training.device, Ranks())
 
 
 def random_batch(count: int, image_size: int, num_classes: int, device: torch.device, *, channels_last: bool) -> Batch:
-    """Noise in the place of normalised pictures, with labels: float32 (count, 3, image_size, image_size)."""
+    """Return a batch with labels; noise replaces normalised images: float32 (count, 3, image_size, image_size)."""
     images = Arithmetic(device, torch.float32, channels_last).noise(count, 3, image_size)
     indices = torch.arange(count, device=device)
     return Batch(images, indices % num_classes, indices)

@@ -1,4 +1,4 @@
-"""From the command to the first iteration, beside what importing the libraries alone takes."""
+"""The time from the start of the command to the first iteration, against the time of the imports alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IMPORTS = "import torch, torchvision, ignite.engine, ignite.handlers, ignite.me
 
 
 def measure_startup(config_path: Path, rounds: int = 3) -> dict[str, Any]:
-    """Seconds until a run on the embedded data set ends its first iteration, and of the libraries' imports alone."""
+    """Measure the seconds until a run on the embedded data set ends its first iteration, and of the imports alone."""
     with tempfile.TemporaryDirectory() as folder:
         runs = iter(range(1_000_000))
 
@@ -35,7 +35,11 @@ def measure_startup(config_path: Path, rounds: int = 3) -> dict[str, Any]:
 
 
 def _seconds_until(words: str | None, command: list[str]) -> float:
-    """Until a command's standard error says something, when it is ended; without words, until it ends."""
+    """Return the seconds until a command writes `words` to standard error, and kill it; None: until it exits.
+
+    Raises:
+        RuntimeError: the command fails, or exits before it writes `words`.
+    """
     begun = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -1,4 +1,4 @@
-"""Training: this trainer against the loops that a user would pick instead, and its own work beside the network's."""
+"""Training: this trainer against the loops of other packages, and its overhead over forward, backward and update."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ _RESNEXT_PYTORCH, _TORCHVISION, _AMP = "ResNeXt.pytorch's loop", "torchvision's 
 
 @dataclass(frozen=True)
 class Work:
-    """What each contender is given: a config's model, and batches of noise.
+    """The work of each contender: a config's model, and batches of noise.
 
     Args:
-        batch_size: images an iteration.
-        image_size: pixels a side.
-        iterations: in a turn.
+        config_path: the config, which this trainer reads.
+        model: the name of its model, which the other loops build.
+        batch_size: images per iteration.
+        image_size: pixels per side.
+        iterations: iterations per turn.
     """
 
     config_path: Path
@@ -52,15 +54,15 @@ class Work:
     iterations: int = 1
 
     def overrides(self) -> list[str]:
-        """So small a rate that noise can be trained on for as long as it takes."""
+        """Return the config values of this work, with a learning rate at which the loss on noise stays finite."""
         return [f"train.batch_size={self.batch_size}", "schedule.name=constant", "optimizer.lr=1e-4"]
 
 
 def train_here(work: Work, overrides: list[str], forced_layout: bool = False) -> Turn:
-    """Seconds an iteration of this trainer, with some config values.
+    """Return a turn that measures the seconds per iteration of this trainer, with some config values.
 
     Args:
-        forced_layout: let inductor keep convolutions in NHWC, which by itself it does not where they are grouped.
+        forced_layout: make inductor compute convolutions in channels_last; by default it does not if they are grouped.
     """
     inductor.force_layout_optimization = forced_layout
     training = build_training(
@@ -78,7 +80,7 @@ def train_here(work: Work, overrides: list[str], forced_layout: bool = False) ->
 
 
 def train_there(work: Work, way: Callable[[str, int, torch.device], Peer], channels_last: bool) -> Turn:
-    """Seconds an iteration of another loop."""
+    """Return a turn that measures the seconds per iteration of another package's loop."""
     device = measured_device()
     torch.backends.cudnn.benchmark = True
     peer = way(work.model, work.num_classes, device)
@@ -93,7 +95,7 @@ def train_there(work: Work, way: Callable[[str, int, torch.device], Peer], chann
 
 
 def contenders(work: Work, device: torch.device) -> dict[str, Callable[[], Turn]]:
-    """All ways to train, by name; those of this trainer begin with its own."""
+    """Return the functions that prepare the turns, by contender; the names of this trainer's begin with `OURS`."""
     makers: dict[str, Callable[[], Turn]] = {
         OURS: partial(train_here, work, []),
         f"{OURS}, compiled": partial(train_here, work, ["train.compile=true"]),
@@ -109,7 +111,7 @@ def contenders(work: Work, device: torch.device) -> dict[str, Callable[[], Turn]
     torchvision_amp = partial(amp_loop, torchvision_network)
     makers[f"torchvision's network, {_AMP}"] = partial(train_there, work, torchvision_amp, True)
     if device.type == "cuda" or not has_timm():
-        # Somebody compiles: where timm does not, and where it takes seconds.
+        # At least one peer is compiled. On a CPU, where compiling takes longer, timm's is enough if it is installed.
         compiled_way = partial(amp_loop, torchvision_network, compiled=True)
         makers[f"torchvision's network, {_AMP}, compiled"] = partial(train_there, work, compiled_way, True)
     if has_timm():
@@ -120,7 +122,7 @@ def contenders(work: Work, device: torch.device) -> dict[str, Callable[[], Turn]
 
 
 def measure_training(work: Work, rounds: int = 5) -> dict[str, Any]:
-    """Images/s of a model in this trainer and in the loops of other packages, all on one batch of noise."""
+    """Measure the images/s of a model in this trainer and in the loops of other packages, all on one batch of noise."""
     device = measured_device()
     with in_processes(contenders(work, device)) as ways:
         limits = measure_limits(device, resolve_precision("auto", device))
@@ -140,7 +142,7 @@ def measure_training(work: Work, rounds: int = 5) -> dict[str, Any]:
         ratio: max((speeds[name] for name in names if name in speeds), default=0.0) for ratio, names in peers.items()
     }
     ratios = {ratio: best / speed for ratio, speed in fastest.items() if speed}
-    # Without a key of the config set, and against the best of all peers.
+    # With the config as it is, against the fastest peer in bf16 and channels_last.
     ratios["train_default_vs_best_amp_peer"] = speeds[OURS] / fastest["train_vs_best_amp_peer"]
     ratios["train_of_limit"] = best * least / work.batch_size
     return {
@@ -157,13 +159,17 @@ def measure_training(work: Work, rounds: int = 5) -> dict[str, Any]:
 
 
 def measure_overhead(config_path: Path, rounds: int = 11, iterations: int = 8) -> dict[str, Any]:
-    """Share of an iteration that is not forward, backward and update, for a config's model.
+    """Measure the fraction of an iteration that is not forward, backward and update, for a config's model.
 
-    Two loops in turns, each of some iterations: the trainer with its log point, schedule and input as in a run, and
-    forward, backward and update alone on a batch that lies ready. The share is of the medians.
+    Two contenders take turns: the trainer with its log point, schedule and input as in a run; and forward, backward and
+    update alone on one batch on the device. The fraction is that of the medians; a second one is the median over pairs
+    of turns.
+
+    Args:
+        iterations: iterations per turn.
     """
     training, _, loader = prepare(config_path)
-    # One iterator for all epochs, as a run has it.
+    # One iterator for all epochs, as in a run.
     source = iter(loader)
     ready = next(source)
     bare = "forward, backward, update"

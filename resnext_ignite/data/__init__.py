@@ -1,4 +1,4 @@
-"""The pictures of a config: which splits there are, and the loaders that training and evaluation iterate over."""
+"""Build a config's data pipeline: the splits, the augmentation, and the loaders of training and evaluation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def build_augment(config: Config, data: Data) -> Augment:
-    """The augmentation of a config, with the data's normalisation."""
+    """Build the augmentation of a config, with the mean and standard deviation of the data."""
     augment = config.augment
     return Augment(
         seed=config.seed,
@@ -57,13 +57,13 @@ def build_augment(config: Config, data: Data) -> Augment:
 
 
 def build_mixing(config: Config) -> Mixing | None:
-    """What mixes the images of a config; None: nothing does."""
+    """Build mixup and CutMix as a config requests them; None if both are off."""
     mixup, cutmix = config.augment.mixup, config.augment.cutmix
     return Mixing(config.seed, mixup, cutmix) if mixup or cutmix else None
 
 
 def build_sizes(config: Config) -> GrowingSize | None:
-    """How the training images of a config grow; None: they do not."""
+    """Build the schedule of progressive resizing of a config; None if the training images have one size."""
     first, full = config.augment.progressive_from, config.image_size
     if first is None:
         return None
@@ -71,10 +71,11 @@ def build_sizes(config: Config) -> GrowingSize | None:
 
 
 def build_train_loader(config: Config, data: Data, device: torch.device, ranks: Ranks) -> TrainLoader:
-    """The training batches of this rank.
+    """Build the loader of this rank's training batches.
 
     Raises:
-        ConfigError: an epoch would hold no batch, or a CPU is to decode as only GPUs do.
+        ConfigError: `data.decode` is device and `device` is no GPU; the batch size exceeds the number of images or does
+            not divide; or `augment.crop_padding` is not smaller than the image.
         DataError: there are no training images.
     """
     on_device = config.data.decode == "device"
@@ -133,10 +134,10 @@ def _warn_of_sorted_shards(labels: torch.Tensor, shards: torch.Tensor, window: i
 
 
 def build_eval_loader(config: Config, data: Data, split: str, device: torch.device, ranks: Ranks) -> EvalLoader:
-    """The evaluation batches of this rank's share of a split.
+    """Build the loader of this rank's slice of a split, for evaluation.
 
     Raises:
-        DataError: the data has no such split, or pictures of it are marked as unreadable.
+        DataError: the data has no such split, or images of the split are marked as unreadable.
     """
     if split not in data.splits:
         others = f"; it has {', '.join(data.splits)}" if data.splits else ""
@@ -155,7 +156,7 @@ def build_eval_loader(config: Config, data: Data, split: str, device: torch.devi
 
 @dataclass(frozen=True)
 class Loaders:
-    """The loaders of a run: training, and one for each split that is evaluated."""
+    """The loaders of a run: one for training, and one for each evaluated split."""
 
     train: TrainLoader
     evaluation: dict[str, EvalLoader]
@@ -163,7 +164,12 @@ class Loaders:
 
 
 def build_loaders(config: Config, device: torch.device, ranks: Ranks) -> Loaders:
-    """All loaders of a run; raises as `load_data` and `build_train_loader`."""
+    """Load the data and build all loaders of a run.
+
+    Raises:
+        ConfigError: as `load_data` and `build_train_loader`.
+        DataError: as `load_data` and `build_train_loader`, or there is no split to evaluate on.
+    """
     data = load_or_reuse(config, lambda: load_data(config, ranks))
     splits: list[str] = [name for name in ("val", "test") if name in data.splits]
     evaluation = {name: build_eval_loader(config, data, name, device, ranks) for name in splits}

@@ -1,4 +1,4 @@
-"""A split of a data set in memory, as the loaders take it, and how a picture is marked that could not be read."""
+"""A split of a data set in memory, and the label that marks unreadable images. `image_files.py` has splits as files."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# What torch's cross_entropy leaves out by itself.
+# The default `ignore_index` of torch's cross_entropy.
 UNREADABLE = -100
 
 
 def color_to_uint8(color: tuple[float, float, float]) -> tuple[int, int, int]:
-    """A colour of 0 to 1 as a uint8 picture holds it: at most 0.5/255 off, a hundredth of a standard deviation."""
+    """Return a colour of 0 to 1 as uint8 values. The error is at most 0.5/255: about 0.01 standard deviations."""
     red, green, blue = (round(255 * value) for value in color)
     return red, green, blue
 
 
 @dataclass(frozen=True)
 class Images:
-    """Decoded pictures in one tensor.
+    """Decoded images in one tensor.
 
     Args:
         pixels: uint8 (N, H, W, 3).
-        labels: int64 (N,); UNREADABLE for a picture that could not be read, which is one colour then.
-        indices: int64 (N,), each picture's index in its whole split: the key of all that is random about it.
+        labels: int64 (N,); UNREADABLE for an image that could not be read. Its pixels are one colour.
+        indices: int64 (N,), the index of each image in its whole split: the key of its random numbers.
     """
 
     pixels: Tensor
@@ -35,19 +35,19 @@ class Images:
         return len(self.labels)
 
     def subset(self, positions: Tensor) -> Images:
-        """The pictures at some positions (int64), keeping their indices."""
+        """Return the images at some positions, int64 (n,), with their indices unchanged."""
         return Images(self.pixels[positions], self.labels[positions], self.indices[positions])
 
     def to(self, device: torch.device) -> Images:
-        """The same on a device."""
+        """Return the same images on a device."""
         return Images(*(part.to(device) for part in (self.pixels, self.labels, self.indices)))
 
     def load(self, positions: Tensor) -> Tensor:
-        """Pictures at some positions: int64 (n,) -> uint8 (n, H, W, 3)."""
+        """Return the pixels at some positions: int64 (n,) -> uint8 (n, H, W, 3)."""
         return self.pixels[positions.to(self.pixels.device)]
 
     def resized(self, size: int) -> Images:
-        """Square pictures of another size, antialiased; the same object where they have it already."""
+        """Resize square images to (size, size) with antialiasing; return this object if they have that size already."""
         if self.pixels.shape[1] == size:
             return self
         from torchvision.transforms.v2.functional import resize

@@ -1,6 +1,6 @@
-"""What the engines iterate over: batches of normalised images on the device, for training and for evaluation.
+"""The loaders that the engines iterate over: batches of normalised images on the device.
 
-Both kinds of split (in memory, as files) give the same batches; which images, in which order, is `sampling.py`'s.
+A split in memory and a split as files give the same batches. `sampling.py` defines the order of the images.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ Split = Images | ImageFiles
 class Batch:
     """Images float32 (n, 3, H, W), labels int64 (n,), and the images' indices in their whole split int64 (n,).
 
-    The label of a training image that could not be read is UNREADABLE; the image is made of the mean colour. Of mixed
-    images `lambdas`, float32 (n,), say how much of each is its own; the rest is its neighbour (0 and 1, 2 and 3, ...).
+    A training image that could not be read has the label UNREADABLE and is built from the mean colour. `lambdas`,
+    float32 (n,) from 0 to 1, is the fraction of each mixed image that is its own; the rest is its neighbour's (0 and 1,
+    2 and 3, ... are neighbours). None without mixing.
     """
 
     images: Tensor
@@ -42,20 +43,21 @@ class Batch:
 
 
 class TrainLoader:
-    """Augmented batches of every iteration after `start_iteration`, without end: epochs follow each other unbroken.
+    """Augmented batches of every iteration after the first `start_iteration` ones, in an endless sequence of epochs.
 
     Args:
         split: the training images.
-        order: which of them each iteration sees.
-        augment: from uint8 pictures to the model's input.
+        order: the images of each iteration.
+        augment: turns uint8 images into the model's input.
         device: where batches are made.
-        mixing: what mixes the augmented images; None: nothing.
-        workers: processes that decode files.
-        random_resized_crop: files: take a keyed random-resized crop instead of the centre.
-        sizes: of the images in each epoch; None: that of the split's pictures. Where files are cropped at random, the
-            crop is decoded to that size, and cutout scaled with it; else the augmented image is resized.
-        skip_unreadable: files: mark a picture that cannot be read, and warn of it once a rank, instead of raising.
-        decode_on: files: the workers read JPEGs, and this device decodes their random-resized crops; None: they do.
+        mixing: mixes the augmented images; None: no mixing.
+        workers: number of processes that decode files.
+        random_resized_crop: for files: take a keyed random-resized crop instead of the centre.
+        sizes: side of the images in each epoch; None: that of the split. With random-resized crops of files, the crop
+            is resized to this side and `cutout` is scaled with it; otherwise the augmented image is resized.
+        skip_unreadable: for files: mark an image that cannot be read, and warn once a rank, instead of raising.
+        decode_on: for files: the workers read JPEGs, and this device decodes and crops them (random-resized crops);
+            None: the workers decode and crop.
     """
 
     def __init__(
@@ -80,11 +82,15 @@ class TrainLoader:
         self.start_iteration = 0
 
     def __len__(self) -> int:
-        """Iterations an epoch."""
+        """Return the number of iterations per epoch."""
         return self.order.iterations_per_epoch
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        """Raises DataError for a picture that cannot be read (unless it is skipped) and for a dead worker."""
+        """Yield the batches.
+
+        Raises:
+            DataError: an image cannot be read and is not skipped, or a worker is dead.
+        """
         batches = self.order.batches(self.start_iteration)
         if isinstance(self.split, Images):
             padded = self.augment.pad(self.split.pixels)
@@ -100,8 +106,8 @@ class TrainLoader:
 
     @property
     def _by_workers(self) -> bool:
-        # TrivialAugment is work for many processes. What comes before it goes along: mirrored only afterwards, a
-        # picture would be sheared about its right edge, which is never done to one that was not.
+        # TrivialAugment is slow and needs many processes. Crop and flip must run there too, because they come first: if
+        # the flip followed it, a mirrored image would be sheared about the upper right corner, not the upper left.
         return not isinstance(self.split, Images) and self.augment.trivial and self.decode_on is None
 
     def _decoded(self, files: ImageFiles, batches: Iterable[tuple[int, Tensor]]) -> Iterator[Decoded]:
@@ -129,7 +135,7 @@ class TrainLoader:
         chosen: Tensor | None = None,
         unreadable: Sequence[int] = (),
     ) -> Batch:
-        # `positions` are the batch's pictures in the split, `chosen` those in `padded`.
+        # `positions` index the split, `chosen` indexes `padded` (None: all of it, in order).
         indices = self.split.indices[positions].to(self.device, non_blocking=True)
         labels = self.split.labels[positions]
         if unreadable:
@@ -144,7 +150,7 @@ class TrainLoader:
     def _augmented(self, padded: Tensor, chosen: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
         augment, by_workers = self.augment, self._by_workers
         if self.sizes is not None:
-            # Files may have been decoded to a smaller size already.
+            # Files may be decoded to a smaller size already; `cutout` is given for the full size.
             side = padded.shape[1] - (0 if by_workers else 2 * augment.crop_padding)
             augment = replace(augment, cutout=round(augment.cutout * side / self.sizes.full))
         images = augment.on_images(padded, epoch, indices) if by_workers else augment(padded, chosen, epoch, indices)
@@ -152,20 +158,20 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every image of this rank's share once, in order; all ranks' lambdas together are the split.
+    """Batches of this rank's slice of a split: each image once, in order. The slices of all ranks are the whole split.
+
+    `common_batches` is the number of batches that every rank has.
 
     Args:
         split: the images.
         augment: gives the normalisation.
         device: where batches are made.
-        batch_size: images at once.
-        rank, world_size: this rank takes a contiguous run of the split.
-        workers: processes that decode files.
-
-    `common_batches` is the number of batches that every rank has.
+        batch_size: images per batch.
+        rank, world_size: this rank takes a contiguous slice of the split.
+        workers: number of processes that decode files.
 
     Raises:
-        DataError: pictures of the split are marked UNREADABLE; an evaluation leaves none out.
+        DataError: images of the split are marked UNREADABLE; an evaluation must count every image.
     """
 
     def __init__(
@@ -191,11 +197,18 @@ class EvalLoader:
         self.workers = workers
 
     def __len__(self) -> int:
-        """Batches of this rank; one of no images where it has none, since an engine refuses to run on nothing."""
+        """Return the number of batches of this rank, at least 1.
+
+        A rank without images has one empty batch, because an Ignite engine does not run without data.
+        """
         return max(1, -(-len(self.share) // self.batch_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises DataError for a picture that cannot be read, and for a dead worker."""
+        """Yield the batches.
+
+        Raises:
+            DataError: an image cannot be read, or a worker is dead.
+        """
         device = self.split.labels.device
         batches = ((0, part) for part in torch.arange(self.share.start, self.share.stop).split(self.batch_size))
         found: Iterable[Decoded]
@@ -210,10 +223,10 @@ class EvalLoader:
 
 
 class CropsLoader:
-    """Batches of an evaluation in which each image is several crops of itself: float32 (n, crops, 3, H, W).
+    """Batches of an evaluation on several crops of each image: `images` is float32 (n, crops, 3, H, W).
 
     Args:
-        loaders: one a crop, of the same images in the same order.
+        loaders: one loader for each crop, with the same images in the same order.
     """
 
     def __init__(self, loaders: Sequence[EvalLoader]) -> None:
@@ -223,23 +236,23 @@ class CropsLoader:
         return len(self.loaders[0])
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises as EvalLoader's."""
+        """Yield the batches; raise as `EvalLoader.__iter__`."""
         for batches in zip(*self.loaders, strict=True):
             yield replace(batches[0], images=torch.stack([batch.images for batch in batches], dim=1))
 
 
 class ImageLoader:
-    """Pictures that are not a data set, as an evaluation sees them: images, positions, and why some are unreadable.
+    """Batches of images outside a data set, preprocessed as in an evaluation.
 
-    It yields float32 (n, 3, H, W), int64 (n,), and a reason for each position of a picture that could not be read, in
-    whose place stands the mean colour.
+    Each item is images float32 (n, 3, H, W), their positions int64 (n,), and a dict from the position of each
+    unreadable image to the reason. The mean colour replaces an unreadable image.
 
     Args:
-        files: their labels are not looked at.
+        files: the images; their labels are not used.
         augment: gives the normalisation.
         device: where batches are made.
-        batch_size: images at once.
-        workers: processes that decode.
+        batch_size: images per batch.
+        workers: number of processes that decode.
     """
 
     def __init__(
@@ -249,7 +262,11 @@ class ImageLoader:
         self.batch_size, self.workers = batch_size, workers
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
-        """Raises DataError for a dead worker."""
+        """Yield the batches.
+
+        Raises:
+            DataError: a worker is dead.
+        """
         reader = ImageReader(self.files, fill=color_to_uint8(self.augment.mean))
         batches = ((0, part) for part in torch.arange(len(self.files)).split(self.batch_size))
         for pictures, _, positions, unreadable in decoded(reader, batches, self.workers, self.device):

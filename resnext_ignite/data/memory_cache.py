@@ -1,4 +1,4 @@
-"""Data that stays loaded from one run of a process to the next, where the runs ask for the same."""
+"""Data that stays in memory between the runs of one process, if they load the same data. See also `disk_cache.py`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable, Hashable, Iterator
 from resnext_ignite.config.schema import Config
 from resnext_ignite.data.splits import Data
 
-# Outside of a `keep_data_loaded` block None: whoever loads alone must see the files as they are now.
+# None outside a `keep_data_loaded` block: a single run must read the current files.
 _kept: dict[Hashable, Data] | None = None
 
 
 @contextlib.contextmanager
 def keep_data_loaded() -> Iterator[None]:
-    """Inside the block the data that was loaded last stays loaded."""
+    """Keep the data that was loaded last in memory, inside the block."""
     global _kept
     _kept = {}
     try:
@@ -24,15 +24,16 @@ def keep_data_loaded() -> Iterator[None]:
 
 
 def load_or_reuse(config: Config, load: Callable[[], Data]) -> Data:
-    """Load the splits of a config, or reuse the last ones inside a `keep_data_loaded` block if they are the same."""
+    """Load the splits of a config. Inside a `keep_data_loaded` block, return the last ones if they are the same."""
     if _kept is None:
         return load()
-    # All that load_data reads: the seed chooses the held-out images, crops whether files are read.
+    # Everything of the config that `load_data` depends on. The seed selects the held-out images; a random-resized crop
+    # prevents decoding into memory.
     held_out = config.seed if config.data.val_size else None
     sizes = (config.image_size, config.evaluation.image_size)
     key = (config.data, held_out, sizes, config.augment.random_resized_crop)
     if key not in _kept:
-        # Before the next is loaded, so that two never lie in memory.
+        # Clear before loading, so that memory never holds two data sets.
         _kept.clear()
         _kept[key] = load()
     return _kept[key]

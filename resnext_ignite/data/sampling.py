@@ -1,7 +1,7 @@
-"""Keyed randomness: the order of an epoch from (seed, epoch), a number of a sample from (seed, epoch, index, purpose).
+"""Keyed randomness: (seed, epoch) gives an epoch's order, (seed, epoch, index, purpose) a random number of a sample.
 
-A counter-based hash in place of generators: no hidden state, so that neither workers nor ranks nor a cut run can
-change what is drawn. All of it is int64 arithmetic, exact and equal on every device.
+A counter-based hash replaces random generators. It has no hidden state: the numbers do not depend on the workers, the
+ranks or an interruption of the run. It uses int64 arithmetic only, which is exact and equal on every device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _MASK = 2**64 - 1
-# The mixing constants and shifts of splitmix64 (Steele, Lea and Flood, 'Fast splittable pseudorandom number
+# Constants and shifts of splitmix64 (Steele, Lea and Flood, 'Fast splittable pseudorandom number
 # generators', OOPSLA 2014; finalizer variant 13 of D. Stafford).
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
@@ -21,7 +21,7 @@ _MIX2 = 0x94D049BB133111EB
 
 
 class Purpose(IntEnum):
-    """What a number is drawn for. Values are part of a run's identity: add at the end, never renumber."""
+    """The use of a random number. Each value selects a random stream of the run: add new values, never renumber."""
 
     ORDER = 1
     HELD_OUT = 2
@@ -35,13 +35,13 @@ class Purpose(IntEnum):
     CONTRAST = 10
     SATURATION = 11
     COLOR_ORDER = 12
-    LIGHTING = 13  # and 14, 15, 16: pairs for two normal variates each
-    RESIZED_CROP = 20  # to 59: ten attempts of four numbers
+    LIGHTING = 13  # to 16: two pairs, each for two normal variates
+    RESIZED_CROP = 20  # to 59: ten attempts, four numbers each
     MIX_KIND = 60
     MIX_SHARE = 61
     MIX_Y = 62
     MIX_X = 63
-    ERASE = 64  # to 68: whether, area, aspect, top, left
+    ERASE = 64  # to 68: decision, area, aspect, top, left
     TRIVIAL = 70  # to 72: operation, strength, sign
     PACKED = 75
     SHARDS = 76
@@ -61,12 +61,12 @@ def _mix_int(value: int) -> int:
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
-    # int64 shifts keep the sign; a hash wants zeros.
+    # A shift of int64 repeats the sign bit; the hash needs zeros in its place.
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def keyed_hash(seed: int, epoch: int, indices: Tensor, purpose: int) -> Tensor:
-    """64 uniform bits for each index: int64 (N,) -> int64 (N,), on the indices' device."""
+    """Return 64 uniform bits for each index: int64 (N,) -> int64 (N,), on the device of `indices`."""
     key = _mix_int(_mix_int(_mix_int(seed) ^ epoch) ^ purpose)
     values = indices * _signed(_GAMMA) + _signed(key)
     values = (values ^ _shift_right(values, 30)) * _signed(_MIX1)
@@ -75,43 +75,46 @@ def keyed_hash(seed: int, epoch: int, indices: Tensor, purpose: int) -> Tensor:
 
 
 def uniform(seed: int, epoch: int, indices: Tensor, purpose: int) -> Tensor:
-    """A number in [0, 1) for each index, in steps of 2**-24: int64 (N,) -> float32 (N,)."""
+    """Return a number in [0, 1) for each index, a multiple of 2**-24: int64 (N,) -> float32 (N,)."""
     return _shift_right(keyed_hash(seed, epoch, indices, purpose), 40).to(torch.float32) * 2.0**-24
 
 
 def integers(seed: int, epoch: int, indices: Tensor, purpose: int, below: int) -> Tensor:
-    """A whole number in [0, below) for each index: int64 (N,) -> int64 (N,)."""
-    # 40 bits: for `below` under 2**16 no value is favoured by more than 2**-24.
+    """Return an integer in [0, below) for each index: int64 (N,) -> int64 (N,)."""
+    # 40 bits: for `below` under 2**16, all values are equally likely to a relative error of 2**-24.
     return _shift_right(keyed_hash(seed, epoch, indices, purpose), 24) % below
 
 
 def permutation(seed: int, epoch: int, count: int, purpose: int, device: torch.device | str = "cpu") -> Tensor:
-    """A keyed order of 0 .. count-1: int64 (count,)."""
+    """Return a keyed random order of 0 .. count-1: int64 (count,)."""
     keys = keyed_hash(seed, epoch, torch.arange(count, device=device), purpose)
     return keys.argsort(stable=True)
 
 
 def rank_slice(count: int, rank: int, world_size: int) -> range:
-    """The contiguous run of 0 .. count-1 that a rank takes: all runs together hold each number once."""
+    """Return the contiguous slice of 0 .. count-1 that a rank takes; the slices of all ranks hold each number once."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
 class TrainOrder:
-    """Which images each iteration sees on this rank, without end: position k is a function of (seed, k) alone.
+    """The images of each iteration on this rank, in an endless sequence of epochs.
+
+    The images of iteration k depend only on k and the arguments below: a run can resume at any iteration.
 
     Args:
         seed: key of the order.
-        count: training images; an epoch drops the incomplete last batch.
-        batch_size: images an iteration, over all ranks.
-        rank, world_size: this rank takes a contiguous run of each micro-batch.
-        accumulate: micro-batches, contiguous runs of a global batch.
+        count: number of training images; an epoch drops the incomplete last batch.
+        batch_size: images per iteration, over all ranks.
+        rank, world_size: this rank takes a contiguous slice of each micro-batch.
+        accumulate: micro-batches per iteration, each a contiguous slice of the global batch.
         device: where the orders are computed.
-        groups: int64 (count,), the group (from 0) of each image, one that is read at once: groups come in a keyed
-            order, `window` of them at a time, whose images are shuffled together; None: all images are.
-        window: groups.
+        groups: int64 (count,), the group (from 0) of each image, for example its shard. The groups come in a keyed
+            order; the images of each `window` consecutive groups are shuffled together. None: shuffle all images
+            together.
+        window: number of groups that are shuffled together.
 
     Raises:
-        ValueError: an epoch would hold no batch, or the ranks cannot share one evenly.
+        ValueError: an epoch would hold no batch, or a batch does not divide evenly over ranks and micro-batches.
     """
 
     def __init__(
@@ -140,24 +143,25 @@ class TrainOrder:
         self.groups, self.window = None if groups is None else groups.to(device), window
 
     def batches(self, start_iteration: int) -> Iterator[tuple[int, Tensor]]:
-        """(epoch from 1, positions int64 (n,)) of every iteration after the first `start_iteration`."""
+        """Yield (epoch from 1, positions int64 (n,)) of every iteration after the first `start_iteration` ones."""
         epoch, first = divmod(start_iteration, self.iterations_per_epoch)
         while True:
             epoch += 1
             order = self.epoch_order(epoch)
             for index in range(first, self.iterations_per_epoch):
                 batch = order[index * self.batch_size : (index + 1) * self.batch_size]
-                # (accumulate * m,) -> (accumulate, m), and a run of each: the same BatchNorm on any number of ranks.
+                # (accumulate * m,) -> (accumulate, m), then this rank's slice of each row. Micro-batches and ghost
+                # batches hold the same images on any number of ranks.
                 yield epoch, batch.view(self.accumulate, -1)[:, self.share.start : self.share.stop].flatten()
             first = 0
 
     def epoch_order(self, epoch: int) -> Tensor:
-        """The images of an epoch (from 1), those that its incomplete last batch would hold included: int64 (count,)."""
+        """Return the order of all images in an epoch (from 1), with those of the dropped last batch: int64 (count,)."""
         order = permutation(self.seed, epoch, self.count, Purpose.ORDER, self.device)
         if self.groups is None:
             return order
         windows = self._group_order(epoch).argsort() // self.window
-        # A stable sort leaves the images of a window in their keyed order.
+        # The sort is stable: inside a window the images keep their keyed order.
         return order[windows[self.groups[order]].argsort(stable=True)]
 
     def _group_order(self, epoch: int) -> Tensor:
@@ -165,10 +169,10 @@ class TrainOrder:
         return permutation(self.seed, epoch, groups, Purpose.SHARDS, self.device)
 
     def announcements(self, start_iteration: int) -> Iterator[list[int]]:
-        """Beside each of `batches`: groups that will be needed soon, a window or so ahead, each once an epoch.
+        """Yield, for each item of `batches`, the groups to read ahead: about a window early, each group once an epoch.
 
-        A few at a time, so that no process that is told of them is kept from its batch for long. They are told as if
-        all groups were alike: a hint, no promise.
+        Each list is short, so that the reading does not delay a worker's batch for long. The lists are only a hint:
+        they assume that all groups hold equally many images.
         """
         epoch, first = divmod(start_iteration, self.iterations_per_epoch)
         while True:

@@ -1,4 +1,4 @@
-"""Which splits a config's data has, loaded: in memory, or as the files that hold them."""
+"""Load the splits of a config's data, into memory (`images.py`) or as files (`reading/image_files.py`)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,19 @@ _SUBSET_SEED = 0
 
 @dataclass(frozen=True)
 class Data:
-    """The splits of a data set that were asked for, with what a model of it must know.
+    """The requested splits of a data set, and the properties of the data that a model needs.
 
-    `selection` is the split on which the best weights are chosen: the held-out images where there are any, else the
-    test split. Training images are `image_size` pixels wide and high, all others `evaluation_size`. `contents` says of
-    each split how many images it has, and which, as far as that could change. `shards`,
-    int64 (N,), is the shard that each training image lies in, where the data is in shards.
+    Args:
+        splits: the images, by name of split: train, val, test.
+        classes: the names of the labels.
+        mean, std: normalisation of red, green and blue, on a scale of 0 to 1.
+        image_size: side of the training images in pixels.
+        evaluation_size: side of all other images in pixels.
+        workers: number of processes per rank that decode files.
+        contents: by split, the number of images and, for files, a hash that identifies them.
+        shards: int64 (N,), the shard of each training image, if the data is in shards.
+
+    `selection` is the split that selects the best weights: val if there is one, else test.
     """
 
     splits: dict[str, Split]
@@ -47,16 +54,16 @@ class Data:
 
 
 def load_data(config: Config, ranks: Ranks, splits: tuple[str, ...] | None = None) -> Data:
-    """Load the splits of a config: train, val (where images are held out), test.
+    """Load the splits of a config: train, val (a folder of that name, or held-out training images), and test.
 
-    Where `data.on_error` is skip, unreadable pictures of a training split in memory are marked (`Images.labels`).
+    If `data.on_error` is skip, unreadable images of a training split in memory are marked (see `Images.labels`).
 
     Args:
-        splits: load only these; None: all there are.
+        splits: load only these; None: all that exist.
 
     Raises:
-        DataError: something is missing, damaged or unreadable; the line names it.
-        ConfigError: a size that is asked for is not to be had.
+        DataError: something is missing, damaged or unreadable; the message names it.
+        ConfigError: a requested size is not available, or keys of `data` contradict each other or the data.
     """
     root = Path(config.data.root).expanduser()
     size = config.image_size
@@ -112,7 +119,7 @@ def _load_folder(config: Config, root: Path, sizes: dict[str, int], splits: tupl
     both = {"val", "test"} <= there
     if both and config.data.val_size:
         raise ConfigError(f"data.val_size: {root} has a val/ folder to choose on already; set it to 0")
-    # With only one of val/ and test/ it is the test split.
+    # If only one of val/ and test/ exists, it is the test split.
     found_in = {"train": "train", "val": "val" if both else "", "test": "test" if "test" in there else "val"}
     found_in = {split: folder for split, folder in found_in.items() if folder in there}
     limits = {"train": config.data.train_size, "test": config.data.test_size}
@@ -128,14 +135,14 @@ def _load_folder(config: Config, root: Path, sizes: dict[str, int], splits: tupl
             images = ImageFiles(index.paths, index.labels, count, sizes[split], config.data.eval_crop)
             files[split] = images.subset(_subset(len(images), limits.get(split), f"data.{split}_size"))
         elif split == "train":
-            # Whatever is asked for, the training images' classes are the classes.
+            # The classes of the training images define the labels of all splits, even if train is not requested.
             classes = shard_classes(root, folder) if in_shards else folder_classes(root, folder)
     if classes is None:
         raise DataError(f"{root}: has no {' or '.join(sorted(wanted))} split; it holds {', '.join(sorted(there))}")
     loaded = _hold_out(config, files, wanted)
     contents = {name: split.contents() for name, split in loaded.items() if isinstance(split, ImageFiles)}
     for name, files_of in loaded.items():
-        # Held-out images are of the training folder, but evaluated.
+        # Held-out images come from the training folder, but need the evaluation size.
         loaded[name] = replace(files_of, size=sizes[name]) if isinstance(files_of, ImageFiles) else files_of
     return loaded, contents, classes, (folders.MEAN, folders.STD)
 

@@ -1,1 +1,1 @@
-"""Several ranks: how they start (`launch`), agree (`ranks`, `stopping`), share a model (`ddp`), fail (`failures`)."""
+"""Training on several ranks: start (`launch`), agreement (`ranks`, `stopping`), model (`ddp`), errors (`failures`)."""

@@ -1,4 +1,4 @@
-"""One network on several ranks: wrapped to share its gradients, its statistics averaged."""
+"""One model on several ranks: the DistributedDataParallel wrapper, and the average of the BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def wrap_for_ranks(
     accumulate: int = 1,
     compress_gradients: bool = False,
 ) -> nn.Module:
-    """The model as the training iteration calls it: itself on one rank, else in DistributedDataParallel.
+    """Return the model that the training iteration calls: the model itself on one rank, else wrapped in DDP.
 
     Args:
-        compiled: by torch.compile, for each size of images that comes, when it comes; "cuda_graphs": and played back as
-            CUDA graphs, which have one size.
-        accumulate: micro-batches an iteration.
-        compress_gradients: let the gradients travel, and be summed, as bf16.
+        compiled: True: compile with torch.compile, once for each image size, when that size first occurs.
+            "cuda_graphs": also record CUDA graphs; they need one fixed image size.
+        accumulate: micro-batches per iteration.
+        compress_gradients: send and sum the gradients as bf16.
 
     Raises:
-        ConfigError: `sync_bn` or CUDA graphs on a CPU, for which torch has none.
+        ConfigError: `sync_bn` or CUDA graphs are requested on a CPU; torch supports them on GPUs only.
     """
     if sync_bn:
         if device.type != "cuda":
@@ -39,20 +39,20 @@ def wrap_for_ranks(
     if compiled:
         if compiled == "cuda_graphs" and device.type != "cuda":
             raise ConfigError("train.compile: cuda_graphs is for GPUs only; set it to true or false")
-        # Images may grow through more sizes (at most 32) than torch compiles for before it gives up, without a word.
+        # Growing images have up to 32 sizes. torch compiles for 8 sizes by default, then falls back to eager execution.
         torch._dynamo.config.recompile_limit = 40
-        # In place: torch.compile(model) would put its own prefix before every saved key.
+        # Compile in place: torch.compile(model) would add a prefix to every key of the state dict.
         model.compile(dynamic=False, mode="reduce-overhead" if compiled == "cuda_graphs" else None)
     if ranks.world_size == 1:
         return model
-    # Not idist.auto_model: one process that sees several GPUs would silently become DataParallel. Buffers stay a
-    # rank's own and are averaged before they are used (`average_statistics`).
+    # Not idist.auto_model: with several visible GPUs and one process, it silently uses DataParallel. Each rank has its
+    # own buffers; `average_statistics` averages them before an evaluation.
     wrapped = nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        # Not where some of the backward passes are not reduced, nor where the compiler draws the graph.
+        # static_graph is incompatible with no_sync (gradient accumulation) and torch.compile.
         static_graph=accumulate == 1 and not compiled,
     )
     if compress_gradients:
@@ -61,13 +61,14 @@ def wrap_for_ranks(
 
 
 def warm_up_ddp_buckets(wrapped: nn.Module, images: Tensor) -> None:
-    """Let DistributedDataParallel settle the order of its gradients in the buckets that are summed, changing nothing.
+    """Run two backward passes, so that DDP rebuilds its gradient buckets now; weights and buffers do not change.
 
-    It does so after a process's first two backward passes. Without these a resumed run's first sums would have another
-    order than the same ones of the run left alone, and of three ranks or more other last bits.
+    DDP rebuilds its buckets after the first two backward passes of a process. Without this warm-up, the first
+    iterations of a resumed run would sum gradients in another order than the uninterrupted run; with three or more
+    ranks, the results would differ in the last bits.
 
     Args:
-        images: any that the network can be trained on, as many as ghost batches allow.
+        images: float32 (n, 3, H, W), any values; n must be valid for the model's ghost batches.
     """
     if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return
@@ -84,7 +85,7 @@ def warm_up_ddp_buckets(wrapped: nn.Module, images: Tensor) -> None:
 
 
 def own_statistics(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """The running statistics of BatchNorm that are this rank's own, by their names in the state; none on one rank."""
+    """Return the BatchNorm running statistics of this rank, by their state-dict names; empty if there is one rank."""
     if ranks.world_size == 1:
         return {}
     return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
@@ -92,11 +93,11 @@ def own_statistics(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def averaged_statistics(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """The mean of `own_statistics` over all ranks."""
+    """Return the mean of `own_statistics` over all ranks; call it on all ranks."""
     own = own_statistics(model, ranks)
     if not own:
         return {}
-    # In float64 the mean of equal values is that value, on any number of ranks.
+    # In float64, the mean of equal values is exactly that value, for any number of ranks.
     flat = torch.cat([buffer.double().flatten() for buffer in own.values()])
     dist.all_reduce(flat)
     flat /= ranks.world_size
@@ -105,5 +106,5 @@ def averaged_statistics(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
 
 
 def average_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Average the running statistics of BatchNorm over all ranks, in place."""
+    """Average the BatchNorm running statistics over all ranks, in place; call it on all ranks."""
     model.load_state_dict(averaged_statistics(model, ranks), strict=False)

@@ -1,9 +1,9 @@
-"""What torchrun's and srun's environment tells a process they started. Torch-free.
+"""The environment variables and error files of torchrun and srun. This module does not import torch.
 
-torchrun starts failed ranks again (`--max-restarts`), whatever their exit code. Its agent gives each rank a file for
-its error, in a folder of the attempt; a rank leaves its exit code there, and a later attempt that finds one which no
-restart would cure ends at once with the same. What ended ranks of other machines is read where the ranks find one
-another (`failures.refuse_restart_of`).
+torchrun restarts failed ranks (`--max-restarts`), whatever their exit code. Its agent gives each rank the path of an
+error file, in a folder of the attempt. A rank writes its exit code there. If a later attempt finds an exit code that a
+restart cannot cure, it ends immediately with the same code. `failures.refuse_restart_of` does the same for the errors
+of other machines, which it reads from the store that the ranks share.
 """
 
 from __future__ import annotations
@@ -30,32 +30,33 @@ _FINAL = {kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointEr
 
 
 def by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun, or a launcher that sets the same variables, started this process as a rank."""
+    """Return whether torchrun, or a launcher that sets the same variables, started this process as a rank."""
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
 def by_srun(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is one of several tasks of an `srun`.
+    """Return whether this process is one of several tasks of an `srun`.
 
-    A plain process of a batch script is not: it sees the job's tasks in its environment, and is alone.
+    A process that a batch script starts without `srun` is not one: it runs alone, although its environment holds the
+    number of tasks of the job.
     """
     return "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1
 
 
 def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
-    """How many ranks a launcher started; 1 where there is none."""
+    """Return the number of ranks that the launcher started; 1 without a launcher."""
     if by_torchrun(environment):
         return int(environment["WORLD_SIZE"])
     return int(environment["SLURM_NTASKS"]) if by_srun(environment) else 1
 
 
 def launched_on_this_machine(environment: Mapping[str, str] = os.environ) -> int:
-    """How many ranks a launcher started on this machine, as far as it says; else 1."""
+    """Return the number of ranks that the launcher started on this machine; 1 if the environment does not say."""
     if by_torchrun(environment):
         return int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if not by_srun(environment):
         return 1
-    # Tasks of each node: "8(x2),4" is 8, 8 and 4.
+    # Tasks per node: "8(x2),4" means 8, 8 and 4.
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "1")):
         counts += [int(count)] * int(times or 1)
@@ -65,11 +66,11 @@ def launched_on_this_machine(environment: Mapping[str, str] = os.environ) -> int
 
 @contextlib.contextmanager
 def record_exit_for_torchrun() -> Iterator[None]:
-    """Leave word for torchrun of how the block ends, and refuse to begin it again where that would not help.
+    """Write an error of the block to torchrun's error file; refuse to run the block if a restart cannot help.
 
     Raises:
-        ResnextError: the error with which an earlier attempt ended, if it was one of config, data, checkpoint, numbers
-            or preemption.
+        ResnextError: an earlier attempt ended with an error of the config, the data, a checkpoint or a non-finite
+            number, or with a preemption; the same error again.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
@@ -89,7 +90,11 @@ def record_exit_for_torchrun() -> Iterator[None]:
 
 
 def refuse_restart_after(exit_code: int, message: str) -> None:
-    """Raises ResnextError where an earlier end with this code would only come again."""
+    """Raise the error of an earlier attempt, if a restart would only fail in the same way.
+
+    Raises:
+        ResnextError: `exit_code` is that of an error that no restart cures.
+    """
     kind = _FINAL.get(exit_code)
     if kind is not None:
         error = kind(f"not started again by torchrun: {message}")
@@ -98,8 +103,8 @@ def refuse_restart_after(exit_code: int, message: str) -> None:
 
 
 def _refuse_earlier_attempts(file: Path) -> None:
-    # .../attempt_<n>/<local rank>/error.json; an agent that starts its ranks anew because others joined or left does so
-    # in the same attempt, whose files it removes first.
+    # The path is .../attempt_<n>/<local rank>/error.json. When machines join or leave, the agent restarts its ranks
+    # within the same attempt, after it has removed the files of that attempt.
     attempt = file.parent.parent
     for other in sorted(attempt.parent.glob("attempt_*/*/error.json")):
         word = _read(other) if other.parent.parent != attempt else {}

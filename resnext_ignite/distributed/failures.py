@@ -1,6 +1,7 @@
-"""What ranks tell one another when one of them fails: so that all end soon, and the true culprit is named once.
+"""Failure reports between ranks: after a failure all ranks end soon, and one error message names the cause.
 
-A rank that fails posts it where all ranks found one another (torch's TCPStore); one that lost contact reads there why.
+A rank that fails posts its failure in the TCPStore that all ranks share. A rank that lost contact with another one
+reads the cause there.
 """
 
 from __future__ import annotations
@@ -25,20 +26,24 @@ from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.distributed.rendezvous import answer_in_time
 from resnext_ignite.runtime.errors import PreemptedError, RankError, ResnextError, as_resnext_error
 
-# A rank that lost another waits so long for word of it; one that fails waits for rank 0, which may fail alike.
+# A rank that lost contact with another one waits this long for a posted failure. A rank that fails itself waits this
+# long for rank 0, which may fail in the same way.
 _WAIT_FOR_WORD_S = 3.0
 _WAIT_FOR_RANK_0_S = 0.5
-# How often a rank looks whether another has failed.
+# Interval at which a rank checks whether another one has failed.
 _POLL_S = 1.0
-# A rank that has not ended by itself so long after a failure does not answer.
+# A rank that has not ended this long after a failure is taken to hang.
 _LAST_WORDS_S = 5.0
-# What gloo says, whose errors are no more than RuntimeErrors: where in its source, and what happened.
+# gloo raises plain RuntimeErrors; recognise them by the source location or the first words of the message.
 _LOST = re.compile(r"\[\S*/gloo/\S*:\d+\]|^Gloo \w+ failed")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank's failure: its exit code, one line, and who says so (-1: the process that started the ranks)."""
+    """A rank's failure: its exit code and a message of one line.
+
+    `reported_by` is the rank that posted it; -1: the process that spawned the ranks.
+    """
 
     rank: int
     code: int
@@ -47,11 +52,11 @@ class Failure:
 
 
 class FailureBoard:
-    """Where failures are posted; the first one counts.
+    """The board for failures, in the store of the ranks; only the first posted failure counts.
 
     Args:
-        store: where the ranks found one another.
-        generation: tells these ranks from those before a restart (see `rendezvous`).
+        store: the store that the ranks share.
+        generation: name that separates these ranks from those before a restart (see `rendezvous`).
     """
 
     current_generation: ClassVar[str] = ""
@@ -62,49 +67,55 @@ class FailureBoard:
     @classmethod
     @functools.cache
     def connect(cls) -> FailureBoard:
-        """The board of this process's ranks; connected once, while all are well: later it may take too long.
+        """Return the board of this process's ranks; the first call connects to the store.
+
+        Make the first call before any failure: a connection after a failure may take too long.
 
         Raises:
-            RuntimeError: the process that keeps it is gone.
+            RuntimeError: the process that holds the store is gone.
         """
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return cls(dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5)), cls.current_generation)
 
     def post(self, failure: Failure) -> Failure:
-        """Post a failure; the first one that was, which may be another."""
+        """Post a failure, and return the first posted one, which may be from another rank."""
         text = json.dumps(asdict(failure))
         return Failure(**json.loads(answer_in_time(lambda: self._store.compare_set("first", "", text))))
 
     def first(self) -> Failure | None:
-        """The first failure that was posted."""
+        """Return the first posted failure; None: there is none yet."""
         text = answer_in_time(lambda: self._store.get("first") if self._store.check(["first"]) else None)
         return None if text is None else Failure(**json.loads(text))
 
     def wait_for_first(self, seconds: float) -> Failure | None:
-        """The first failure, as soon as one is posted."""
+        """Return the first failure as soon as one is posted; None: none was posted within `seconds`."""
         deadline = time.monotonic() + seconds
         while (found := self.first()) is None and time.monotonic() < deadline:
             time.sleep(0.05)
         return found
 
     def answer(self, rank: int) -> None:
-        """Say that a rank is alive, though it lost contact."""
+        """Record that a rank is alive, although it lost contact with others."""
         answer_in_time(lambda: self._store.set(f"alive/{rank}", ""))
 
     def silent(self, world_size: int) -> list[int]:
-        """The ranks that have not answered."""
+        """Return the ranks that have not called `answer`."""
         keys = {rank: f"alive/{rank}" for rank in range(world_size)}
         return answer_in_time(lambda: [rank for rank, key in keys.items() if not self._store.check([key])])
 
 
 def refuse_restart_of(generation: str, store: dist.Store) -> None:
-    """Refuse to begin again where the ranks before these, of any machine, ended for what no restart would cure.
+    """Refuse to start if the ranks before a restart, on any machine, failed with an error that no restart cures.
+
+    Args:
+        generation: name of those earlier ranks.
 
     Raises:
-        ResnextError: their first failure.
+        ResnextError: the first failure of those ranks.
     """
     first = FailureBoard(store, generation).first()
-    # Where a machine joins or leaves, torchrun stops the ranks of the others by SIGTERM, to start them again.
+    # When a machine joins or leaves, torchrun stops the ranks of the other machines with SIGTERM, and then restarts
+    # them.
     by_torchrun = first is not None and first.text.startswith("stopped by SIGTERM")
     if first is not None and not by_torchrun:
         refuse_restart_after(first.code, first.text)
@@ -112,10 +123,10 @@ def refuse_restart_of(generation: str, store: dist.Store) -> None:
 
 @contextlib.contextmanager
 def name_failures(ranks: Ranks) -> Iterator[None]:
-    """Turn an error inside the block into what this rank should report; of all ranks' errors the first is the one told.
+    """Turn an error of the block into the error that this rank reports; only the first error of all ranks is printed.
 
     Raises:
-        ResnextError: this rank's own error, or that of the rank with which contact was lost.
+        ResnextError: this rank's own error, or the error of the rank with which it lost contact.
     """
     try:
         yield
@@ -126,7 +137,7 @@ def name_failures(ranks: Ranks) -> Iterator[None]:
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Whether an error says that another rank did not do its part in something common."""
+    """Return whether an error means that a collective failed because of another rank."""
     return isinstance(error, RankError | dist.DistError) or (
         isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
     )
@@ -141,7 +152,7 @@ def _named(error: BaseException, ranks: Ranks) -> ResnextError:
         board = FailureBoard.connect()
         if loss:
             return _loss(error, board, ranks)
-        # What all ranks find together is rank 0's to tell.
+        # Rank 0 reports an error that all ranks find.
         if ranks.rank and board.wait_for_first(_WAIT_FOR_RANK_0_S):
             known.quiet = True
             return known
@@ -151,7 +162,7 @@ def _named(error: BaseException, ranks: Ranks) -> ResnextError:
         known.quiet = board.post(own) != own
         return known
     except RuntimeError:
-        # Whoever kept the board is gone: rank 0, or the launcher.
+        # The process that held the store is gone: rank 0, or the launcher.
         if loss:
             known = RankError(
                 "lost contact with the other ranks: rank 0, its launcher or the link to it is gone; go on with --resume"
@@ -178,9 +189,10 @@ def _loss(error: BaseException, board: FailureBoard, ranks: Ranks) -> ResnextErr
 
 @contextlib.contextmanager
 def watch_other_ranks(ranks: Ranks) -> Iterator[None]:
-    """End this process soon after any rank has failed, even where the block hangs in a collective.
+    """End this process soon after any rank has failed, even if the block hangs in a collective.
 
-    A rank that the others found to hang prints where it does.
+    Before that, a rank that hangs prints the stacks of its threads: one that the others report, immediately; any other
+    after `_LAST_WORDS_S`.
     """
     if ranks.world_size == 1:
         yield
@@ -191,8 +203,8 @@ def watch_other_ranks(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     finally:
-        # A thread that is still in torch's C++ when the interpreter ends aborts the process (SIGABRT, "terminate called
-        # without an active exception").
+        # Join the thread: if it is still in torch's C++ when the interpreter ends, it aborts the process (SIGABRT,
+        # "terminate called without an active exception").
         over.set()
         watcher.join(_LAST_WORDS_S)
 
@@ -204,7 +216,8 @@ def _watch(ranks: Ranks, over: threading.Event) -> None:
             if over.wait(_POLL_S):
                 return
     except RuntimeError:
-        # The board is gone with its process; the next collective fails, or the parent's death ends this one.
+        # The process that held the store is gone. The next collective fails, or the signal for the parent's death ends
+        # this process.
         return
     declared = first.rank == ranks.rank != first.reported_by
     if declared or not over.wait(_LAST_WORDS_S):

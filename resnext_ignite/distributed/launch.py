@@ -1,4 +1,4 @@
-"""How ranks start - spawned here, or by torchrun or srun - and how the process that spawned them answers for them."""
+"""The start of the ranks, spawned here or by torchrun or srun; the parent of spawned ranks reports their failures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from resnext_ignite.runtime.signals import (
     signals_unblocked,
 )
 
-# A rank that has not followed a failed one so long after it is killed.
+# A rank that still runs this long after another one failed is killed.
 _GRACE_S = 8.0
 
 
@@ -49,17 +49,18 @@ def launch(
     backend: str | None = None,
     timeout_s: float = 600.0,
 ) -> None:
-    """Run `function(local_rank, *args)` on every rank: those a launcher (torchrun, srun) made, or spawned ones.
+    """Run `function(local_rank, *args)` on every rank that a launcher (torchrun, srun) started, or that this spawns.
 
     Args:
-        nproc_per_node: spawn so many processes here; None: this process is the only one, or one of a launcher's.
-        backend: "nccl" or "gloo"; None: nccl where there are GPUs.
-        timeout_s: a rank that lets the others wait so long has failed.
+        nproc_per_node: number of processes to spawn; None: this process is the only rank, or one of a launcher's.
+        backend: "nccl" or "gloo"; None: nccl if there are GPUs, else gloo.
+        timeout_s: a rank has failed if the others wait for it this long, in seconds.
 
     Raises:
-        ConfigError: processes are asked for under a launcher that makes its own, or more than there are GPUs.
-        ResnextError: as the function's, or RankError where another rank failed.
-        SystemExit: spawned ranks failed, and have told why.
+        ConfigError: `nproc_per_node` is set although a launcher started this process, or there are fewer GPUs than
+            ranks.
+        ResnextError: the function's own error, or RankError if another rank failed.
+        SystemExit: spawned ranks failed; their error is printed already.
     """
     launched = by_torchrun() or by_srun()
     if nproc_per_node is not None and launched:
@@ -72,7 +73,7 @@ def launch(
         return
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if 0 < gpus < count:
-        # Before any rank waits for the others.
+        # Refuse here, before any rank waits for the others.
         raise ConfigError(
             f"{count} ranks on a machine where each sees {gpus} GPUs: start a rank a GPU, and let each see all of them "
             "(srun --gpus-per-node, not --gpus-per-task), or set train.device=cpu"
@@ -91,7 +92,7 @@ def launch(
 
 def _as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str, timeout_s: float) -> None:
     if by_torchrun():
-        # torchrun inside a Slurm job: Ignite would believe Slurm's numbers rather than torchrun's (ignite#3259).
+        # torchrun inside a Slurm job: Ignite would use the rank numbers of Slurm, not those of torchrun (ignite#3259).
         os.environ.pop("SLURM_JOB_ID", None)
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     try:
@@ -110,12 +111,12 @@ def _as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str,
     ranks = Ranks.current()
     with watch_other_ranks(ranks), name_failures(ranks):
         function(idist.get_local_rank(), *args)
-        # Only where all went well: it may wait for a rank that is gone.
+        # Not after an error: it may wait for a rank that is gone.
         idist.finalize()
 
 
 def _initialize(backend: str, store: dist.Store, local_rank: int, timeout_s: float) -> None:
-    """As idist.initialize, which takes no store."""
+    """Do the work of `idist.initialize`, which does not accept a store."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -128,8 +129,8 @@ def _initialize(backend: str, store: dist.Store, local_rank: int, timeout_s: flo
 def _spawn_and_wait(
     function: Callable[..., None], args: tuple[Any, ...], count: int, backend: str, timeout_s: float
 ) -> int:
-    """Spawn ranks and wait for all; the exit code of the first that failed, or 0."""
-    # The parent keeps the store, as torchrun does: it outlives any rank, and its port is free for certain.
+    """Spawn the ranks and wait for all; return the exit code of the first failure, or 0."""
+    # The parent holds the store, as torchrun does: it outlives every rank, and port 0 selects a free port.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {
         "MASTER_ADDR": "127.0.0.1",
@@ -139,7 +140,7 @@ def _spawn_and_wait(
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     arguments = (os.getpid(), environment, function, args, backend, timeout_s)
-    # A signal that comes before a rank can answer it waits until it can.
+    # A signal that arrives before a rank has its handlers stays pending until then.
     with signals_blocked():
         ranks = mp.start_processes(_spawned, arguments, nprocs=count, join=False).processes
 
@@ -166,7 +167,7 @@ def _wait_for_all(ranks: list[mp.Process], board: FailureBoard) -> int:
             if number in codes or rank.is_alive():
                 continue
             codes[number] = _answer_for(number, rank.exitcode or 0, board)
-            # Preempted ranks leave while rank 0 still saves.
+            # No deadline after a preemption: the other ranks exit while rank 0 still saves.
             if codes[number] not in (0, PreemptedError.exit_code):
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
         if time.monotonic() >= deadline:
@@ -177,7 +178,7 @@ def _wait_for_all(ranks: list[mp.Process], board: FailureBoard) -> int:
 
 
 def _answer_for(number: int, code: int, board: FailureBoard) -> int:
-    """Tell of a rank that could not tell itself; its exit code."""
+    """Report the failure of a rank that could not report it itself; return the exit code of the rank."""
     if code < 0 or code == 1:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed before it began; see above"
         own = Failure(number, RankError.exit_code, f"rank {number} {how}; go on with --resume", reported_by=-1)
@@ -203,7 +204,7 @@ def _spawned(
         signals_unblocked()
         os.environ.update(environment, RANK=str(local_rank), LOCAL_RANK=str(local_rank))
         if "OMP_NUM_THREADS" not in os.environ:
-            # Each rank its share of the cores, as torchrun would; else all of them fight for each.
+            # Divide the cores among the ranks; else every rank starts a thread for each core.
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // int(environment["LOCAL_WORLD_SIZE"])))
         _as_rank(function, args, backend, timeout_s)

@@ -1,4 +1,4 @@
-"""The place of this process among all ranks, and the collectives that start-up, evaluation and saving need."""
+"""The rank of this process, and the collectives for start-up, evaluation and saving."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands: its rank of all, and of those on its machine. The default is a single process."""
+    """The rank of this process among all ranks, and among those of its machine. The default is a single process."""
 
     rank: int = 0
     world_size: int = 1
@@ -29,17 +29,17 @@ class Ranks:
 
     @classmethod
     def current(cls) -> Ranks:
-        """This process's, as idist knows it."""
+        """Return the values of this process from `ignite.distributed`."""
         return cls(idist.get_rank(), idist.get_world_size(), idist.get_local_rank(), idist.get_nproc_per_node())
 
     def cores(self) -> int:
-        """How many of its machine's cores a rank may use: those that Slurm bound it to, else its share of all."""
+        """Return how many cores this rank may use: those that Slurm bound it to, else an equal part of all."""
         own = len(os.sched_getaffinity(0))
         bound = by_srun() and own < (os.cpu_count() or own)
         return own if bound else max(1, own // self.local_world_size)
 
     def placement(self) -> str:
-        """How many ranks there are, and where, in words; to be called on all ranks."""
+        """Return the number of ranks, their hosts and the backend, as text; call it on all ranks."""
         if self.world_size == 1:
             return "1 rank"
         hosts = Counter(self.gather(socket.gethostname()))
@@ -47,12 +47,15 @@ class Ranks:
         return f"{self.world_size} ranks ({places}; {dist.get_backend()})"
 
     def first_on_node(self, prepare: Callable[[], None]) -> None:
-        """Let one rank a machine prepare something the others then use; its failure fails all.
+        """Call `prepare` on one rank per machine before the others continue; its failure is an error on all ranks.
 
-        idist.one_rank_first would leave the others waiting for a first one that failed.
+        Not idist.one_rank_first: after a failure of the first rank, the others would wait for ever.
+
+        Raises:
+            ResnextError: on the rank that failed, its own error; on the others, RankError.
         """
         error = _result_or_error(prepare)[1] if self.local_rank == 0 else None
-        # The all-reduce is the barrier too.
+        # The all-reduce is also the barrier.
         failures = idist.all_reduce(int(error is not None)) if self.world_size > 1 else 0
         if error is not None:
             raise error
@@ -60,7 +63,11 @@ class Ranks:
             raise RankError("another rank could not prepare the data; its line says why")
 
     def from_rank_zero(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank; its failure fails all."""
+        """Call `make` on rank 0, and return its result on every rank.
+
+        Raises:
+            ResnextError: `make` failed; the same error on every rank.
+        """
         if self.world_size == 1:
             return make()
         made: list[Any] = [*_result_or_error(make)] if self.rank == 0 else [None, None]
@@ -70,7 +77,7 @@ class Ranks:
         return made[0]
 
     def gather(self, item: T) -> list[T]:
-        """Every rank's item, in order, on every rank."""
+        """Return the items of all ranks, in rank order, on every rank."""
         if self.world_size == 1:
             return [item]
         items: list[Any] = [None] * self.world_size
@@ -78,7 +85,7 @@ class Ranks:
         return items
 
     def gather_on_rank_zero(self, item: T) -> list[T]:
-        """Every rank's item, in order, on rank 0; nothing on the others."""
+        """Return the items of all ranks, in rank order, on rank 0; an empty list on the others."""
         if self.world_size == 1:
             return [item]
         items: list[Any] = [None] * self.world_size if self.rank == 0 else []
@@ -87,7 +94,7 @@ class Ranks:
 
 
 def _result_or_error(make: Callable[[], T]) -> tuple[T | None, ResnextError | None]:
-    """What a call returns, or the error that the other ranks must hear of; a bug is raised."""
+    """Return the result of a call, or the error to report to the other ranks; a bug is raised."""
     try:
         return make(), None
     except Exception as caught:

@@ -1,9 +1,9 @@
-"""How ranks that torchrun started find one another, also after a restart.
+"""The rendezvous of ranks that torchrun started, also after a restart.
 
-torchrun 2.11 keeps one store over all its restarts, although it says that it does not. Keys of dead ranks (gloo's
+torchrun 2.11 uses one store for all its restarts, although its documentation says otherwise. Keys of dead ranks (gloo's
 addresses, NCCL's key) stay in it; restarted ranks read them and wait for ranks that no longer exist. torchrun's restart
 count does not separate one generation of ranks from the next either: it does not count machines that it stopped without
-restarting them. The ranks therefore agree on a name for each generation, and put everything under that name.
+restarting them. The ranks therefore agree on a name for each generation, and use it as the prefix of all their keys.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _LAST_GENERATION = "resnext_ignite/last_generation"
 
 
 def answer_in_time(ask: Callable[[], T]) -> T:
-    """What a store answers. torch 2.11's client, asked whether a key is there, waits without end where a link is cut.
+    """Return the answer of a store, or raise after a timeout (`_ANSWER_S`).
+
+    `Store.check` of torch 2.11 itself waits for ever if the network link is broken.
 
     Raises:
         RuntimeError: no answer came in time, or the store is gone.
@@ -48,18 +50,19 @@ def answer_in_time(ask: Callable[[], T]) -> T:
 
 
 def keeps_its_store() -> bool:
-    """Whether a torchrun that keeps its store started this process."""
+    """Return whether torchrun started this process and uses one store for all its restarts."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def agree_on_generation(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
-    """A name that all ranks which were started together have in common, and no others; to be called on all of them.
+    """Return a name that exactly the ranks that were started together share; call it on all of them.
 
-    Each rank but the first puts a word of its own into the store, which rank 0 answers with the name; it goes on once
-    each has said that it has it. The word of a dead rank is answered too, until a living one replaces it.
+    Each rank except rank 0 writes a random word into the store. Rank 0 answers each word with the name. It returns when
+    every other rank has confirmed the name. Rank 0 also answers the word of a dead rank, until the restarted rank
+    replaces that word.
 
     Raises:
-        RuntimeError: some did not come in time, or the store is gone.
+        RuntimeError: a rank did not confirm in time, or the store is gone.
     """
     deadline = time.monotonic() + timeout_s
     own = uuid.uuid4().hex
@@ -81,7 +84,7 @@ def agree_on_generation(store: dist.Store, rank: int, world_size: int, timeout_s
 
 
 def connect_to_store(timeout_s: float) -> dist.Store:
-    """torchrun's store.
+    """Connect to torchrun's store.
 
     Raises:
         RuntimeError: torchrun is gone.
@@ -91,15 +94,15 @@ def connect_to_store(timeout_s: float) -> dist.Store:
 
 
 def last_generation(store: dist.Store) -> str | None:
-    """The name of the ranks' generation that `begin_generation` gave last."""
+    """Return the name of the last generation of ranks that `begin_generation` registered; None: there is none."""
     return _read(store, _LAST_GENERATION)
 
 
 def begin_generation(store: dist.Store, timeout_s: float) -> tuple[str, dist.Store]:
-    """A name for these ranks' generation, and the part of the store that is their own; to be called on all of them.
+    """Return a name for the generation of these ranks, and their own part of the store; call it on all ranks.
 
     Raises:
-        RuntimeError: not all ranks came, or torchrun is gone.
+        RuntimeError: not all ranks took part in time, or torchrun is gone.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     generation = agree_on_generation(dist.PrefixStore("resnext_ignite/generations", store), rank, world_size, timeout_s)
@@ -112,7 +115,7 @@ def _read(store: dist.Store, key: str) -> str | None:
 
 
 def _pause(deadline: float, missing: set[int]) -> None:
-    # Not a blocking read of the store, in which no signal would be heard.
+    # Poll: Python could not run a signal handler during a blocking read of the store.
     if missing and time.monotonic() > deadline:
         raise RuntimeError(f"rank {' and '.join(map(str, sorted(missing)))} did not come in time")
     time.sleep(_PAUSE_S)

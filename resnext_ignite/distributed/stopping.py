@@ -1,6 +1,7 @@
-"""Every stop of a run: one owner, and an agreement of all ranks on the iteration at which it happens.
+"""Early stops of a run: all ranks agree on the iteration at which they stop.
 
-`StopAgreement.exchange`, one packed all-reduce, is the only collective of the training loop.
+Between saves and evaluations, `StopAgreement.exchange`, one packed all-reduce, is the only collective besides those of
+the model (DDP, SyncBatchNorm).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _LONGEST_SILENCE_S = 5.0
 
 
 class StopReason(IntEnum):
-    """Why a run ends before its last epoch. Where ranks differ, the largest is what happened."""
+    """The reason why a run ends before its last epoch. If ranks differ, the largest value counts."""
 
     NONE = 0
     PATIENCE = 1
@@ -39,18 +40,18 @@ class StopReason(IntEnum):
     TIME_LIMIT = 4
     SIGNAL = 5
     ORPHANED = 6
-    """What started a rank, and would forward signals and start it again, is gone."""
+    """The process that started a rank, forwards signals to it and restarts it, is gone."""
 
 
 class StopAgreement:
-    """The one owner of every stop: each rank may wish for one, and all of them stop at the same iteration.
+    """Agrees on every stop: each rank may request one, and all ranks stop at the same iteration.
 
-    Wishes (a signal, the time limit) are exchanged at log points, together with the training metrics. A verdict of
-    an evaluation (patience, target, abandon) is the same on all ranks and holds at once. A number that is not finite
-    comes with the metrics; the handler that reads them raises.
+    `exchange` sends the requests (a signal, the time limit) to all ranks, in training together with the metrics. The
+    verdict of an evaluation (patience, target, abandon) is the same on all ranks and takes effect immediately. The
+    metrics also show a non-finite number; the handler that reads them raises the error.
 
     Args:
-        max_hours: wish for a stop after so many hours from now; None: never.
+        max_hours: request a stop this many hours from now; None: never.
     """
 
     def __init__(self, ranks: Ranks, max_hours: float | None = None) -> None:
@@ -63,26 +64,26 @@ class StopAgreement:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this rank has asked for a stop."""
+        """Return whether this rank has requested a stop."""
         return self._requested is not StopReason.NONE
 
     def request_stop(self, reason: StopReason, signal_number: int = 0) -> None:
-        """Ask for a stop at the next exchange; safe in a signal handler."""
+        """Request a stop at the next exchange; safe in a signal handler."""
         self._requested, self._signal = max(self._requested, reason), signal_number or self._signal
 
     def decide(self, reason: StopReason) -> None:
-        """Stop for a reason that every rank has found by itself."""
+        """Stop for a reason that every rank has found on its own."""
         self.reason = max(self.reason, reason)
 
     def exchange(self, numbers: Tensor) -> Tensor:
-        """One packed all-reduce: this rank's float64 (k,) -> all ranks' (world_size, k), and the wishes settled."""
+        """Gather float64 (k,) to (world_size, k) on all ranks, and resolve the stop requests, in one all-reduce."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self.request_stop(StopReason.TIME_LIMIT)
         packed = torch.zeros(self.ranks.world_size, len(numbers) + 2, dtype=torch.float64)
         packed[self.ranks.rank, :-2] = numbers
         packed[self.ranks.rank, -2], packed[self.ranks.rank, -1] = self._requested, self._signal
         if self.ranks.world_size > 1:
-            # Each rank fills its own row of zeros, so that the sum is a gather, and holds minima and maxima too.
+            # Each rank fills only its own row, so the sum is a gather; callers can also take a minimum or a maximum.
             shared = packed.to(idist.device())
             dist.all_reduce(shared)
             packed = shared.cpu()
@@ -93,10 +94,10 @@ class StopAgreement:
 
 
 class SyncSchedule:
-    """When the ranks meet next: right after the start, whose speed nobody knows yet, then about every five seconds.
+    """The schedule of the exchanges: one after the first position, to measure the speed, then about every five seconds.
 
-    Each exchange fixes the next, from the slowest rank's clock, so that all ranks come to it at the same position: an
-    iteration of training, or a batch of an evaluation.
+    A position is an iteration of training or a batch of an evaluation. Each exchange computes the position of the next
+    one from the time of the slowest rank, so that all ranks use the same position.
     """
 
     def __init__(self, stop: StopAgreement) -> None:
@@ -105,15 +106,15 @@ class SyncSchedule:
         self.start(0)
 
     def start(self, position: int) -> None:
-        """Begin, or go on after something else than what is paced took its time."""
+        """Start at a position; call it again after other work, such as an evaluation, which must not be timed."""
         self._last, self._next, self._since = position, position + self._stride, time.monotonic()
 
     def due(self, position: int) -> bool:
-        """Whether the ranks meet at this position at the latest; a single rank heeds its own wish at once."""
+        """Return whether an exchange is due at this position; for a single rank, also when a stop is requested."""
         return position >= self._next or (self.stop.ranks.world_size == 1 and self.stop.stop_requested)
 
     def exchange(self, position: int, numbers: Tensor) -> Tensor:
-        """As StopAgreement.exchange: float64 (k,) -> (world_size, k + 1), the seconds since the last exchange last."""
+        """Gather float64 (k,) to (world_size, k + 1); the last column holds the seconds since the last exchange."""
         elapsed = torch.tensor([time.monotonic() - self._since], dtype=torch.float64)
         gathered = self.stop.exchange(torch.cat([numbers, elapsed]))
         slowest = max(gathered[:, -1].max().item(), 1e-9)
@@ -126,12 +127,13 @@ class SyncSchedule:
 def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
     """Turn SIGTERM, SIGUSR1, SIGHUP and Ctrl-C into a stop at the next exchange, inside the block.
 
-    Until the yielded function is called - before the first iteration - there is nothing to save, and a signal ends the
-    start at once. Any further signal changes nothing. The signal by which a rank hears of its parent's death
-    (`signals.PARENT_GONE`) is no wish of the user's: it saves too, but the ranks have failed.
+    The caller calls the yielded function before the first iteration. Until then there is nothing to save, and a signal
+    ends the start immediately. Further stop signals have no effect. `signals.PARENT_GONE`, the signal for the death of
+    the parent, is not a request of the user: the run is saved too, but it counts as a failure of the ranks.
 
     Raises:
-        KeyboardInterrupt: a signal came before anything could be saved (`errors.as_resnext_error` makes exit 75 of it).
+        KeyboardInterrupt: a signal came before there was anything to save (`errors.as_resnext_error` turns it into exit
+            code 75).
     """
     running, heard = False, False
 
@@ -158,6 +160,6 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
     finally:
         heard = True
         for number, handler in before.items():
-            # A process that is a run and nothing else is on its way out: a late signal must not change its exit code.
+            # A process that only makes this run is about to exit; a late signal must not change its exit code.
             if handler not in (exit_during_start, exit_on_signal):
                 signal.signal(number, handler)

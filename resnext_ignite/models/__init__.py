@@ -1,4 +1,4 @@
-"""Models by name. The network itself is in `resnext.py`; the grammar of names in `architecture.py`."""
+"""Builds models by name. The network is in `resnext.py`; the grammar of names is in `runtime/model_names.py`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def create_model(
     zero_init_residual: bool = False,
     grouped_conv: tuple[str, ...] = ("grouped",),
 ) -> ResNeXt:
-    """A freshly initialised ResNeXt: (N, 3, H, W) -> logits (N, num_classes).
+    """Build a newly initialised ResNeXt: (N, 3, H, W) -> logits (N, num_classes).
 
     Args:
-        name: `cifar_resnext<9n+2>_<C>x<W>d` or `resnext50|101|152_<C>x<W>d`.
-        num_classes: outputs.
-        stem_channels: channels after the stem; the stages put out 4, 8, 16 (ImageNet layout: to 32) times as many.
-        ghost_batch: images over which BatchNorm takes its training statistics; 0: the batch.
-        zero_init_residual: start each block as the identity.
-        grouped_conv: how each shape of the grouped 3x3 is computed, see ResNeXt.
+        name: `cifar_resnext<9n+2>_<C>x<W>d` or `[cifar4_]resnext50|101|152_<C>x<W>d`.
+        num_classes: number of outputs.
+        stem_channels: channels after the stem; the stages output 4, 8, 16 (and a fourth stage 32) times as many.
+        ghost_batch: number of images over which BatchNorm computes its training statistics; 0: the batch.
+        zero_init_residual: initialise each block as the identity.
+        grouped_conv: implementations of the grouped 3x3, see ResNeXt.
 
     Raises:
-        ValueError: the name does not follow the grammar, or leaves a group without a channel.
+        ValueError: the name does not follow the grammar, or a group has no channel.
     """
     architecture = parse_model_name(name)
     planes = architecture.planes(stem_channels)
@@ -48,7 +48,11 @@ def create_model(
 
 
 def build_model(config: Config) -> ResNeXt:
-    """The model of a config whose `model.num_classes` is settled, on the CPU, initialised from torch's generator."""
+    """Build the model of a resolved config on the CPU; torch's global generator initialises it.
+
+    Raises:
+        ValueError: `model.num_classes` or `train.grouped_conv` is not resolved yet.
+    """
     if config.model.num_classes is None:
         raise ValueError("model.num_classes is not settled yet: it comes from the data")
     if "auto" in config.train.grouped_conv:

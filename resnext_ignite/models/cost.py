@@ -1,4 +1,4 @@
-"""What a network costs an image: operations, bytes and parameters, counted without computing."""
+"""The cost of a network for one image: operations, bytes and parameters, counted on the `meta` device."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Of each activation, unfused: written and read in the forward pass, read twice and written in the backward.
+# Memory accesses of each activation: a write and a read in the forward pass, two reads and a write in the backward.
 _PASSES_OVER_ACTIVATIONS = 5
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image; a multiply-add is two operations.
+    """The cost for one image; a multiply-add is two operations.
 
     Args:
-        forward_flop: operations of the forward pass; the backward's are twice as many.
-        activations: numbers that the layers put out.
-        convolved: those of them that convolutions and the classifier do; all that fusing leaves.
-        parameters: of the network, whatever the images.
+        forward_flop: operations of the forward pass; the backward pass has twice as many.
+        activations: number of values that all layers output.
+        convolved: number of values that the convolutions and the classifier output. If all other layers are fused with
+            these, only these values go through memory.
+        parameters: number of parameters; it does not depend on the image.
     """
 
     forward_flop: int
@@ -32,34 +33,37 @@ class Cost:
 
     @property
     def multiply_adds(self) -> int:
-        """Of the forward pass: what papers call FLOPs."""
+        """Multiply-adds of the forward pass; papers call them FLOPs."""
         return self.forward_flop // 2
 
     @property
     def training_flop(self) -> int:
-        """Operations of forward and backward."""
+        """Operations of the forward and the backward pass."""
         return 3 * self.forward_flop
 
     def training_bytes(self, bytes_a_number: int) -> int:
-        """Bytes of activations that forward and backward move where every layer reads and writes memory."""
+        """Return the bytes of activations that both passes move if every layer reads and writes memory."""
         return _PASSES_OVER_ACTIVATIONS * bytes_a_number * self.activations
 
     def least_training_bytes(self, bytes_a_number: int) -> int:
-        """As `training_bytes`, where everything between convolutions is fused with them."""
+        """Return `training_bytes` with every layer between the convolutions fused with them."""
         return _PASSES_OVER_ACTIVATIONS * bytes_a_number * self.convolved
 
     def least_forward_bytes(self, bytes_a_number: int) -> int:
-        """Bytes that a forward pass writes and reads where all that can be is fused."""
+        """Return the bytes that a forward pass writes and reads, with the fusion of `least_training_bytes`."""
         return 2 * bytes_a_number * self.convolved
 
 
 def cost_of(model: nn.Module, image_size: int) -> Cost:
-    """A network's cost at pictures of `image_size` pixels a side; takes it to the `meta` device, without weights."""
+    """Return a network's cost for an image of `image_size` pixels a side.
+
+    The network moves to the `meta` device and loses its weights.
+    """
     return costs_of(model, image_size, ("",))[""]
 
 
 def costs_of(model: nn.Module, image_size: int, names: Sequence[str]) -> dict[str, Cost]:
-    """As `cost_of`, of modules by their names; "" is the whole network."""
+    """Return the costs of modules by their names, as `cost_of` does; "" is the whole network."""
     activations, convolved = Counter[str](), Counter[str]()
     model = model.to("meta").eval()
 

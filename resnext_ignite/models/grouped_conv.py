@@ -1,4 +1,4 @@
-"""The grouped 3x3 convolution, and the ways to compute it; `tuning.py` measures which is fastest."""
+"""The grouped 3x3 convolution and its implementations; `training/tuning.py` measures which one is fastest."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _MOST_SPLIT_GROUPS = 16
 
 
 class GroupedConv2d(nn.Conv2d):
-    """A grouped 3x3 convolution of as many channels as it takes, in any of the ways that give the same numbers.
+    """A grouped 3x3 convolution with as many output as input channels, in one of several equivalent implementations.
 
-    - `grouped`: the library's own grouped convolution.
-    - `split`: a dense convolution for each group, side by side.
-    - `merged<m>`: m groups in one, whose weights are the groups' on the diagonal and zeros elsewhere: m times the
-      operations, in fewer and wider groups. `merged<cardinality>` is a dense convolution.
+    - `grouped`: torch's own grouped convolution.
+    - `split`: a separate dense convolution for each group.
+    - `merged<m>`: merges m groups into one, with the groups' weights on the diagonal and zeros elsewhere. This takes m
+      times the operations, in fewer and wider groups. `merged<cardinality>` is a dense convolution.
 
-    Weights and their names are those of the grouped convolution in every way.
+    The weights and their names are the same in every implementation.
 
     Args:
-        channels: in and out.
+        channels: number of input channels and of output channels.
         groups: cardinality.
         stride: of the window.
-        way: as above.
+        way: the implementation, as above.
 
     Raises:
         ValueError: `merged<m>` with an m that does not divide the groups.
@@ -39,7 +39,7 @@ class GroupedConv2d(nn.Conv2d):
             raise ValueError(f"'{way}': {self.merge} does not divide {groups} groups")
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride))."""
+        """Map (N, C, H, W) to (N, C, ceil(H / stride), ceil(W / stride))."""
         if self.way == "split" and self.groups > 1:
             biases = (None,) * self.groups if self.bias is None else self.bias.chunk(self.groups)
             parts = zip(input.chunk(self.groups, 1), self.weight.chunk(self.groups, 0), biases, strict=True)
@@ -50,7 +50,7 @@ class GroupedConv2d(nn.Conv2d):
         return super().forward(input)
 
     def _merged_weight(self) -> Tensor:
-        # (G*m*o, i, 3, 3) -> (G, m, o, 1, i, 3, 3), times the identity of the two m: -> (G*m*o, m*i, 3, 3)
+        # (G*m*o, i, 3, 3) -> (G, m, o, 1, i, 3, 3); the product with the (m, m) identity -> (G*m*o, m*i, 3, 3)
         apart = self.weight.view(self.groups // self.merge, self.merge, -1, 1, *self.weight.shape[1:])
         identity = torch.eye(self.merge, dtype=self.weight.dtype, device=self.weight.device)
         merged = apart * identity.view(1, self.merge, 1, self.merge, 1, 1, 1)
@@ -61,13 +61,13 @@ class GroupedConv2d(nn.Conv2d):
 
 
 def implementations_for(groups: int, channels: int) -> list[str]:
-    """The ways that are worth measuring for so many groups of so many channels each, `grouped` first."""
+    """Return the implementations worth measuring for `groups` groups of `channels` channels each, `grouped` first."""
     merges = [m for m in (2, 4, 8, 16, 32, 64) if groups % m == 0 and m * channels <= 512]
     return ["grouped"] + ["split"] * (1 < groups <= _MOST_SPLIT_GROUPS) + [f"merged{m}" for m in merges]
 
 
 def in_each_implementation(convolution: GroupedConv2d) -> dict[str, GroupedConv2d]:
-    """A grouped convolution in each of the ways that are worth measuring, with the same weights."""
+    """Return a grouped convolution in each implementation worth measuring, with the same weights."""
     channels, groups = convolution.in_channels, convolution.groups
     modules = {}
     for way in implementations_for(groups, channels // groups):
@@ -78,7 +78,13 @@ def in_each_implementation(convolution: GroupedConv2d) -> dict[str, GroupedConv2
 
 @dataclass(frozen=True)
 class GroupedShape:
-    """One shape of a network's grouped 3x3: the first module that has it, its name, and the input's side in pixels."""
+    """One shape (channels, input side, stride) of a network's grouped 3x3.
+
+    Args:
+        name: name of the first module with this shape.
+        module: that module.
+        size: side of its input in pixels.
+    """
 
     name: str
     module: GroupedConv2d
@@ -86,7 +92,7 @@ class GroupedShape:
 
 
 def grouped_shapes(model: nn.Module, image_size: int) -> list[GroupedShape]:
-    """The shapes of a network's grouped 3x3, in its order, at pictures of a size."""
+    """Return the shapes of a network's grouped 3x3, in network order, for images of `image_size` pixels a side."""
     found: dict[tuple[int, ...], GroupedShape] = {}
     names = {module: name for name, module in model.named_modules()}
 

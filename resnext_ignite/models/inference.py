@@ -1,4 +1,4 @@
-"""Logits without training: as the network is, or faster, with BatchNorm folded into the convolutions."""
+"""Computes logits for evaluation: with the network as it is, or faster, with BatchNorm folded into the convolutions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class Inference:
-    """A network's logits, computed in one of three ways that agree to rounding.
+    """Computes a network's logits with one of three implementations, which agree up to rounding.
 
-    - `plain`: by the network itself, under autocast.
-    - `folded`: by a copy whose BatchNorms are part of its convolutions, its weights in the precision of the arithmetic.
-    - `compiled`: that copy, compiled for batches of the size of the first one.
+    - `plain`: the network itself, under autocast.
+    - `folded`: a copy with each BatchNorm folded into its convolution, and with its weights in `dtype`.
+    - `compiled`: that copy, compiled for the size of the first batch.
 
     Args:
-        model: its convolutions and BatchNorms named as in `resnext.py`.
+        model: a network whose convolutions and BatchNorms are named as in `resnext.py`.
         dtype: of the arithmetic.
-        way: as above.
+        way: the implementation, as above.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32, way: str = "plain") -> None:
@@ -34,38 +34,38 @@ class Inference:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the weights and statistics that the network has now: call it before each evaluation."""
+        """Copy the network's current weights and statistics; call this before each evaluation."""
         self.model.eval()
         if self._folded is not None:
-            # Into the same tensors, which may be compiled for.
+            # Copy into the same tensors, because compiled code may refer to them.
             self._folded.load_state_dict(fold_batch_norm(self.model).state_dict())
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> logits float32 (N, num_classes)."""
+        """Map images (N, 3, H, W) to logits, float32 (N, num_classes)."""
         if self._folded is None:
             with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                # Not by a call, which would compile a network that is compiled for training for these batches too.
+                # Use `forward`: a call would compile a network for these batches if it is compiled for training.
                 return self.model.forward(images).float()
         network: Callable[[Tensor], Tensor] = self._folded
         if self._compiled is not None:
             self._compiled_size = self._compiled_size or len(images)
-            # The last batch of a split is smaller: compiling for it takes longer than computing it.
+            # The last batch of a split may be smaller. Compiling for it takes longer than computing it.
             network = self._compiled if len(images) == self._compiled_size else network
         return network(images.to(self.dtype)).float()
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy in eval mode in which each BatchNorm, by its running statistics, is part of the convolution before it.
+    """Return a copy in eval mode with each BatchNorm (its running statistics) folded into the convolution before it.
 
     Raises:
-        ValueError: there is a BatchNorm without one.
+        ValueError: a BatchNorm has no convolution before it.
     """
     model = copy.deepcopy(model).eval()
     for parent in list(model.modules()):
         children = dict(parent.named_children())
         for name, norm in children.items():
-            # bn1 follows conv1, as in the blocks; of a shortcut's Sequential 1 follows 0.
+            # In a block, bn1 follows conv1. In a shortcut's Sequential, 1 follows 0.
             before = name.replace("bn", "conv") if name.startswith("bn") else "0"
             convolution = children.get(before)
             if isinstance(norm, _BatchNorm) and isinstance(convolution, nn.Conv2d):
@@ -78,13 +78,13 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 
 
 class MeanOverViews(nn.Module):
-    """The mean of a network's logits over several views of each image.
+    """Averages a network's logits over several views of each image.
 
-    Of logits, as facebookresearch/ResNeXt averages its ten crops.
+    It averages logits, as facebookresearch/ResNeXt does for its ten crops.
 
     Args:
         model: (N, 3, H, W) -> (N, num_classes).
-        flip: take each view's mirror image, too.
+        flip: also use the mirror image of each view.
     """
 
     def __init__(self, model: nn.Module, *, flip: bool) -> None:
@@ -92,9 +92,9 @@ class MeanOverViews(nn.Module):
         self.model, self.flip = model, flip
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W), or (N, views, 3, H, W) -> logits (N, num_classes)."""
+        """Map (N, 3, H, W) or (N, views, 3, H, W) to logits (N, num_classes)."""
         count, *_, height, width = images.shape
-        # (N, views, 3, H, W) -> (N * views, 3, H, W), a pixel's values together as the weights are.
+        # (N, views, 3, H, W) -> (N * views, 3, H, W), in channels_last like the weights.
         views = images.reshape(-1, 3, height, width).contiguous(memory_format=torch.channels_last)
         logits = self.model(views)
         if self.flip:

@@ -1,4 +1,4 @@
-"""A network as a table: a row for its stem, each block and its classifier, and how much of the picture each sees."""
+"""A network as a table, with receptive fields: a row for the stem, the max pooling, each block and the classifier."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Row:
-    """A part of a network, at one picture.
+    """A part of a network, for one image.
 
     Args:
-        name: of its module; of the stem's and the classifier's, what they are.
+        name: name of a block's module; "stem", "max pooling" or "classifier" for the others.
         kernels: its windows, in order, as in "1x1, 3x3 / 2 in 32 groups, 1x1".
-        output: channels, height and width, or classes.
-        cost: of it.
-        kept: bytes in fp32 that training keeps of it for the backward pass.
-        receptive_field: side in pixels of what one of its outputs sees; of the classifier, of all before the pooling.
+        output: (channels, height, width), or (classes,).
+        cost: cost of this part.
+        kept: bytes in fp32 that training saves in this part for the backward pass.
+        receptive_field: side in pixels of one output's receptive field; for the classifier, before the average pooling.
     """
 
     name: str
@@ -37,12 +37,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Layers:
-    """A network's rows, and its totals at one picture.
+    """A network's rows, and its totals for one image.
 
     Args:
-        cost: of the whole.
-        kept: bytes that training keeps for the backward pass, by precision.
-        inference_peak: the most bytes that live at once in inference, by precision.
+        rows: parts of the network, in the order of the forward pass.
+        cost: cost of the whole network.
+        kept: bytes that training saves for the backward pass, by precision.
+        inference_peak: largest number of bytes that are live at the same time in inference, by precision.
     """
 
     rows: tuple[Row, ...]
@@ -52,12 +53,15 @@ class Layers:
 
     @property
     def receptive_field(self) -> int:
-        """Side in pixels of what one output of the last block sees."""
+        """Side in pixels of the receptive field of one output of the last block."""
         return self.rows[-1].receptive_field
 
 
 def layers_of(model: ResNeXt, image_size: int) -> Layers:
-    """The rows and totals at pictures of `image_size` pixels a side; takes the network to `meta`, without weights."""
+    """Return the rows and totals for an image of `image_size` pixels a side.
+
+    The network moves to the `meta` device and loses its weights.
+    """
     parts = _parts(model)
     modules = [name for names in parts.values() for name in names]
     costs = costs_of(model, image_size, ("", *modules))
@@ -81,12 +85,12 @@ def layers_of(model: ResNeXt, image_size: int) -> Layers:
 
 
 def receptive_fields(model: ResNeXt, names: list[str]) -> dict[str, int]:
-    """Side in pixels of what one output of each module sees, the modules in the order in which they are passed.
+    """Return the side in pixels of one output's receptive field for each module; `names` are in forward order.
 
-    With r = j = 1 at the picture, each window of side k and stride s makes r + (k - 1) j of r and then s j of j: r is
-    the side, j the pixels between neighbouring outputs (Araujo, Norris and Sim, "Computing Receptive Fields of
-    Convolutional Neural Networks", Distill 2019, equation 2). A block sees as much as its longest way, that through the
-    3x3. A side that hangs over the picture's edge sees padding there.
+    r is the side, and j is the distance in pixels between neighbouring outputs. Both begin as 1 at the image. A window
+    of side k and stride s first sets r to r + (k - 1) * j, and then j to s * j (Araujo, Norris and Sim, "Computing
+    Receptive Fields of Convolutional Neural Networks", Distill 2019, equation 2). The longest path of a block, through
+    the 3x3, gives its receptive field. A receptive field that extends beyond the image's edge covers padding there.
     """
     side = jump = 1
     fields = {}
@@ -99,7 +103,7 @@ def receptive_fields(model: ResNeXt, names: list[str]) -> dict[str, int]:
 
 
 def _parts(model: ResNeXt) -> dict[str, tuple[str, ...]]:
-    """The modules of each row, in the order of the forward pass."""
+    """Return the modules of each row, in the order of the forward pass."""
     stem: dict[str, tuple[str, ...]] = {"stem": ("conv1", "bn1")}
     if isinstance(model.maxpool, nn.MaxPool2d):
         stem["max pooling"] = ("maxpool",)
@@ -108,7 +112,7 @@ def _parts(model: ResNeXt) -> dict[str, tuple[str, ...]]:
 
 
 def _windows(module: nn.Module) -> list[nn.Conv2d | nn.MaxPool2d]:
-    # A block's shortcut is the shorter way.
+    # Skip a block's shortcut: it is the shorter path.
     named = module.named_modules()
     return [m for name, m in named if isinstance(m, nn.Conv2d | nn.MaxPool2d) and not name.startswith("downsample")]
 

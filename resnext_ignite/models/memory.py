@@ -1,6 +1,6 @@
-"""What a picture's activations take of memory, seen by running a network without numbers on the `meta` device.
+"""The memory of one image's activations, counted by running a network on the `meta` device, without values.
 
-Activations alone: weights, their gradients, and what libraries take for their work are not counted.
+Only activations count: weights, their gradients and the workspaces of libraries do not.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch.utils._pytree import tree_leaves
 
 
 def kept_bytes(model: nn.Module, image_size: int, dtype: torch.dtype, rows: dict[str, str]) -> dict[str, int]:
-    """Bytes a picture that the forward pass keeps for the backward, by row, as autograd asks for them.
+    """Return the bytes that autograd saves in the forward pass for the backward pass, per image and row.
 
-    What two layers keep of one tensor is counted once, at the first. With `dtype` bfloat16, as under autocast but for
-    the copies of the weights; the indices of a max pooling are int64 in either.
+    A tensor that two layers save counts once, for the first layer. With `dtype` bfloat16 the bytes are those under
+    autocast, without its copies of the weights. The indices of a max pooling are int64 in either precision.
 
     Args:
-        model: on the `meta` device; it is left in training mode.
-        rows: the row that begins where a module of this name is entered.
+        model: on the `meta` device; afterwards it is in `dtype` and in training mode.
+        rows: by module name, the row that begins when this module is entered.
     """
-    # BatchNorm keeps statistics as well, whatever the batch: what one more picture adds is a picture's own.
+    # BatchNorm also saves statistics, whose size does not depend on the batch. The difference omits them.
     two, three = (_kept(model, image_size, dtype, rows, batch) for batch in (2, 3))
     return {row: three[row] - two[row] for row in dict.fromkeys(rows.values())}
 
@@ -52,7 +52,7 @@ def _kept(model: nn.Module, image_size: int, dtype: torch.dtype, rows: dict[str,
 
     hooks = [model.get_submodule(n).register_forward_pre_hook(entering(name)) for n, name in rows.items()]
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        # Held until all is counted: a tensor that is freed would leave its place to another.
+        # Hold the output until all is counted: another tensor could take the address of a freed storage.
         logits = model(torch.empty(batch, 3, image_size, image_size, dtype=dtype, device="meta"))
     del logits
     for hook in hooks:
@@ -61,12 +61,12 @@ def _kept(model: nn.Module, image_size: int, dtype: torch.dtype, rows: dict[str,
 
 
 def inference_peak_bytes(model: nn.Module, image_size: int, dtype: torch.dtype) -> int:
-    """The most bytes of one picture's tensors, the picture among them, that live at once where nothing is fused.
+    """Return the largest number of bytes that one image's tensors, with the image, take at the same time, unfused.
 
     Args:
-        model: on the `meta` device; it is left in evaluation mode.
+        model: on the `meta` device; afterwards it is in `dtype` and in evaluation mode.
     """
-    # As above: without what BatchNorm puts out whatever the batch.
+    # As in `kept_bytes`: omit outputs of BatchNorm whose size does not depend on the batch.
     one, two = (_peak(model, image_size, dtype, batch) for batch in (1, 2))
     return two - one
 
@@ -79,7 +79,7 @@ def _peak(model: nn.Module, image_size: int, dtype: torch.dtype, batch: int) -> 
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations have made and that are still held."""
+    """Counts the bytes of the tensors that operations have created and that are still live."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The network: one bottleneck block in two layouts, built from plain values.
+"""The network: one bottleneck block in several layouts, built from plain values.
 
-Parameter names are torchvision's (`layer1.0.conv2.weight`, `fc.bias`), so that weights travel without a map.
-Names of models and configs are read elsewhere (`architecture.py`, `models/__init__.py`).
+Parameter names are torchvision's (`layer1.0.conv2.weight`, `fc.bias`), so that weights need no renaming.
+`runtime/model_names.py` parses the names of models; `models/__init__.py` builds models from names and configs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Norm = Callable[[int], nn.BatchNorm2d]
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose training statistics are those of consecutive groups of `ghost_batch` images.
+    """BatchNorm that computes its training statistics over consecutive groups of `ghost_batch` images.
 
-    The published CIFAR runs split 128 images over 8 GPUs, so that BatchNorm saw 16. The running statistics move to
-    the mean over the groups, which is what averaging them over as many ranks gives. Evaluation is plain BatchNorm.
+    The published CIFAR runs split 128 images over 8 GPUs, so that BatchNorm used 16 images. The running statistics
+    become the mean over the groups; averaging them over as many ranks gives the same. Evaluation is plain BatchNorm.
 
     Args:
-        channels: channels C of the input.
-        ghost_batch: images a group; divides every training batch.
+        channels: number of channels C of the input.
+        ghost_batch: images per group; it must divide every training batch.
     """
 
     def __init__(self, channels: int, ghost_batch: int) -> None:
@@ -48,7 +48,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         groups = n // self.ghost_batch
         mean, var = self.running_mean.repeat(groups), self.running_var.repeat(groups)
-        # A GPU minds calls, a CPU copies: there a call a group takes a third of the time (channels_last).
+        # On a GPU, calls are expensive; on a CPU, copies are: there one call per group takes a third of the time
+        # (channels_last).
         out = self._in_turn(input, mean, var) if input.device.type == "cpu" else self._at_once(input, mean, var)
         with torch.no_grad():
             self.running_mean.copy_(mean.view(groups, -1).mean(0))
@@ -57,7 +58,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         return out
 
     def _in_turn(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """Each group by a call of its own; the running statistics (G*C,) are moved in place, as by `_at_once`."""
+        """Normalise each group in a separate call; update mean and var (G*C,) in place, as `_at_once` does."""
         groups = zip(input.split(self.ghost_batch), mean.split(input.shape[1]), var.split(input.shape[1]), strict=True)
         return torch.cat(
             [
@@ -69,7 +70,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     def _at_once(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         n, c, h, w = input.shape
         groups = n // self.ghost_batch
-        # (G*B, C, H, W) -> (B, G*C, H, W): each group's channels are channels of their own in one call.
+        # (G*B, C, H, W) -> (B, G*C, H, W): one call treats the channels of each group as separate channels.
         apart = input.view(groups, self.ghost_batch, c, h, w).transpose(0, 1).reshape(self.ghost_batch, -1, h, w)
         weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)
         out = F.batch_norm(apart, mean, var, weight, bias, True, self.momentum or 0.0, self.eps)
@@ -81,18 +82,18 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
 
 class Bottleneck(nn.Module):
-    """1x1 -> grouped 3x3 (it carries the stride) -> 1x1, each with BatchNorm, ReLU after the first two and the sum.
+    """1x1 -> grouped 3x3 (with the stride) -> 1x1, each with BatchNorm; ReLU after the first two and after the sum.
 
     Paper: figure 3c and section 4; post-activation, as facebookresearch/ResNeXt trained it. The shortcut is the
-    identity, or a 1x1 convolution with BatchNorm where shapes differ (type B).
+    identity, or a 1x1 convolution with BatchNorm if the shapes differ (type B).
 
     Args:
         in_channels, out_channels: of the block.
-        width: channels of the 3x3, all groups together.
-        cardinality: groups of the 3x3.
+        width: channels of the 3x3, over all groups.
+        cardinality: number of groups of the 3x3.
         stride: of the 3x3.
-        norm: makes the BatchNorm of so many channels.
-        way: how the 3x3 is computed (`grouped_conv.py`).
+        norm: makes a BatchNorm for a number of channels.
+        way: implementation of the 3x3 (`grouped_conv.py`).
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(shortcut, norm(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        """Map (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         shortcut = x if self.downsample is None else self.downsample(x)
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
@@ -124,22 +125,23 @@ def _stride(stage: int, block: int) -> int:
 
 
 class ResNeXt(nn.Module):
-    """ResNeXt of either layout.
+    """ResNeXt in any of its layouts.
 
     Args:
-        layout: "cifar" (a 3x3 stem) or "imagenet" (a 7x7 stem with stride 2 and a max pooling).
-        blocks: blocks of each stage; every stage but the first halves height and width.
-        planes: planes of each stage; it puts out four times as many channels.
-        group_widths: channels a group in each stage's 3x3.
-        cardinality: groups.
-        num_classes: outputs.
-        ghost_batch: images over which BatchNorm takes its training statistics; 0: the batch.
-        zero_init_residual: start each block's last BatchNorm weight at 0.
-        grouped_conv: how each shape of the grouped 3x3 is computed (`grouped_conv.py`), in the network's order (a
-            stage after the first has one with its stride, and one for its other blocks), or one way for all.
+        layout: "imagenet" (a 7x7 stem with stride 2 and a max pooling); "cifar" or "cifar4" (a 3x3 stem).
+        blocks: number of blocks of each stage; every stage but the first halves height and width.
+        planes: planes of each stage; a stage outputs four times as many channels.
+        group_widths: channels per group in each stage's 3x3.
+        cardinality: number of groups.
+        num_classes: number of outputs.
+        ghost_batch: number of images over which BatchNorm computes its training statistics; 0: the batch.
+        zero_init_residual: initialise the weight of each block's last BatchNorm to 0.
+        grouped_conv: implementations of the grouped 3x3 (`grouped_conv.py`): one for all shapes, or one for each shape
+            in network order. In a stage after the first, the first block, with the stride, and the other blocks differ
+            in shape.
 
     Raises:
-        ValueError: neither one way nor one for each shape.
+        ValueError: `grouped_conv` holds neither one implementation nor one for each shape.
     """
 
     def __init__(
@@ -186,8 +188,9 @@ class ResNeXt(nn.Module):
         self._initialise(zero_init_residual)
 
     def _initialise(self, zero_init_residual: bool) -> None:
-        # facebookresearch/ResNeXt, models/resnext.lua: convolutions N(0, 2 / (k*k*out)) - `fan_out` counts all
-        # output channels, whatever the groups -, BatchNorm 1 and 0, the classifier torch's default with bias 0.
+        # As in facebookresearch/ResNeXt, models/resnext.lua. Convolutions: N(0, 2 / (k*k*out)), where 2 / (k*k*out) is
+        # the variance, and `fan_out` counts the output channels of all groups. BatchNorm: weight 1 and bias 0. The
+        # classifier: torch's default, with bias 0.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -196,7 +199,7 @@ class ResNeXt(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def freeze(self, part: str) -> None:
-        """Keep the weights and statistics of a part as they are: "none", "stem" or "backbone" (all but `fc`)."""
+        """Freeze the weights and statistics of a part: "none", "stem" or "backbone" (all but `fc`)."""
         stem = ("conv1", "bn1")
         self._frozen = {"none": (), "stem": stem, "backbone": (*stem, *self.stages)}[part]
         for name in self._frozen:
@@ -204,14 +207,14 @@ class ResNeXt(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ResNeXt:
-        """As every module's, but what is frozen normalises by its running statistics in training, too."""
+        """Set the mode as in every module, but leave frozen parts in evaluation mode: they use running statistics."""
         super().train(mode)
         for name in self._frozen:
             self.get_submodule(name).eval()
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W), normalised, 8 to 512 pixels a side -> logits (N, num_classes)."""
+        """Map normalised images (N, 3, H, W), 8 to 1024 pixels a side, to logits (N, num_classes)."""
         x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)

@@ -1,4 +1,4 @@
-"""The update and its learning rate, from a config."""
+"""The optimizer and the learning-rate schedule of a config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from resnext_ignite.optim.schedules import IterationLRScheduler, cosine, linear,
 
 
 def lr_factor(config: Config, iterations_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate over `optimizer.lr` as a function of the iteration, counted from 0."""
+    """Return the factor of `optimizer.lr` as a function of the iteration, counted from 0."""
     schedule = config.schedule
     warm = round(schedule.warmup_epochs * iterations_per_epoch)
     total = config.train.epochs * iterations_per_epoch
@@ -37,9 +37,10 @@ def parameter_groups(
     backbone_lr_factor: float = 1.0,
     without: Container[str] = (),
 ) -> list[dict[str, Any]]:
-    """Parameters that are trained, by what they have in common: decay, and `lr_factor` where it is not 1.
+    """Return the trainable parameters as optimizer groups, by weight decay and by `lr_factor` (absent if it is 1).
 
-    Norms and biases are the ones with a single dimension, the backbone all but `fc`; `without` names what is left out.
+    Norm weights and biases are the parameters with one dimension. The backbone is everything but `fc`. `without` names
+    the parameters to leave out.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -54,10 +55,10 @@ def parameter_groups(
 
 
 def hidden_convolutions(model: nn.Module) -> dict[str, int]:
-    """The trained convolutions that Muon is for, by their weights' names, each with its number of groups.
+    """Return the trainable convolutions that Muon updates: the name of each weight and its number of groups.
 
-    Not the stem, as its author leaves first layers to another optimizer: most of what a picture's windows hold is their
-    mean brightness, and an orthogonal step would give the noise of all other directions as much.
+    The stem is not among them; Muon's author also leaves the first layer to another optimizer. A window of an
+    image is mostly its mean brightness; orthogonalisation would scale the noise in all other directions to that size.
     """
     return {
         f"{name}.weight": module.groups
@@ -67,7 +68,7 @@ def hidden_convolutions(model: nn.Module) -> dict[str, int]:
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a config over a model's parameters."""
+    """Build the optimizer of a config for a model's parameters."""
     optimizer = config.optimizer
     convolutions = hidden_convolutions(model) if optimizer.name == "muon" else {}
     groups = parameter_groups(
@@ -103,5 +104,5 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 def build_lr_scheduler(
     config: Config, optimizer: torch.optim.Optimizer, iterations_per_epoch: int
 ) -> IterationLRScheduler:
-    """The learning-rate handler of a config; attach it to ITERATION_STARTED."""
+    """Build the learning-rate handler of a config; attach it to ITERATION_STARTED."""
     return IterationLRScheduler(optimizer, config.optimizer.lr, lr_factor(config, iterations_per_epoch))

@@ -1,4 +1,4 @@
-"""Muon: convolutions take steps of orthogonal matrices, each group its own; all other weights take those of SGD."""
+"""Muon: orthogonalised updates for convolutions, separately for each group; SGD for all other weights."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 # K. Jordan, 'Muon: An optimizer for hidden layers in neural networks' (kellerjordan.github.io/posts/muon): a quintic
-# that is steepest at 0, so that five iterations bring singular values from 0.002 on to between 0.68 and 1.21.
+# with a slope at 0 as large as possible. Five iterations map singular values from [0.002, 1] into [0.68, 1.21].
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 
 
 def orthogonalised(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Matrices with the same singular vectors and all singular values near 1, by Newton-Schulz iterations.
+    """Return matrices with the same singular vectors and all singular values near 1, by Newton-Schulz iterations.
 
-    (B, rows, columns) -> the same; a matrix of zeros stays one.
+    (B, rows, columns) -> (B, rows, columns); a matrix of zeros stays a matrix of zeros.
 
     Args:
-        dtype: arithmetic of the products; None: the matrices' own.
+        dtype: precision of the products; None: the dtype of the matrices.
     """
     tall = matrices.shape[1] > matrices.shape[2]
-    # By a bound of the largest singular value; and of the two squares the smaller is taken.
+    # The Frobenius norm bounds the largest singular value. Tall matrices are transposed, so that `square` is the
+    # smaller of the two Gram matrices.
     x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=1e-7)
     x = (x.mT if tall else x).to(dtype or x.dtype)
     for _ in range(_ITERATIONS):
@@ -36,23 +37,24 @@ def orthogonalised(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for convolutions, SGD for what else there is; which is which, a parameter group says by `conv_groups`.
+    """Muon for convolutions and SGD for all other weights; `conv_groups` of a parameter group selects the method.
 
-    With 0 it is SGD's: `weight_decay` is an L2 penalty. With g, its weights (out, in / g, k, k) are convolutions of g
-    groups. The momentum of each is taken apart into g matrices of (out / g, in / g * k * k), which map a group's window
-    to its outputs, and each is orthogonalised by itself: as one matrix (out, ...) the rows of groups that never see the
-    same inputs would be made orthogonal to each other. The step is `lr` times sqrt(max(1, rows / columns)), and
-    `weight_decay` shrinks the weights by `lr` times itself, apart from the gradient. Momentum and its Nesterov form are
-    those of `torch.optim.Muon`, which is not used: it takes single matrices only, in bf16 only.
+    `conv_groups` 0 selects SGD; `weight_decay` is an L2 penalty. `conv_groups` g > 0 selects Muon, for weights
+    (out, in / g, k, k) of convolutions with g groups. The update of such a weight is split into g matrices
+    (out / g, in / g * k * k), which map the input window of a group to its outputs, and each matrix is orthogonalised
+    alone. One matrix (out, ...) would make the rows of different groups orthogonal to each other, although these groups
+    have different inputs. The step is `lr` times sqrt(max(1, rows / columns)). `weight_decay` is decoupled from the
+    gradient: it multiplies the weights by 1 - `lr` * `weight_decay`. Momentum and its Nesterov form are those of
+    `torch.optim.Muon`, which is not used because it supports only single matrices and only bf16.
 
-    With a GradScaler (fp16) the host waits for each iteration's verdict, whether to skip it.
+    With a GradScaler (fp16), the host waits in each iteration for the result of the check whether to skip the update.
 
     Args:
         groups: parameter groups.
-        lr: learning rate of groups without their own.
-        momentum: of groups without their own.
-        nesterov: Nesterov's form, for both kinds.
-        exact: orthogonalise in float32 on a GPU, too, where bf16 does.
+        lr: learning rate of groups that set none.
+        momentum: momentum of groups that set none.
+        nesterov: use Nesterov momentum, for both methods.
+        exact: orthogonalise in float32 on a GPU too, instead of in bf16.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of all parameters that have a gradient."""
+        """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The learning rate as pure functions of the iteration, and the handler that sets it."""
+"""Learning-rate schedules as pure functions of the iteration, and the handler that sets the rate."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from ignite.handlers.param_scheduler import ParamScheduler
 
 
 def warmup(iteration: int, length: int) -> float:
-    """Rises linearly, reaching 1 at the last of `length` iterations: (k + 1) / length; 1 from there on."""
+    """Return (iteration + 1) / length, which reaches 1 at the last of `length` iterations; after it, 1."""
     return min(1.0, (iteration + 1) / length) if length else 1.0
 
 
 def multistep(iteration: int, milestones: Sequence[int], gamma: float) -> float:
-    """gamma to the power of the milestones (in iterations) that are reached."""
+    """Return gamma to the power of the number of milestones (in iterations) that are reached."""
     return gamma ** sum(iteration >= milestone for milestone in milestones)
 
 
 def cosine(iteration: int, start: int, end: int, final: float) -> float:
-    """Half a cosine wave from 1 at `start` to `final` at `end` (SGDR, arXiv:1608.03983, equation 5)."""
+    """Return the value of half a cosine wave from 1 at `start` to `final` at `end` (SGDR, arXiv:1608.03983, eq. 5)."""
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * _progress(iteration, start, end)))
 
 
 def linear(iteration: int, start: int, end: int, final: float) -> float:
-    """A straight line from 1 at `start` to `final` at `end`; after a warm-up, the triangle's second side."""
+    """Return a value on the line from 1 at `start` to `final` at `end`; with a warm-up before it, a triangle."""
     return final + (1 - final) * (1 - _progress(iteration, start, end))
 
 
@@ -37,13 +37,13 @@ def _progress(iteration: int, start: int, end: int) -> float:
 class IterationLRScheduler(ParamScheduler):
     """Sets the learning rate before each iteration to `lr` times a pure function of the iteration.
 
-    Ignite's own schedulers count their calls; this one asks the engine, so that a run resumed anywhere, or continued
-    with more epochs, has the rate of its iteration whatever was saved.
+    Ignite's schedulers count their calls; this one reads the iteration from the engine. A run that is resumed at any
+    iteration, or continued with more epochs, therefore has the rate of its iteration, whatever state was saved.
 
     Args:
-        optimizer: each of its groups gets the rate, times its `lr_factor` where it has one.
+        optimizer: each of its groups gets the rate, times its `lr_factor` if it has one.
         lr: learning rate at factor 1.
-        factor: of the iteration, counted from 0.
+        factor: function of the iteration, counted from 0.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, lr: float, factor: Callable[[int], float]) -> None:
@@ -57,10 +57,10 @@ class IterationLRScheduler(ParamScheduler):
         super().__call__(engine, name)
 
     def get_param(self) -> list[float]:
-        """The rates of the groups at the iteration at hand."""
+        """Return the rates of the groups at the current iteration."""
         rate = self.rate_at(self.event_index + 1)
         return [rate * group.get("lr_factor", 1.0) for group in self.optimizer_param_groups]
 
     def rate_at(self, iteration: int) -> float:
-        """The rate of an iteration, counted from 1."""
+        """Return the rate of an iteration, counted from 1."""
         return self.lr * self.factor(iteration - 1)

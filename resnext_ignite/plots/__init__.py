@@ -1,1 +1,1 @@
-"""What people look at: curves, confusion matrices, sheets of images, and the report page."""
+"""Plots of curves, confusion matrices, calibration and images, and the report page."""

@@ -1,4 +1,4 @@
-"""Pictures for people: curves, confusion matrices, sheets of images. Plain values in, files or arrays out."""
+"""Plots of curves, confusion matrices, calibration and images, from plain values to files or arrays."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ _MOST_NAMED_CLASSES = 40
 
 @functools.cache
 def pyplot() -> Any:
-    """matplotlib's, without a screen. Loading it takes half a second, for which no first iteration has to wait."""
+    """Return matplotlib's pyplot, set up for machines without a display.
+
+    The import takes half a second. It happens on the first call, so that a run's first iteration does not wait for it.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
-    # Names of classes and runs are text, whatever dollar signs are in them.
+    # Names of classes and runs are text, even if they contain dollar signs.
     mpl.rcParams["text.parse_math"] = False
-    # In an SVG, text stays text.
+    # Write text to an SVG as text, not as outlines.
     mpl.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot as loaded
 
@@ -39,13 +42,16 @@ def pyplot() -> Any:
 
 
 def shown(text: str) -> str:
-    """A name as fonts can draw it and XML may hold it: bytes that are no text and control characters as marks."""
+    """Return a name that fonts can draw and XML may hold.
+
+    Bytes that are not valid text become `?`, unprintable characters except line feeds become U+FFFD.
+    """
     text = text.encode("utf-8", "replace").decode()
     return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
 
 
 def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] = (8, 8)) -> Figure:
-    """Error, loss and learning rate over epochs, of one run or several laid over each other.
+    """Draw error, loss and learning rate over epochs, of one run or of several in the same axes.
 
     Args:
         runs: records of `metrics.jsonl` by the name of their run.
@@ -63,7 +69,7 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] 
             points = [record for record in records if record["split"] == split]
             epochs = [record["epoch"] for record in points]
             label = f"{name} {split}" if several else split
-            # A single point, as of a test read once, needs a mark to be seen.
+            # A single point, for example of a test split that is evaluated once, is invisible without a marker.
             style: dict[str, Any] = {"color": color if several or number else None, "marker": "o", "markersize": 3}
             top.plot(epochs, [p["top1_error"] for p in points], label=label, **style)
             middle.plot(epochs, [p["loss"] for p in points], label=label, **style)
@@ -97,7 +103,7 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] 
 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
-    """Share of each true class (rows) that got each answer (columns), from counts int64 (C, C)."""
+    """Draw the fraction of each true class (rows) with each prediction (columns), from counts int64 (C, C)."""
     classes = [shown(name) for name in classes]
     counts = confusion.double()
     fractions = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
@@ -121,7 +127,11 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
 
 
 def draw_calibration(bins: Tensor) -> Figure:
-    """Accuracy over confidence, from Calibration's bins (B, 3), and how many images have which confidence."""
+    """Draw accuracy over confidence, and the histogram of confidences.
+
+    Args:
+        bins: of `Calibration` (`metrics.py`), float64 (B, 3): images, correct images, sum of confidences.
+    """
     images, right, confidence = bins.numpy().T
     count = len(images)
     figure, (top, bottom) = pyplot().subplots(
@@ -149,7 +159,7 @@ def draw_calibration(bins: Tensor) -> Figure:
 
 
 def draw_sheet(images: Tensor, captions: Sequence[str] = (), columns: int = 8) -> Figure:
-    """Pictures uint8 (N, H, W, 3) in rows, each under its caption."""
+    """Draw images uint8 (N, H, W, 3) in rows, each under its caption."""
     rows = max(1, -(-len(images) // columns))
     figure, axes = pyplot().subplots(
         rows, columns, figsize=(1.45 * columns, 1.75 * rows), layout="constrained", squeeze=False
@@ -164,21 +174,21 @@ def draw_sheet(images: Tensor, captions: Sequence[str] = (), columns: int = 8) -
 
 
 def draw_mistakes(mistakes: list[dict[str, Any]], split: Split, classes: tuple[str, ...]) -> Figure:
-    """The pictures of an evaluation's mistakes, each under 'true -> predicted (loss)'."""
+    """Draw the images of an evaluation's mistakes, each under 'true -> predicted (loss)'."""
     wanted = torch.tensor([mistake["index"] for mistake in mistakes], dtype=torch.int64, device=split.indices.device)
-    # Splits keep their images in the order of their indices.
+    # The images of a split are sorted by index.
     pictures = split.load(torch.searchsorted(split.indices, wanted)).cpu()
     captions = [f"{classes[m['label']]}\n\u2192 {classes[m['predicted']]} ({m['loss']:.1f})" for m in mistakes]
     return draw_sheet(pictures, captions)
 
 
 def name_of_evaluation(record: Record) -> str:
-    """What tells an evaluation of a run from its others."""
+    """Return a text that identifies an evaluation within its run."""
     return f"{record['split']}, epoch {record['epoch']}, iteration {record['iteration']}"
 
 
 def save_figure(figure: Figure, path: Path, description: str = "") -> None:
-    """Write a PNG whole, with its description as text inside, and free the figure."""
+    """Write the figure as a PNG, atomically, with a description as metadata; close the figure."""
     metadata = {"Description": description} if description else {}
     try:
         replace_durably(path, lambda file: figure.savefig(file, format="png", dpi=110, metadata=metadata))
@@ -187,7 +197,7 @@ def save_figure(figure: Figure, path: Path, description: str = "") -> None:
 
 
 def figure_to_svg(figure: Figure) -> bytes:
-    """The figure as an SVG, whose text is text; frees the figure."""
+    """Return the figure as an SVG with selectable text; close the figure."""
     file = io.BytesIO()
     figure.savefig(file, format="svg", transparent=True)
     pyplot().close(figure)
@@ -195,7 +205,7 @@ def figure_to_svg(figure: Figure) -> bytes:
 
 
 def figure_to_png(figure: Figure) -> bytes:
-    """The figure as a PNG; frees the figure."""
+    """Return the figure as a PNG; close the figure."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     pyplot().close(figure)
@@ -203,7 +213,7 @@ def figure_to_png(figure: Figure) -> bytes:
 
 
 def figure_to_array(figure: Figure) -> NDArray[np.uint8]:
-    """The figure as uint8 (H, W, 3), as TensorBoard takes it; frees the figure."""
+    """Return the figure as uint8 (H, W, 3), the layout that TensorBoard takes; close the figure."""
     figure.set_dpi(110)
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]

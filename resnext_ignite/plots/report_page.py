@@ -1,4 +1,4 @@
-"""Runs as one page that needs nothing beside itself: what `report_page.html` shows, and its figures as data URIs."""
+"""The report of runs as one self-contained HTML page: the values for `report_page.html`, with plots as data URIs."""
 
 from __future__ import annotations
 
@@ -26,22 +26,27 @@ from resnext_ignite.runs.class_metrics import metrics_by_class
 from resnext_ignite.runs.folder import Record, RunFolder
 from resnext_ignite.runtime.storage import write_durably
 
-# More cells than that are a picture.
+# A larger confusion matrix is drawn as an image instead of a table.
 _MOST_CELLS_A_SIDE = 20
 _MOST_CLASSES = 50
-# Of the curves, in inches, at the size of whose letters they are read.
+# Sizes of the curves in inches, chosen so that the text is readable at the width of the page.
 _DESKTOP, _PHONE = (8, 8), (4.4, 7)
 
 
 def save_page(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """Write the page of runs, as `report.summarize` gives them, by their names."""
+    """Write the page of runs.
+
+    Args:
+        runs: summaries from `report.summarize`, by the name of their run.
+        path: the HTML file.
+    """
     page = build_page(runs)
-    # A file name may hold bytes that are no text.
+    # A file name may hold bytes that are not valid text.
     write_durably(path, page.encode(errors="replace"))
 
 
 def build_page(runs: dict[str, dict[str, Any]]) -> str:
-    """The page as HTML. Names and values are escaped by the template engine, which trusts none of them."""
+    """Return the page as HTML; the template engine escapes all names and values."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -58,9 +63,9 @@ def build_page(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def _curves(records: dict[str, list[Record]]) -> dict[str, str]:
-    """The curves for a desktop and for a phone, each on a light and on a dark page."""
+    """Return the curves as data URIs, for a desktop and a phone, each for a light and a dark page."""
     curves = {}
-    # Not the style "default": that would undo the settings of `pyplot`.
+    # Not the style "default", which would reset the settings of `pyplot`.
     styles: dict[str, Any] = {"": {}, "_dark": "dark_background"}
     for suffix, style in styles.items():
         with pyplot().style.context(style):
@@ -70,7 +75,7 @@ def _curves(records: dict[str, list[Record]]) -> dict[str, str]:
 
 
 def _view(name: str, run: dict[str, Any]) -> dict[str, Any]:
-    """What the page says of one run."""
+    """Return what the page shows of one run."""
     last, status, folder = run["records"][-1], run["status"], run["folder"]
     evaluation, missing = _evaluation_of(folder, last)
     return {
@@ -89,7 +94,7 @@ def _view(name: str, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation_of(folder: RunFolder, last: Record) -> tuple[Record | None, str]:
-    """The run's `evaluation.json` if it is of the last record; else what is wrong with it."""
+    """Return the run's `evaluation.json`, or None and the reason if it does not belong to the last record."""
     evaluation = folder.read_evaluation()
     if not evaluation:
         return (
@@ -101,7 +106,7 @@ def _evaluation_of(folder: RunFolder, last: Record) -> tuple[Record | None, str]
             f"evaluation.json is of another evaluation ({name_of_evaluation(evaluation)}) than the last of "
             f"metrics.jsonl ({name_of_evaluation(last)}), so that confusion matrix and mistakes are left out."
         )
-    # A run cut between the two files may, where it is not deterministic, count anew and differently.
+    # A run that is interrupted between the two files evaluates again; if not deterministic, it may count differently.
     correct = sum(count for true, predicted, count in evaluation["confusion"] if true == predicted)
     images = sum(count for _, _, count in evaluation["confusion"])
     if (correct, images) != (last["correct"], last["images"]):
@@ -113,7 +118,7 @@ def _evaluation_of(folder: RunFolder, last: Record) -> tuple[Record | None, str]
 
 
 def _details(evaluation: Record) -> dict[str, Any]:
-    """Confusion matrix, classes (the worst first) and mistakes of an evaluation."""
+    """Return the confusion matrix, the classes (worst first) and the mistakes of an evaluation."""
     classes = evaluation["classes"]
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     for true, predicted, count in evaluation["confusion"]:
@@ -130,13 +135,13 @@ def _details(evaluation: Record) -> dict[str, Any]:
 
 
 def _matrix(confusion: Tensor) -> list[list[tuple[int, int]]]:
-    """Each cell's count, and its share of the true class in percent."""
+    """Return the count of each cell, and its percentage of the true class, from counts int64 (C, C)."""
     fractions = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)).round().int()
     return [list(zip(*rows, strict=True)) for rows in zip(confusion.tolist(), fractions.tolist(), strict=True)]
 
 
 def _sheet(folder: RunFolder, last: Record) -> dict[str, str]:
-    """`mistakes.png` as `uri` if it is of the last record; else a `note`."""
+    """Return `mistakes.png` as `uri` if it belongs to the last record, else the reason as `note`."""
     try:
         data = folder.mistakes.read_bytes()
         with Image.open(folder.mistakes) as image:
@@ -144,7 +149,7 @@ def _sheet(folder: RunFolder, last: Record) -> dict[str, str]:
     except FileNotFoundError:
         return {"note": "There is no mistakes.png; a run draws it at its end."}
     except Exception:
-        # PIL's readers answer damaged files with a dozen types.
+        # PIL raises a dozen types of exceptions for damaged files.
         return {"note": "mistakes.png cannot be read and is left out."}
     if drawn != name_of_evaluation(last):
         return {"note": f"mistakes.png is of another evaluation ({drawn or 'unnamed'}) and is left out."}
@@ -152,7 +157,7 @@ def _sheet(folder: RunFolder, last: Record) -> dict[str, str]:
 
 
 def _config_rows(config: Config) -> list[tuple[str, Any, Any, bool]]:
-    """Key, value, default, and whether they differ."""
+    """Return for each config key: the key, its value, its default, and whether they differ."""
     changed = changed_values(config, Config())
     return [(key, value, changed.get(key, (value,))[0], key in changed) for key, value in flatten(config).items()]
 

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its folder, the records in it, and its checkpoint files."""
+"""The files of a run: its folder, the records in it, and its checkpoints."""

@@ -1,6 +1,6 @@
-"""The checkpoint file: written durably, verified, read with `weights_only`; and a model from it, without an engine.
+"""The checkpoint file: durable writes, verification, reads with `weights_only`, and a model from it without an engine.
 
-What a run puts into the file is `handlers/checkpointing.py`'s; when it is written and which older ones go, too.
+`training/handlers/checkpointing.py` defines the content of the file, and when files are written and removed.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _ITERATION_FILE = re.compile(r"iteration_(\d{8,})\.pt")
 
 
 def checksum_path(path: Path) -> Path:
-    """The file beside a checkpoint that holds its sha256."""
+    """Return the path of the file beside a checkpoint that holds its sha256."""
     return path.with_name(path.name + ".sha256")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint: data synced, read back and compared, checksum synced, renamed, folder synced.
+    """Write a checkpoint: sync the data, read it back and compare, sync the checksum, rename, sync the folder.
 
     Raises:
-        OSError: what was under `path` is still there, and still verifies.
-        CheckpointError: what was read back is not what was written.
+        OSError: a write failed; the file at `path`, the old or the new one, still verifies.
+        CheckpointError: the data that was read back differs from the data that was written.
     """
     replaced = _read_sums(path)
     digest = ""
@@ -49,7 +49,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save({"format": FORMAT, **state}, hashing)  # type: ignore[arg-type]
         except RuntimeError as error:
-            # torch closes its archive after a failed write, fails again, and tells that: 'unexpected pos'.
+            # After a failed write, torch closes its archive, fails again, and raises that error ('unexpected pos').
             raise hashing.error or error from None
         digest = hashing.hash.hexdigest()
 
@@ -57,7 +57,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         found = sha256_of(temporary, from_disk=True)
         if found != digest:
             raise CheckpointError(f"{path}: read back with sha256 {found}, not {digest}; the storage is failing")
-        # Until the rename, the sum of the file that is replaced stays good as well.
+        # Store both checksums: until the rename, the file at `path` is still the old one.
         _write_sums(path, [digest, *replaced])
 
     replace_durably(path, write, before_rename=check)
@@ -66,7 +66,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def _write_sums(path: Path, digests: list[str]) -> None:
-    # The lines of sha256sum, so that `sha256sum -c` checks it too.
+    # The format of sha256sum, so that `sha256sum -c` can check the file too.
     text = "".join(f"{digest}  {path.name}\n" for digest in digests)
     write_durably(checksum_path(path), text)
 
@@ -83,8 +83,8 @@ def verify_checkpoint(path: Path) -> None:
     """Check a file against the checksum beside it; without one, against its archive's CRCs.
 
     Raises:
-        DamagedError: it is damaged; the line names it.
-        CheckpointError: it cannot be read.
+        DamagedError: the file is damaged; the message names it.
+        CheckpointError: the file cannot be read.
     """
     try:
         if checksum_path(path).exists():
@@ -98,40 +98,40 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def verify_archive(path: Path) -> None:
-    """Check a file that torch.save wrote against the CRCs in it, which torch.load does not.
+    """Check a file of torch.save against the CRCs in it; torch.load does not check them.
 
     Raises:
-        DamagedError: one is wrong.
-        ForeignFileError: it is no such archive, or a part of one.
-        OSError: it cannot be read.
+        DamagedError: a CRC is wrong.
+        ForeignFileError: the file is not a zip archive, or only a part of one.
+        OSError: the file cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError):
-        # A damaged directory makes zipfile raise any of these.
+        # zipfile raises any of these for a damaged central directory.
         raise ForeignFileError(f"{path}: damaged, or not a checkpoint") from None
     if damaged is not None:
         raise DamagedError(f"{path}: damaged: the CRC of its record {damaged} is wrong")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The verified content of a checkpoint, on the CPU.
+    """Verify a checkpoint, and return its content, on the CPU.
 
     Raises:
-        DamagedError: it is damaged, or (ForeignFileError) not a checkpoint of this project.
-        CheckpointError: it cannot be read, or is of another version's format.
+        DamagedError: the file is damaged, or (ForeignFileError) not a checkpoint of this project.
+        CheckpointError: the file cannot be read, or has the format of another version.
     """
     verify_checkpoint(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        # It was whole a moment ago: the storage is at fault, and not the file.
+        # The file has just been verified: the cause is the storage, not the file.
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except Exception as error:
         if as_out_of_memory(error):
             raise
-        # Whatever a hostile or foreign file makes torch say, it is refused in one line.
+        # A malicious or foreign file may make torch raise anything; refuse it with one line.
         reason = " ".join(str(error).split())[:120]
         raise ForeignFileError(f"{path}: not a checkpoint of this project ({reason})") from None
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
@@ -142,10 +142,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def config_of_checkpoint(path: Path, state: dict[str, Any]) -> Config:
-    """The config in a checkpoint.
+    """Return the config in a checkpoint.
 
     Raises:
-        CheckpointError: it is none that this version understands.
+        CheckpointError: the config is missing or not valid for this version.
     """
     try:
         return config_of(state["config"])
@@ -155,7 +155,7 @@ def config_of_checkpoint(path: Path, state: dict[str, Any]) -> Config:
 
 
 def iteration_checkpoints(folder: Path) -> list[Path]:
-    """The resume points of a folder, newest first, by the iteration in their names: file times prove nothing."""
+    """Return the resume points of a folder, newest first, by the iteration in the name: file times are unreliable."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _ITERATION_FILE.fullmatch(path.name))]
@@ -163,30 +163,30 @@ def iteration_checkpoints(folder: Path) -> list[Path]:
 
 
 def outdated_checkpoints(newest: Path, keep: int, unreadable: Collection[Path] = ()) -> list[Path]:
-    """The resume points that may go after `newest` was written and verified, so that `keep` are left.
+    """Return the resume points to remove after `newest` was written and verified, so that `keep` remain.
 
-    Only what is older than `newest` may go. Newer files and `unreadable` ones do not count among the `keep`.
+    All of them are older than `newest`. Newer files and `unreadable` ones are neither removed nor counted.
     """
     newest_first = [path for path in iteration_checkpoints(newest.parent) if path not in unreadable]
     return newest_first[newest_first.index(newest) + keep :]
 
 
 def iteration_checkpoint_path(folder: Path, iteration: int) -> Path:
-    """Where the resume point after an iteration lies."""
+    """Return the path of the resume point after an iteration."""
     return folder / f"iteration_{iteration:08d}.pt"
 
 
 def resume_candidates(folder: Path) -> list[Path]:
-    """What a run can be continued from, in the order in which it is tried: the newest resume points first.
+    """Return the files that a run can be resumed from, in the order to try: the newest resume points first.
 
-    `final.pt` and `best.pt` hold a whole state too, and are better than nothing.
+    `final.pt` and `best.pt` come last; they hold a complete state too.
     """
     return [*iteration_checkpoints(folder), *(p for p in (folder / "final.pt", folder / "best.pt") if p.exists())]
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A verified state, the file it is from, and those before it that are damaged or cannot be read today."""
+    """A verified state, its file, and the files tried before it that are damaged or cannot be read now."""
 
     path: Path
     state: dict[str, Any]
@@ -195,10 +195,10 @@ class ResumePoint:
 
 
 def newest_resume_point(folder: Path) -> ResumePoint | None:
-    """The first of the resume candidates that verifies; None where there is none at all.
+    """Return the first of the resume candidates that verifies; None: there are no candidates.
 
     Raises:
-        CheckpointError: there are some, and none can be used; or the newest is of another version, and whole.
+        CheckpointError: no candidate can be used, or the first readable, undamaged one is of another version.
     """
     unusable: dict[Path, CheckpointError] = {}
     for path in resume_candidates(folder):
@@ -215,7 +215,7 @@ def newest_resume_point(folder: Path) -> ResumePoint | None:
         reasons = "; ".join(map(str, unusable.values()))
         if reasons:
             log.warning("%s; resuming from %s instead", reasons, path)
-        # What could not be read today may be whole tomorrow.
+        # A file that cannot be read now may be undamaged and readable later.
         damaged = tuple(p for p, e in unusable.items() if isinstance(e, DamagedError))
         return ResumePoint(path, state, damaged, tuple(p for p in unusable if p not in damaged))
     if unusable:
@@ -227,24 +227,27 @@ def newest_resume_point(folder: Path) -> ResumePoint | None:
 
 
 def set_aside(path: Path) -> None:
-    """Take a damaged file out of the way of the next one of its name, without destroying the evidence."""
+    """Rename a damaged file and its checksum to `*.damaged`: the next save of that name must not replace them."""
     for file in (path, checksum_path(path)):
         if file.exists():
             file.replace(file.with_name(file.name + ".damaged"))
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed save or prune left: half-written files, and checksums without their file."""
+    """Remove the leftovers of a killed save or removal: partly written files, and checksums without their file."""
     for path in [*folder.glob(".*.tmp"), *folder.glob("*.pt.sha256")]:
         if path.suffix == ".tmp" or not path.with_suffix("").exists():
             path.unlink(missing_ok=True)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The file a FILE or RUN folder means: `best.pt` where images were held out, else `final.pt`, else the newest.
+    """Return the checkpoint for a file or a run folder.
+
+    A file is returned unchanged. In a run folder it is `best.pt` if it was selected on held-out images (split "val"),
+    else `final.pt`, else the newest resume point.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the run folder has no checkpoint, or `best.pt` cannot be used.
     """
     if not path.is_dir():
         return path
@@ -261,11 +264,11 @@ def find_checkpoint(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """What goes with the weights: enough to feed the model and to name its answers.
+    """The metadata of the weights: enough to prepare the input of the model and to name its classes.
 
-    `errors` holds the run's records of its last and best evaluation, the best on the split `selection`; `config` is the
-    resolved config. `source` is the other system that the weights are from, of which the config says no more than the
-    network and the normalisation; None: a run of this project's.
+    `errors` holds the run's records of its last and its best evaluation; the best one is chosen on the split
+    `selection`. `config` is the resolved config. `source` names the other system that the weights come from; the config
+    then describes only the model and the normalisation. None: a run of this project.
     """
 
     classes: tuple[str, ...]
@@ -280,19 +283,19 @@ class ModelMetadata:
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
-    """A model in eval mode on the CPU, from a checkpoint file or a run folder, and its metadata.
+    """Return a model in eval mode on the CPU, from a checkpoint file or a run folder, and its metadata.
 
-    The averaged weights (`train.ema_decay`, `train.ema_horizon`) where there are any: they are what was evaluated.
+    It has the averaged weights (`train.ema_decay`, `train.ema_horizon`) if there are any: the run evaluated them.
 
     Raises:
-        CheckpointError: no usable checkpoint.
+        CheckpointError: there is no usable checkpoint.
     """
     file = find_checkpoint(Path(path))
     return model_of(load_checkpoint(file), file)
 
 
 def model_of(state: dict[str, Any], file: Path) -> tuple[nn.Module, ModelMetadata]:
-    """`load_model` of a checkpoint's content; `file` is named in errors."""
+    """Return the same as `load_model`, from the content of a checkpoint; errors name `file`."""
     config = config_of_checkpoint(file, state)
     try:
         model = build_model(config)

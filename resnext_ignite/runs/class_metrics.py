@@ -9,7 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """One class in a confusion matrix: its images, the correct ones, and which class the wrong ones mostly got."""
+    """One class in a confusion matrix: counts of its images and of the correct ones.
+
+    `taken_for` is the most frequent wrong prediction, and `times` its count; without an error, `label` and 0.
+    """
 
     label: int
     images: int
@@ -19,12 +22,12 @@ class ClassMetrics:
 
     @property
     def error(self) -> float | None:
-        """In percent; None without an image."""
+        """Return the error in percent; None: the class has no images."""
         return 100 * (self.images - self.correct) / self.images if self.images else None
 
 
 def metrics_by_class(confusion: Tensor) -> list[ClassMetrics]:
-    """The metrics of each class, from a confusion matrix of counts, int64 (C, C): a row for each true class."""
+    """Return the metrics of each class, from a confusion matrix of counts, int64 (C, C): one row per true class."""
     metrics = []
     for label, row in enumerate(confusion.tolist()):
         wrong = [(count, other) for other, count in enumerate(row) if other != label and count]

@@ -1,4 +1,4 @@
-"""The run folder: its names, its lock, and the small files in it. Checkpoint files are `checkpoint.py`'s."""
+"""The run folder: its file names, its lock, and the small files in it. `checkpoint.py` has the checkpoint files."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """One run's folder. Only rank 0 holds one; only one process at a time may write into it.
+    """The folder of one run. Only rank 0 locks it and writes into it, and only one process at a time.
 
     Args:
-        path: the folder; it is made by `lock`.
+        path: the folder; `lock` creates it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # No soft lock where the file system has no locks: it is a plain file, and a killed run would leave it behind.
+        # No soft lock for file systems without locks: it is a plain file, and would remain after a run is killed.
         self._lock = FileLock(path / ".lock", fallback_to_soft=False)
         self._spare_descriptors: list[int] = []
 
@@ -85,15 +85,15 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     def holds_a_run(self) -> bool:
-        """Whether anything of a run lies here."""
+        """Return whether the folder contains a config or a checkpoint of a run."""
         return self._config.exists() or bool(resume_candidates(self.checkpoints))
 
     def lock(self) -> None:
-        """Make the folder and take it for this process; the system frees it when the process ends, however.
+        """Create the folder and lock it for this process; the system releases the lock when the process ends.
 
         Raises:
-            RunFolderError: another process has it.
-            StorageError: it cannot be made or locked.
+            RunFolderError: another process holds the lock.
+            StorageError: the folder cannot be created or locked.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -108,40 +108,40 @@ class RunFolder:
             if error.errno not in _NO_LOCKS:
                 advice = advice_for(error.errno)
             raise StorageError(f"{self._lock.lock_file}: {error.strerror}; {advice}") from None
-        # A process that has reached its limit of open files can close these, and then write why it failed.
+        # A process at its limit of open files can close these, and then write `status.json`.
         self._spare_descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in range(_SPARE_DESCRIPTORS)]
 
     def free_spare_descriptors(self) -> None:
-        """Make room for the files that are written when a run has failed."""
+        """Close the spare descriptors, so that a failed run can still open the files that it must write."""
         while self._spare_descriptors:
             os.close(self._spare_descriptors.pop())
 
     def unlock(self) -> None:
-        """Free the folder."""
+        """Release the lock of the folder."""
         self.free_spare_descriptors()
         # The system releases the lock anyway when this process ends.
         with contextlib.suppress(OSError):
             self._lock.release()
 
     def start(self, config: Config) -> None:
-        """Write down a config and make room for checkpoints; what a killed process left half-written goes."""
+        """Write the config, create the checkpoint folder, and remove partly written files of a killed process."""
         self.checkpoints.mkdir(exist_ok=True)
         remove_leftovers(self.checkpoints)
-        # No more than what is a run's own: a user may have chosen a folder with files of his.
+        # Remove only files of a run: the folder may contain other files of the user.
         for file in (self._config, self._metrics, self._status, self._evaluation, self.curves, self.mistakes):
             temporary_path(file).unlink(missing_ok=True)
         save_config(config, self._config)
 
     def saved_config(self) -> Config | None:
-        """The config of the run that lies here."""
+        """Return the config of the run in this folder; None: there is none."""
         return load_config(self._config) if self._config.exists() else None
 
     def append_metrics(self, record: Record) -> None:
-        """Add one evaluation to `metrics.jsonl`."""
+        """Append the record of one evaluation to `metrics.jsonl`."""
         append_durably(self._metrics, json.dumps(record, allow_nan=False))
 
     def read_metrics(self) -> list[Record]:
-        """All evaluations, in order."""
+        """Return the records of all evaluations, in order, up to the first damaged line."""
         if not self._metrics.exists():
             return []
         records = []
@@ -153,12 +153,12 @@ class RunFolder:
                 MetricsLine.model_validate(record)
                 records.append(record)
             except (ValueError, RecursionError):
-                # The last line of a run that was killed while it wrote; the evaluation will be made again.
+                # A run that was killed during a write left a part of its last line; a resume repeats that evaluation.
                 break
         return records
 
     def keep_metrics(self, count: int) -> None:
-        """Drop all evaluations after the first `count`: those a resumed run will make again."""
+        """Drop all records after the first `count`: a resumed run repeats those evaluations."""
         kept = self.read_metrics()[:count]
         if len(kept) < count:
             log.warning(f"{self._metrics}: only {len(kept)} of the run's {count} evaluations are still there")
@@ -167,27 +167,27 @@ class RunFolder:
             write_durably(self._metrics, text)
 
     def write_evaluation(self, evaluation: Record) -> None:
-        """Write `evaluation.json`: what the last line of `metrics.jsonl` counts, in detail."""
+        """Write `evaluation.json`: the details of the evaluation in the last line of `metrics.jsonl`."""
         write_durably(self._evaluation, json.dumps(evaluation, allow_nan=False) + "\n")
 
     def read_evaluation(self) -> Record:
-        """What `evaluation.json` says; empty where it is not there, or damaged."""
+        """Return the content of `evaluation.json`; empty if the file is missing or damaged."""
         return _read_object(self._evaluation, EvaluationInDetail)
 
     def write_status(self, state: str, **fields: Any) -> None:
-        """Write `status.json`: the state of the run, fields of it, and the versions it runs on."""
+        """Write `status.json`: the state of the run, further fields, and the versions of the packages."""
         status = {"state": state, **fields, "versions": _versions()}
         text = json.dumps(status, indent=2, allow_nan=False) + "\n"
         write_durably(self._status, text)
 
     def read_status(self) -> Record:
-        """What `status.json` says; empty where it is not there, or damaged."""
+        """Return the content of `status.json`; empty if the file is missing or damaged."""
         return _read_object(self._status, Status)
 
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    # Read once, at the start: when a run fails, the packages' files may not be readable any more.
+    # Cached from the start of the run: when it fails, the metadata files of the packages may be unreadable.
     versions = {name: metadata.version(name) for name in _PACKAGES}
     return {"resnext_ignite": __version__, "python": platform.python_version(), **versions}
 
@@ -203,10 +203,10 @@ def _read_object(path: Path, kind: type[BaseModel]) -> Record:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run folder that is locked for this run, the config to run with, and the state to continue from, if any.
+    """A run folder that is locked for this run, the config of the run, and the state to resume from (None: a new run).
 
-    `changes` are the resumes with other values, in order: the iteration, and by key (before, now). `unreadable` are
-    newer checkpoints that could not be read, and may be readable another day.
+    `changes` lists the resumes with changed values, in order: the iteration, and for each key (before, after).
+    `unreadable` are checkpoints that could not be read before `state` was found; they may be readable later.
     """
 
     folder: RunFolder
@@ -216,10 +216,13 @@ class OpenRun:
     unreadable: frozenset[Path] = frozenset()
 
     def check_data(self, contents: dict[str, str]) -> None:
-        """Check that a continued run is given the images that it had before: all that is keyed by index rests on that.
+        """Check that a resumed run gets the same images as before; its random draws are keyed by the image index.
+
+        Args:
+            contents: a description of the images of each split.
 
         Raises:
-            RunFolderError: the line says what differs.
+            RunFolderError: the images of a split differ; the message shows both descriptions.
         """
         before = contents if self.state is None else self.state["data"]
         for split, found in contents.items():
@@ -232,13 +235,13 @@ class OpenRun:
 
 @contextlib.contextmanager
 def open_run(path: Path, config: Config, ranks: Ranks, *, resume: bool) -> Iterator[OpenRun]:
-    """Take a run folder for a new run, or for the continuation of the one in it, until the block ends.
+    """Lock a run folder until the block ends, for a new run, or to resume the run in it.
 
-    An error inside the block is written into `status.json`. Only rank 0 touches the folder.
+    An error of the block is written to `status.json`. Only rank 0 accesses the folder.
 
     Raises:
-        RunFolderError: it is in use, holds another run, or its run would be changed.
-        CheckpointError: there are resume points, and none verifies.
+        RunFolderError: the folder is in use or holds another run, or the config would change the run.
+        CheckpointError: there are checkpoints to resume from, but none can be used.
     """
     folder = RunFolder(path)
 
@@ -288,11 +291,11 @@ def _write_failure(folder: RunFolder, error: BaseException) -> None:
     folder.free_spare_descriptors()
     status = folder.read_status()
     if status.get("state") in ENDED:
-        # It ended well, and nothing has been trained since: then it says "running".
+        # The run had ended normally before; further training would have set the state to "running".
         return
     before = {key: value for key, value in status.items() if key not in ("versions", "state")}
     fields = {**before, "exit_code": known.exit_code if known else 1, "reason": str(known or repr(error))}
     state = "preempted" if isinstance(known, PreemptedError) else "failed"
-    # A status that cannot be written (a full disk) must not hide why the run failed.
+    # A failed write of the status (a full disk) must not hide the error of the run.
     with contextlib.suppress(OSError):
         folder.write_status(state, **fields)

@@ -1,4 +1,4 @@
-"""What must stand in a run folder's small files for them to be believed; there may be more."""
+"""Schemas of the small files in a run folder. Content that does not match is ignored; more keys are allowed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, model_validator
 
 
 class Best(BaseModel):
-    """The best record, as far as a report names it."""
+    """The fields of the best record that a report uses."""
 
     top1_error: float
     epoch: int
@@ -41,7 +41,7 @@ class MetricsLine(BaseModel):
 
 
 class Mistake(BaseModel):
-    """An image that was taken for another class."""
+    """An image with a wrong prediction."""
 
     index: int
     label: int

@@ -1,1 +1,1 @@
-"""What every other room builds on: errors, signals, files, the console, the device, timing, tables."""
+"""The basis of all other subpackages: errors, signals, files, the console, the device, timing, tables."""

@@ -1,4 +1,4 @@
-"""Standard output and standard error, either of which may be closed, full or hung up at any moment. Torch-free."""
+"""Standard output and standard error, safe if a stream is closed, full or hung up. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STANDARD = {"stdout": 1, "stderr": 2}
 
 
 class _LossyFile(io.FileIO):
-    """A file whose bytes are lost where they cannot be written: a run must not end because nobody reads its log."""
+    """A file that drops bytes that it cannot write: a run must not end because nobody reads its log."""
 
     def write(self, data: Any) -> int:
         written: int | None = None
@@ -25,18 +25,18 @@ class _LossyFile(io.FileIO):
 
 
 class _ResultFile(io.FileIO):
-    """A file that holds the result of a command: an error of writing it ends the command.
+    """A file for the result of a command: a failed write ends the command.
 
     Raises:
-        SystemExit: the reader of a pipe has left (`| head`) and has what it wanted: exit code 0.
-        OSError: any other error; it names standard output.
+        SystemExit: the reader of a pipe has closed it (`| head`); exit code 0.
+        OSError: any other error; its file name is "standard output".
     """
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            # Whatever is still buffered goes to /dev/null, so that the next flush does not fail again.
+            # Send the rest of the buffer to /dev/null, so that the next flush does not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             if error.errno == errno.EPIPE:
                 raise SystemExit(0) from None
@@ -45,19 +45,19 @@ class _ResultFile(io.FileIO):
 
 
 def set_up_streams(*, prints_result: bool) -> None:
-    """Make the standard streams of this process safe to write to, whatever happens to whoever reads them.
+    """Make writes to the standard streams of this process safe, whatever happens to their readers.
 
-    Standard error is a log, which may be lost. Where one of the descriptors 0 to 2 is closed, it is opened on
-    /dev/null. Otherwise the next file that this process opens would get that number, and with it all messages.
+    Standard error is a log, which may be lost. If one of the descriptors 0 to 2 is closed, open it on /dev/null.
+    Otherwise the next file that this process opens would get that number, and all messages would go into that file.
 
     Args:
-        prints_result: standard output holds the result of the command, and not only a message about files.
+        prints_result: standard output holds the result of the command, not only messages.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # Takes the lowest number that is free: this one.
+            # The system assigns the lowest free number: this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = _opened("stdout", _ResultFile if prints_result else _LossyFile, "surrogateescape")
     sys.stderr = _opened("stderr", _LossyFile, "backslashreplace")
@@ -67,7 +67,7 @@ def _opened(name: str, kind: type[io.FileIO], errors: str) -> TextIO:
     before = getattr(sys, name)
     if before is not None:
         if _number_of(before) != _STANDARD[name]:
-            # Somebody has put a stream of their own there, as pytest does.
+            # The stream has been replaced, as pytest does.
             return before
         with contextlib.suppress(OSError, ValueError):
             before.flush()
@@ -77,7 +77,7 @@ def _opened(name: str, kind: type[io.FileIO], errors: str) -> TextIO:
         encoding=getattr(before, "encoding", None) or "utf-8",
         # A file name may hold bytes that are not valid text. They are written unchanged.
         errors=errors,
-        # As Python has them; `python -u` asks for no buffer.
+        # As Python itself does; with `python -u` (write_through) there is no buffer.
         line_buffering=name == "stderr" or raw.isatty() or bool(getattr(before, "write_through", False)),
     )
 
@@ -91,13 +91,13 @@ def _number_of(stream: Any) -> int | None:
 
 
 def write_from_signal_handler(line: str) -> None:
-    """Write a line to standard error from a signal handler, which may interrupt a stream in the middle of its work."""
+    """Write a line to descriptor 2 directly: a signal handler may have interrupted a write to the stream."""
     with contextlib.suppress(OSError):
         os.write(2, line.encode() + b"\n")
 
 
 class _TqdmHandler(logging.Handler):
-    """Prints log lines on standard error without breaking a progress bar."""
+    """Prints log lines to standard error without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -106,17 +106,18 @@ class _TqdmHandler(logging.Handler):
 
 
 def set_up_console(*, quiet: bool = False) -> None:
-    """Send this package's log to standard error: lines, or only warnings where `quiet` (other ranks)."""
+    """Send the log of this package to standard error; `quiet` (all ranks except rank 0): only warnings."""
     from tqdm import tqdm
 
     logger = logging.getLogger("resnext_ignite")
-    # tqdm's own lock is one for all processes that were forked: one that is killed while it writes keeps it for ever.
+    # tqdm's default lock is shared by all forked processes: a process killed during a write would hold it for ever.
     tqdm.set_lock(threading.RLock())
     handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers = [handler]
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
-    # Ignite reports an error of the run too, which is answered once, at the end. Its launcher sets its own level anew.
+    # Ignite logs an error of the run as well, but the command reports it once, at its end. Disable the loggers: a level
+    # would not last, because Ignite's launcher sets its own.
     for name in ("ignite.engine.engine.Engine", "ignite.distributed.launcher.Parallel"):
         logging.getLogger(name).disabled = True

@@ -1,4 +1,4 @@
-"""The machine that a run computes on: its device, its precision, its kernels, and where a model lies on it."""
+"""The machine of a run: its device, precision and kernels, and the memory format of a model on it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str, local_rank: int) -> torch.device:
-    """`auto` is a rank's own GPU where there is one.
+    """Return the device for a value of `train.device`; `auto`: the rank's own GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none.
+        ConfigError: `cuda` is requested, but no GPU is available.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device: cuda, but this machine has no GPU that torch can use; set train.device=cpu")
@@ -26,7 +26,7 @@ def resolve_device(name: str, local_rank: int) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the machine multiplies matrices in it, else fp32."""
+    """Return the precision for a value of `train.precision`; `auto`: bf16 if the hardware supports it, else fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -35,18 +35,18 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def set_up_machine(device: torch.device, *, deterministic: bool) -> None:
-    """Choose between bit-identical repeats and the fastest kernels, and let a CPU keep the memory that it frees."""
+    """Select deterministic or the fastest kernels; on a CPU, let the process keep the memory that it frees."""
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
-    # Filling fresh memory guards against reads of what was never written, which this code does not do; it costs time.
+    # torch fills new memory to expose reads of uninitialised values. This code has none, and the filling costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cpu":
         _keep_freed_memory()
 
 
 def _keep_freed_memory() -> None:
-    # glibc gives the activations of every iteration back to the system, which then hands out the same pages again, one
-    # fault each: a quarter of a small network's iteration.
+    # glibc returns the activations' memory to the system in every iteration, and the next iteration gets it back with
+    # one fault per page. For a small network this takes a quarter of the iteration.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_max = -1, -4
@@ -55,6 +55,6 @@ def _keep_freed_memory() -> None:
 
 
 def place(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
-    """The model on its device, its weights in the memory format of the images."""
+    """Move a model to its device, with its weights in the memory format of the images."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return model.to(device, memory_format=memory_format)  # type: ignore[call-overload]

@@ -1,6 +1,6 @@
-"""The errors a user can meet, each with its exit code, and the one place that turns them into a line.
+"""The errors that a command reports to the user in one line, each with its exit code.
 
-How an error arises is said where it is raised; this module knows nothing of configs, data or torch.
+This module does not depend on configs, data or torch.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from resnext_ignite.runtime.console import set_up_streams
 
 
 class ResnextError(Exception):
-    """An error that is answered with one line: what is wrong, its value, what would do.
+    """An error that is reported in one line: what is wrong, its value, what to do.
 
-    `quiet`: of several ranks' errors, whether another rank tells it; None: not settled yet.
+    `quiet`: whether another rank prints the error; None: not resolved yet.
     """
 
     exit_code = 1
@@ -45,11 +45,11 @@ class CheckpointError(ResnextError):
 
 
 class DamagedError(CheckpointError):
-    """A file that is no checkpoint, or no longer the one that was written."""
+    """A file that is not a checkpoint, or whose content has changed since it was written."""
 
 
 class ForeignFileError(DamagedError):
-    """A file that no save of this project's left so: another system's, or a part of one of ours."""
+    """A file that this project did not write in this form: another system's, or a part of a checkpoint."""
 
 
 class NonFiniteError(ResnextError):
@@ -77,13 +77,13 @@ class RankError(ResnextError):
 
 
 class OrphanedError(ResnextError):
-    """What started the ranks of a machine is gone; what there was to save is saved."""
+    """The process that started the ranks of a machine is gone; the run is saved, if there was anything to save."""
 
     exit_code = 8
 
 
 class PreemptedError(ResnextError):
-    """The run was asked to stop; what there was to save is saved."""
+    """A signal stopped the run; the run is saved, if there was anything to save."""
 
     exit_code = 75
 
@@ -91,16 +91,16 @@ class PreemptedError(ResnextError):
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
-# Errors of processes and connections: no file is at fault.
+# Errors of processes and connections, not of files.
 _NOT_OF_FILES = (ChildProcessError, ProcessLookupError, BlockingIOError, ConnectionRefusedError, ConnectionResetError)
 # Only a bug in this code causes these.
 _BUGS = {errno.EBADF, errno.EFAULT}
-# What torch says where a CPU has no memory left, whose error is a plain RuntimeError.
+# torch raises a plain RuntimeError when the CPU runs out of memory; recognise it by its message.
 _CPU_ALLOCATOR = re.compile(r"DefaultCPUAllocator: .*?(tried to allocate \d+ bytes|not enough memory)", re.DOTALL)
 
 
 def advice_for(number: int | None) -> str:
-    """What to do about an error number of the system that came from storage."""
+    """Return the advice for an `errno` that a storage operation failed with."""
     if number in _NO_ROOM:
         return "free some space or write somewhere else (--output-dir)"
     if number in _NOT_ALLOWED:
@@ -111,10 +111,9 @@ def advice_for(number: int | None) -> str:
 
 
 def data_error(where: object, error: OSError, advice: str) -> DataError:
-    """An error of the system as one of the data: `where: what happened; advice`.
+    """Return an OSError as a DataError: `where: what happened; advice`.
 
-    The advice is about the data. Where the process has too many open files, the data is not at fault, and the advice is
-    about that instead.
+    If the process has too many open files, the data is not the cause: replace the advice by one about that limit.
     """
     if error.errno in _TOO_MANY_FILES:
         advice = advice_for(error.errno)
@@ -123,13 +122,13 @@ def data_error(where: object, error: OSError, advice: str) -> DataError:
 
 @contextlib.contextmanager
 def errors_of_data(where: object) -> Iterator[None]:
-    """Let an error of the system inside the block be one of the data.
+    """Turn an OSError of the block into a DataError.
 
     Args:
-        where: is named where the error does not name a file itself.
+        where: the name for the message if the error does not name a file.
 
     Raises:
-        DataError: in place of an OSError.
+        DataError: in place of an OSError of a file; other errors are raised unchanged.
     """
     try:
         yield
@@ -141,13 +140,13 @@ def errors_of_data(where: object) -> Iterator[None]:
 
 
 def as_resnext_error(error: BaseException) -> ResnextError | None:
-    """The error as one of this module's, or None where it is a bug and deserves its traceback."""
+    """Return the error as a ResnextError; None: it is a bug, and its traceback is needed."""
     if isinstance(error, ResnextError):
         return error
     if isinstance(error, KeyboardInterrupt):
         return PreemptedError(str(error) or "stopped by Ctrl-C before there was anything to save")
-    # While a stop unwinds the stack, something else may fail, such as the release of a lock that was never taken. The
-    # stop is the cause.
+    # While the KeyboardInterrupt of a stop unwinds the stack, something else may fail, such as the release of a lock
+    # that was never taken. The stop is the cause.
     behind = error.__context__
     while behind is not None and not isinstance(behind, KeyboardInterrupt):
         behind = behind.__context__
@@ -156,7 +155,7 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
     if isinstance(error, OSError) and _is_of_files(error):
         where = error.filename if error.filename is not None else "a file"
         return StorageError(f"{where}: {error.strerror}; {advice_for(error.errno)}")
-    # By name, since torch may not be imported yet, and must not be for an error of the config.
+    # Compare by name: torch may not be imported yet, and a config error must not import it.
     if type(error).__name__ == "OutOfMemoryError":
         return ConfigError(
             "out of device memory: lower train.batch_size, raise train.accumulate, or set train.precision=bf16"
@@ -165,13 +164,13 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
 
 
 def _is_of_files(error: OSError) -> bool:
-    # All other numbers count, since each file system has some of its own. A gaierror of socket has numbers of its own.
+    # Accept every other errno: each file system has special ones. A gaierror of `socket` uses another set of numbers.
     foreign = isinstance(error, _NOT_OF_FILES) or type(error).__name__ == "gaierror"
     return bool(error.errno) and error.errno not in _BUGS and not foreign
 
 
 def as_out_of_memory(error: BaseException) -> ConfigError | None:
-    """An error of a CPU that has no memory left, as a line; None where it is another error."""
+    """Return an out-of-memory error of the CPU as a ConfigError; None for every other error."""
     reason = ""
     if isinstance(error, RuntimeError):
         match = _CPU_ALLOCATOR.search(str(error))
@@ -187,9 +186,9 @@ def as_out_of_memory(error: BaseException) -> ConfigError | None:
 
 
 def report_error(error: BaseException) -> int:
-    """Say on standard error what happened, in one line; a bug keeps its traceback. Returns the exit code.
+    """Print an error to standard error, in one line, and return the exit code; a bug is printed with its traceback.
 
-    With `RESNEXT_DEBUG=1` every error keeps its traceback.
+    With `RESNEXT_DEBUG=1` every error is printed with its traceback.
     """
     known = as_resnext_error(error)
     bug = error if known is None else known.__cause__
@@ -203,7 +202,7 @@ def report_error(error: BaseException) -> int:
 
 
 def run_command(main: Callable[[list[str]], int | None], *, prints_result: bool = True) -> None:
-    """Run a command's `main` on the process's arguments and leave with the exit code of what happened.
+    """Run the `main` of a command on the process's arguments, and exit with its code or that of its error.
 
     Args:
         prints_result: as for `console.set_up_streams`.
@@ -211,11 +210,11 @@ def run_command(main: Callable[[list[str]], int | None], *, prints_result: bool 
     set_up_streams(prints_result=prints_result)
     try:
         code = main(sys.argv[1:])
-        # If this failed at interpreter shutdown instead, Python would exit with code 120.
+        # Flush now: if the flush failed at interpreter shutdown, Python would exit with code 120.
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         code = report_error(error)
-        # The command has failed. An error of printing must not replace that one.
+        # The command has failed; an error of the flush must not replace that error.
         with contextlib.suppress(OSError, SystemExit):
             sys.stdout.flush()
     sys.exit(code or 0)

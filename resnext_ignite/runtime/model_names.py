@@ -1,8 +1,8 @@
-"""The grammar of model names and the shapes that follow from it, without torch.
+"""The grammar of model names, and the shapes that a name defines. This module does not import torch.
 
 Three layouts share one bottleneck block (ResNeXt, arXiv:1611.05431, figure 3c): the CIFAR layout of section 5.4
-(three stages on 32x32, a 3x3 stem), the ImageNet layout of table 1 (four stages, a 7x7 stem and a max pooling), and the
-second's four stages after the first's stem, as others train on CIFAR.
+(three stages on 32x32, a 3x3 stem), the ImageNet layout of table 1 (four stages, a 7x7 stem and a max pooling), and
+`cifar4`: the 3x3 stem of the CIFAR layout with the four stages of the ImageNet layout, a common choice for CIFAR.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _NAME = re.compile(
 )
 _IMAGENET_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 EXPANSION = 4
-"""Output channels of a block over the planes of its stage (section 4 of the paper)."""
+"""Ratio of a block's output channels to the planes of its stage (section 4 of the paper)."""
 _LONGEST_NUMBER = 4
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a model's name says: layout, depth, cardinality (groups) and base width (channels a group in stage 1)."""
+    """The parts of a model name: layout, depth, cardinality (groups) and base width (channels per group in stage 1)."""
 
     layout: str
     depth: int
@@ -30,27 +30,33 @@ class Architecture:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """Blocks in each stage."""
+        """Return the number of blocks in each stage."""
         if self.layout == "cifar":
             return ((self.depth - 2) // 9,) * 3
         return _IMAGENET_BLOCKS[self.depth]
 
     @property
     def grouped_shapes(self) -> int:
-        """Shapes of the grouped 3x3: one in the first stage; in the others one with the stride, and one without."""
+        """Return the number of different shapes of the grouped 3x3 convolutions.
+
+        Stage 1 has one. Each later stage has two, with and without the stride, or one if it has a single block.
+        """
         return 1 + sum(min(count, 2) for count in self.blocks[1:])
 
     def planes(self, stem_channels: int) -> tuple[int, ...]:
-        """Planes of each stage: they double from stage to stage; a stage puts out `EXPANSION` times as many."""
+        """Return the planes of each stage; they double from stage to stage.
+
+        The output of a stage has `EXPANSION` times as many channels.
+        """
         return tuple(stem_channels * 2**stage for stage in range(len(self.blocks)))
 
     def group_width(self, planes: int) -> int:
-        """Channels of one group of a stage's 3x3 convolutions, as published for a base of 64 planes."""
+        """Return the channels per group of a stage's 3x3 convolutions; `base_width` is defined for 64 planes."""
         return planes * self.base_width // 64
 
 
 def parse_model_name(name: str) -> Architecture:
-    """Read `cifar_resnext29_8x64d` or `resnext50_32x4d`.
+    """Parse a model name, such as `cifar_resnext29_8x64d` or `resnext50_32x4d`.
 
     Raises:
         ValueError: the name does not follow the grammar.
@@ -73,7 +79,7 @@ def parse_model_name(name: str) -> Architecture:
 
 
 def depth_of(layout: str, blocks: tuple[int, ...]) -> int | None:
-    """The depth that has so many blocks in its stages; None where none has."""
+    """Return the depth with these blocks per stage; None: no depth has them."""
     if layout == "cifar":
         return 9 * blocks[0] + 2 if len(blocks) == 3 and len(set(blocks)) == 1 else None
     return next((depth for depth, found in _IMAGENET_BLOCKS.items() if found == blocks), None)

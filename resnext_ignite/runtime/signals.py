@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop, before there is a run that could save anything. Torch-free."""
+"""The stop signals, before there is a run to save; see `distributed/stopping.py` for a run. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,55 +16,56 @@ _PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = tuple(
     number
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-    # `nohup` makes a command ignore SIGHUP.
+    # `nohup` makes a command ignore SIGHUP; leave it ignored.
     if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
 )
-# The system sends this to a rank when the process that started it dies. It is a signal of its own, because the rank
-# cannot look for its parent instead: the signal comes when the parent's first thread has ended, and the parent exists
-# until its last thread has.
+# The kernel sends this signal to a rank when the rank's parent dies. It must differ from the stop signals: a rank
+# cannot check whether its parent is alive instead, because the kernel sends the signal when the parent's first thread
+# ends, and the parent exists until its last thread ends.
 PARENT_GONE = signal.SIGRTMIN if sys.platform == "linux" else signal.SIGUSR2
 ENDING_SIGNALS = (*STOP_SIGNALS, PARENT_GONE)
 
 
 def describe_signal(number: int) -> str:
-    """What a signal stands for, in messages that begin with 'stopped by'."""
+    """Return the text for a signal in messages that begin with 'stopped by'."""
     return "the end of what started it" if number == PARENT_GONE else signal.Signals(number).name
 
 
 def exit_during_start(number: int, frame: object) -> None:
-    """The handler of a process that starts: end it.
+    """End a process that is still starting; a signal handler.
 
     Raises:
-        KeyboardInterrupt: always, whichever signal: what takes a damaged file's every Exception for damage must not
-            take this for it.
+        KeyboardInterrupt: always, for every signal. It is not an Exception: code that treats any Exception of a file as
+            damage must not catch it.
     """
     raise KeyboardInterrupt(f"stopped by {describe_signal(number)} before there was anything to save")
 
 
 def exit_on_signal(number: int, frame: object) -> None:
-    """The handler of a command that only imports yet: an exception could be lost in what catches them on import."""
+    """Exit with code 75; a signal handler for the imports, where other code might catch an exception."""
     write_from_signal_handler(f"error: stopped by {describe_signal(number)} before there was anything to save")
     os._exit(PreemptedError.exit_code)
 
 
 def install_exit_on_signals() -> None:
-    """From now on a stop signal ends this process with 75, until a run takes the signals over."""
+    """Let a stop signal end this process with exit code 75, until a run installs its own handlers."""
     for number in ENDING_SIGNALS:
         signal.signal(number, exit_on_signal)
 
 
 def install_exit_during_start() -> None:
-    """From now on a stop signal raises KeyboardInterrupt, until a run takes the signals over."""
+    """Let a stop signal raise KeyboardInterrupt, until a run installs its own handlers."""
     for number in ENDING_SIGNALS:
         signal.signal(number, exit_during_start)
 
 
 @contextlib.contextmanager
 def note_stop_signals() -> Iterator[Callable[[], str | None]]:
-    """Note every stop signal that comes inside the block, whoever answers it; the yielded function names the last one.
+    """Record every stop signal that arrives inside the block, whichever handler it has.
 
-    A run answers signals in its own way, and one that comes to it in its last moments changes nothing: whoever makes
-    several runs asks between them. After the block signals are answered as before it.
+    The yielded function returns the name of the last stop signal since the previous call; None: there was none. A run
+    has its own handlers, and ignores a signal that arrives while the run ends; therefore a command that makes several
+    runs calls the function after each of them. After the block, the previous handlers are restored.
     """
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     reads, writes = os.pipe()
@@ -89,7 +90,7 @@ def note_stop_signals() -> Iterator[Callable[[], str | None]]:
 
 
 def die_with_parent(parent: int, number: int) -> None:
-    """Have the system send this process a signal when its parent dies; at once, where that has happened already."""
+    """Let the system send a signal to this process when its parent dies; immediately, if the parent is dead already."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, number)
@@ -99,7 +100,7 @@ def die_with_parent(parent: int, number: int) -> None:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block the stop signals; processes that are started meanwhile begin with them blocked."""
+    """Block the stop signals inside the block; processes that are started inside inherit that."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -108,5 +109,5 @@ def signals_blocked() -> Iterator[None]:
 
 
 def signals_unblocked() -> None:
-    """Unblock the stop signals; what came meanwhile comes now."""
+    """Unblock the stop signals; pending ones are delivered now."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever power fails. What is in them is for others to know."""
+"""Durable file writes: after a power failure, a file has its old or its new content, whole."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ log = logging.getLogger(__name__)
 
 
 def temporary_path(path: Path) -> Path:
-    """Where a file is written until it is whole."""
+    """Return the path under which a file is written until it is whole."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def replace_durably(
     path: Path, write: Callable[[IO[bytes]], None], before_rename: Callable[[Path], None] | None = None
 ) -> None:
-    """Write a file so that its name holds the old or the new content, whole, whenever power fails.
+    """Replace a file so that, even after a power failure, its path has the old or the new content, whole.
 
     Args:
-        write: fills the new file.
-        before_rename: is given the new file under its temporary name, once it is synced.
+        write: writes the content to the new file.
+        before_rename: is called with the temporary path of the new file, after the file is synced.
 
     Raises:
-        OSError: what is under the name is then untouched.
+        OSError: the write failed, and the old file is unchanged; or only the sync of the folder failed.
     """
     temporary = temporary_path(path)
     with name_file_in_errors(path):
@@ -51,7 +51,7 @@ def replace_durably(
 
 
 def write_durably(path: Path, content: str | bytes, before_rename: Callable[[Path], None] | None = None) -> None:
-    """`replace_durably` with a content that is at hand; text as UTF-8."""
+    """Replace a file durably (`replace_durably`) by the given content; text is encoded as UTF-8."""
     written = content.encode() if isinstance(content, str) else content
 
     def write(file: IO[bytes]) -> None:
@@ -61,10 +61,10 @@ def write_durably(path: Path, content: str | bytes, before_rename: Callable[[Pat
 
 
 def append_durably(path: Path, line: str) -> None:
-    """Add a line to a text file; once this returns it survives a power failure.
+    """Append a line to a text file; after the return, the line survives a power failure.
 
     Raises:
-        OSError: the line may stand there in part.
+        OSError: the write failed; a part of the line may be in the file.
     """
     with name_file_in_errors(path):
         new = not path.exists()
@@ -78,7 +78,7 @@ def append_durably(path: Path, line: str) -> None:
 
 @contextlib.contextmanager
 def name_file_in_errors(path: Path) -> Iterator[None]:
-    """Name a file in an error of the system: what fails on an open file does not know its name."""
+    """Add a file name to an OSError without one: an operation on an open file does not set it."""
     try:
         yield
     except OSError as error:
@@ -88,14 +88,14 @@ def name_file_in_errors(path: Path) -> Iterator[None]:
 
 
 class HashingFile:
-    """A file that keeps the sha256 of all that is written to it, and the error that ended the writing."""
+    """A file wrapper that computes the sha256 of all written data, and stores the error of a failed write."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash = file, hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write and hash; keeps what fails."""
+        """Hash and write the data; store the error if the write fails."""
         self.hash.update(data)
         try:
             return self.file.write(data)
@@ -104,29 +104,34 @@ class HashingFile:
             raise
 
     def flush(self) -> None:
-        """As the file's own."""
+        """Flush the file."""
         self.file.flush()
 
 
 def sha256_of(path: Path, *, from_disk: bool = False) -> str:
-    """Of a file, in hexadecimal; `from_disk`: past what the system holds in memory, as far as it grants that."""
+    """Return the sha256 of a file, in hexadecimal.
+
+    Args:
+        from_disk: read from the disk, not from the page cache, where the file system supports it.
+    """
     with name_file_in_errors(path), path.open("rb") as file:
         if from_disk:
-            # Else the system answers from its memory what the disk was told to keep. It is a request: some file systems
-            # do not know it.
+            # Otherwise the system returns the pages that it wrote from its memory, whatever the disk stored. This is
+            # only advice to the system; some file systems do not support it.
             with contextlib.suppress(OSError):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_place(option: str, path: Path, *, new: bool = False) -> None:
-    """Whether a command can write a file where it is told to, before it does all its work.
+    """Check, before a command starts its work, that it can write its output to a path.
 
     Args:
-        new: no file may be there, whose content would be lost.
+        option: the command-line option that set the path, for the message.
+        new: the file must not exist yet.
 
     Raises:
-        ConfigError: there is no such folder, or something that is in the way.
+        ConfigError: the folder does not exist, or something else is at the path already.
     """
     try:
         if not path.parent.is_dir():
@@ -136,13 +141,13 @@ def check_place(option: str, path: Path, *, new: bool = False) -> None:
         if path.exists() and not path.is_file():
             raise ConfigError(f"{option} {path}: is there already, and is no file; choose another name")
     except OSError as error:
-        # A name that is too long, for one.
+        # For example, a name that is too long.
         raise ConfigError(f"{option} {path}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
 def warn_on_failure(what: str) -> Iterator[None]:
-    """Let an error of writing something that a run can do without be a warning."""
+    """Turn an OSError of the block into a warning, for files that a run can do without."""
     try:
         yield
     except OSError as error:

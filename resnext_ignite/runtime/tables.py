@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines whose columns are aligned; all rows have the same number of cells."""
+    """Return rows of cells as lines with aligned columns; all rows have the same number of cells."""
     return ["  ".join(cells).rstrip() for cells in _padded(rows)]
 
 
 def markdown(rows: Sequence[Sequence[str]], *, align: bool = False) -> list[str]:
-    """Rows of cells as the lines of a Markdown table; the first row is its head.
+    """Return rows of cells as the lines of a Markdown table; the first row is its header.
 
     Args:
-        align: pad the cells, so that the text itself is aligned too.
+        align: pad the cells, so that the source text is aligned as well.
     """
     head, *body = _padded(rows) if align else rows
     rule = "|" + "|".join("-" * (len(cell) + 2) if align else "---" for cell in head) + "|"

@@ -1,4 +1,4 @@
-"""How everything is measured: contenders in turns, A B A B ..., so that a machine whose speed drifts drifts for all."""
+"""Time measurement: contenders take turns, A B A B ..., so that a drift of the machine's speed affects all of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tqdm import tqdm
 def in_turns(
     contenders: dict[str, Callable[[], float]], rounds: int, title: str = "", *, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Call each contender once a round; what each returned.
+    """Call each contender once per round, and return the values of each contender.
 
     Args:
-        title: of a progress bar; without one there is none.
-        warm_up: begin with a round that is not counted.
+        title: of the progress bar; empty: no progress bar.
+        warm_up: begin with an extra round, whose values are discarded.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     turns = range(-1 if warm_up else 0, rounds)
@@ -33,12 +33,12 @@ def in_turns(
 
 
 def medians(samples: dict[str, list[float]]) -> dict[str, float]:
-    """The median of each contender."""
+    """Return the median of each contender."""
     return {name: median(values) for name, values in samples.items()}
 
 
 def timed(device: torch.device, work: Callable[[], object], times: int = 1) -> float:
-    """Seconds of some work on a device, done so many times in a row: by a GPU's own events, by the clock on a CPU."""
+    """Return the mean seconds per call over `times` calls in a row: by CUDA events on a GPU, by the clock on a CPU."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -54,5 +54,5 @@ def timed(device: torch.device, work: Callable[[], object], times: int = 1) -> f
 
 
 def timer(device: torch.device, work: Callable[[], object]) -> Callable[[], float]:
-    """Times a kernel: on a GPU so many in a row that their launches hide behind the work before."""
+    """Return a function that times a kernel: 20 calls in a row on a GPU, to hide the launch overhead; 1 on a CPU."""
     return lambda: timed(device, work, 20 if device.type == "cuda" else 1)

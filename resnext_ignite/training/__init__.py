@@ -1,1 +1,1 @@
-"""Training and evaluating: the two engines, what they count, and the handlers around them."""
+"""Training and evaluation: the two engines, their metrics, and the handlers around them."""

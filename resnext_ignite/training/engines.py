@@ -1,4 +1,4 @@
-"""The two engines: one iteration of training, one batch of evaluation. What both count is `metrics.py`'s."""
+"""The two engines: one training iteration, one evaluation batch. Their metrics are in `metrics.py`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from resnext_ignite.training.metrics import ClassificationCounts, FlipCounts, Tr
 
 
 class RunEvents(EventEnum):
-    """What a training run adds to Ignite's events; fired on the trainer."""
+    """Events that a training run adds to Ignite's; fired on the trainer."""
 
     METRICS_READY = "metrics_ready"
-    """The training metrics since the last log point stand in `state.metrics`."""
+    """`state.metrics` holds the training metrics since the last log point."""
     PROGRESS = "progress"
-    """A log point, or about five seconds since the last: `state.metrics` holds what there is so far."""
+    """Fired at each log point and about every five seconds: `state.metrics` holds the training metrics so far."""
     EVALUATED = "evaluated"
-    """An evaluation's record stands in `state.evaluation`."""
+    """`state.evaluation` holds the result of an evaluation, and `state.record` its record."""
 
 
 def create_trainer(
@@ -43,20 +43,20 @@ def create_trainer(
     clip_grad_norm: float = 0.0,
     skip_unreadable: bool = False,
 ) -> Engine:
-    """An engine whose iteration is one update; run it over `Batch`es.
+    """Return an engine whose iteration is one update; run it over `Batch`es.
 
-    `engine.state` carries `sums` (TrainingSums) and `scaler` (torch.amp.GradScaler, enabled for fp16).
+    `engine.state` holds `sums` (TrainingSums) and `scaler` (torch.amp.GradScaler, enabled for fp16 only).
 
     Args:
-        model: on `device`; possibly in DistributedDataParallel.
+        model: on `device`; may be wrapped in DistributedDataParallel.
         precision: "fp32", "bf16" or "fp16".
-        accumulate: micro-batches an iteration; divides each batch.
-        label_smoothing: probability spread over all classes.
-        clip_grad_norm: largest norm of the whole gradient; 0: not clipped.
-        skip_unreadable: images labelled UNREADABLE are left out of the loss and of all counts.
+        accumulate: micro-batches per iteration; divides each batch.
+        label_smoothing: probability that is spread over all classes.
+        clip_grad_norm: maximum norm of the whole gradient; 0: no clipping.
+        skip_unreadable: exclude images labelled UNREADABLE from the loss and from all counts.
 
     Raises:
-        ValueError: a batch does not divide into `accumulate` micro-batches.
+        ValueError: during a run, if `accumulate` does not divide a batch.
     """
     sums = TrainingSums(device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -76,7 +76,8 @@ def create_trainer(
                     logits = model(images).float()
                 loss = target.loss(logits, label_smoothing)
                 readable = (labels != UNREADABLE).sum() if skip_unreadable else torch.full_like(loss, len(labels))
-                # By the readable ones alone, it would depend on how many ranks share them.
+                # Not by the readable images: their number differs between ranks, and the mean over ranks would then
+                # depend on the number of ranks.
                 scaler.scale(loss / len(labels) / accumulate).backward()
             with torch.no_grad():
                 sums.add(loss.detach(), (logits.argmax(1) == labels).sum(), readable, len(labels) - readable)
@@ -86,7 +87,7 @@ def create_trainer(
         if clip_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm, foreach=True)
         if scaler.is_enabled():
-            # An infinite gradient is the scaler's to answer: it skips the update and scales less.
+            # The scaler handles a gradient that is not finite: it skips the update and lowers the scale.
             sums.count_skip(norm.isfinite(), engine.state.iteration)
         else:
             finite &= norm.isfinite()
@@ -96,9 +97,9 @@ def create_trainer(
         optimizer.zero_grad(set_to_none=True)
 
     trainer = Engine(train_iteration)
-    # Once an epoch, since only an evaluation between epochs changes it: it walks all modules.
+    # Not at each iteration: train() visits all modules, and only an evaluation between epochs changes the mode.
     trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: model.train())
-    # The counters that loggers and filters of these events read.
+    # Loggers and event filters read these counters.
     counters = {
         RunEvents.METRICS_READY: "log_points",
         RunEvents.PROGRESS: "progress_points",
@@ -111,10 +112,10 @@ def create_trainer(
 
 
 def _begin_momentum_at_zero(optimizer: torch.optim.Optimizer) -> None:
-    """Let the momentum of fused SGD begin at zero, from which its first update has the same result.
+    """Set the momentum of fused SGD to zero before its first update, whose result stays the same.
 
-    At its first update, fused SGD allocates the momentum without writing to it. Where the scaler skips that update, the
-    memory stays as it was, and the next update takes it for the momentum (torch 2.11, `_fused_sgd`).
+    At its first update, fused SGD allocates the momentum without writing to it. If the scaler skips that update, the
+    buffer stays uninitialised, and the next update uses it as the momentum (torch 2.11, `_fused_sgd`).
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return
@@ -126,14 +127,18 @@ def _begin_momentum_at_zero(optimizer: torch.optim.Optimizer) -> None:
 
 @dataclass(frozen=True)
 class _Target:
-    """What a micro-batch's images are: labels int64 (n,); of mixed ones the neighbours' too, and their own lambdas."""
+    """The targets of a micro-batch: `labels` int64 (n,).
+
+    Mixed images also have `others`, the labels of their neighbours, int64 (n,), and `lambdas`, the fraction of each
+    image that is its own, float32 (n,).
+    """
 
     labels: Tensor
     others: Tensor | None = None
     lambdas: Tensor | None = None
 
     def loss(self, logits: Tensor, label_smoothing: float) -> Tensor:
-        """The summed cross-entropy of logits (n, C)."""
+        """Return the summed cross-entropy of logits float32 (n, C)."""
         if self.others is None or self.lambdas is None:
             return F.cross_entropy(logits, self.labels, label_smoothing=label_smoothing, reduction="sum")
         own, other = (
@@ -154,7 +159,7 @@ def _micro_batches(batch: Batch, count: int) -> Iterator[tuple[Tensor, _Target]]
 
 @contextlib.contextmanager
 def _synchronised(model: nn.Module, last: bool) -> Iterator[None]:
-    # Only an iteration's last micro-batch reduces the gradients over ranks.
+    # Only the last micro-batch of an iteration reduces the gradients over ranks.
     if last or not isinstance(model, nn.parallel.DistributedDataParallel):
         yield
     else:
@@ -173,20 +178,20 @@ def create_evaluator(
     keep_mistakes: int = 0,
     flip_tta: bool = False,
 ) -> Engine:
-    """An engine that counts a model's errors over `Batch`es; see ClassificationCounts for `state.metrics`.
+    """Return an engine that counts a model's errors over `Batch`es; see ClassificationCounts for `state.metrics`.
 
     Args:
-        model: on `device`, not in DistributedDataParallel: an evaluation has no collective before its end.
+        model: on `device`, without DistributedDataParallel: the forward pass of an evaluation has no collective.
         num_classes: outputs of the model.
         precision: "fp32", "bf16" or "fp16".
-        inference: "plain", "folded" or "compiled", as Inference computes logits.
-        keep_mistakes: worst mistakes that are listed.
-        flip_tta: count the errors with mirror images too, as FlipCounts does, by one more forward pass.
+        inference: "plain", "folded" or "compiled"; see Inference.
+        keep_mistakes: number of worst mistakes to list.
+        flip_tta: also count the errors with mirror images (FlipCounts), by a second forward pass.
     """
     network = Inference(model, DTYPES[precision], inference)
 
     def evaluate_batch(engine: Engine, batch: Batch) -> tuple[Tensor, Batch]:
-        # Losses and comparisons in full precision: bf16 alone moves a mean loss in its third digit.
+        # float32 logits, for losses and comparisons: bf16 logits would change a mean loss in its third digit.
         return network(batch.images), batch
 
     evaluator = Engine(evaluate_batch)
@@ -198,9 +203,9 @@ def create_evaluator(
 
 
 def blank_images(config: Config, device: torch.device, ranks: Ranks) -> Tensor:
-    """Black pictures, float32 (n, 3, H, W): the fewest that the config's network can be trained on.
+    """Return images of zeros, float32 (n, 3, H, W), with the smallest n that the config's network can be trained on.
 
-    As many as in training where the network is compiled for their number.
+    With `train.compile`, n is a rank's micro-batch: the network is compiled for each n separately.
     """
     train, size = config.train, config.data.image_size
     assert size is not None
@@ -209,7 +214,7 @@ def blank_images(config: Config, device: torch.device, ranks: Ranks) -> Tensor:
 
 
 def build_trainer(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Engine:
-    """The trainer of a config whose precision is settled."""
+    """Return the trainer of a config whose precision is resolved."""
     return create_trainer(
         model,
         optimizer,
@@ -223,7 +228,7 @@ def build_trainer(config: Config, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def build_evaluator(config: Config, model: nn.Module, device: torch.device, ranks: Ranks) -> Engine:
-    """The evaluator of a config whose classes and precision are settled."""
+    """Return the evaluator of a config whose number of classes and precision are resolved."""
     if config.model.num_classes is None:
         raise ValueError("model.num_classes is not settled yet: it comes from the data")
     return create_evaluator(

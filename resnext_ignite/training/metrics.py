@@ -1,4 +1,4 @@
-"""What the engines count on their device: nothing here waits for it until a handler reads the numbers."""
+"""The metrics of both engines, accumulated on the device: the host waits only when a handler reads them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from resnext_ignite.distributed.ranks import Ranks
 
 
 class TrainingSums:
-    """What training counts between two exchanges, on its device.
+    """Sums of training between two exchanges over ranks, and the first bad iteration, both on the device.
 
-    `first_bad` is the first iteration whose loss or gradient was not finite, or infinity. It is raised after the
-    gradients are reduced, so that a bad number of one rank is on all of them.
+    The first bad iteration is the first whose loss or gradient was not finite; infinity: none. It is recorded after the
+    gradients are reduced, so a non-finite gradient of one rank is recorded on all ranks.
     """
 
     NAMES = ("loss", "correct", "images", "unreadable", "skipped_updates")
-    # Halved so often, a scale of 65,536 is too small for any gradient to overflow: it is not finite by itself.
+    # 40 halvings lower the initial scale of 65,536 to 2^-24. At this scale, no finite gradient overflows: the gradient
+    # itself is not finite.
     HOPELESS_SKIPS = 40
 
     def __init__(self, device: torch.device) -> None:
@@ -32,38 +33,45 @@ class TrainingSums:
         self._skips_in_a_row = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, correct: Tensor, images: Tensor, unreadable: Tensor) -> None:
-        """Sums over one micro-batch, without a dimension: its summed loss, and three counts of images."""
-        # To a multiple of 2^-24, so that float64 holds every sum exactly: a run that is cut adds in other groups.
+        """Add the values of one micro-batch, all scalars: its summed loss, and three numbers of images."""
+        # Round to a multiple of 2^-24: float64 then holds every sum exactly. A resumed run groups the additions
+        # differently and must get bit-identical sums.
         exact = (loss.double() * 2**24).round() / 2**24
         self._sums[:4] += torch.stack([exact, correct.double(), images.double(), unreadable.double()])
 
     def check(self, finite: Tensor, iteration: int) -> None:
-        """Raise the flag at this iteration unless it is up already or all is finite (bool, without a dimension)."""
+        """Record this iteration as bad unless `finite`, a bool scalar, is true; the earliest bad one is stored."""
         bad = torch.where(finite, math.inf, float(iteration))
         self._first_bad = torch.minimum(self._first_bad, bad.double())
 
     def count_skip(self, finite: Tensor, iteration: int) -> None:
-        """Count an update that the fp16 scaler skips, its gradient not being finite; too many in a row are bad."""
+        """Count an update as skipped by the fp16 scaler if `finite`, a bool scalar for its gradient, is false.
+
+        After HOPELESS_SKIPS skips in a row, the iteration of the first of them is recorded as bad.
+        """
         self._sums[4] += ~finite
         self._skips_in_a_row = torch.where(finite, 0.0, self._skips_in_a_row + 1)
         self.check(self._skips_in_a_row < self.HOPELESS_SKIPS, iteration - self.HOPELESS_SKIPS + 1)
 
     def read_and_reset(self) -> Tensor:
-        """The sums in the order of NAMES, and the first bad iteration: float64 (6,), CPU. Waits for the device."""
+        """Return the sums in the order of NAMES, then the first bad iteration: float64 (6,) on the CPU. Reset the sums.
+
+        It waits for the device.
+        """
         numbers = torch.cat([self._sums, self._first_bad[None]]).cpu()
         self._sums.zero_()
         return numbers
 
 
 class ClassificationCounts(Metric):
-    """Exact counts of an evaluation on its device, reduced once over all ranks.
+    """Exact counts of an evaluation, accumulated on the device and reduced over all ranks once, at the end.
 
-    `compute` gives a dict: images, correct, correct_top5 (integers), top1_error, top5_error (percent), loss (mean),
+    `compute` returns a dict: images, correct, correct_top5 (integers), top1_error, top5_error (percent), loss (mean),
     confusion (int64 (true, predicted)), mistakes (the worst: dicts of index, label, predicted, loss).
 
     Args:
         num_classes: C.
-        keep_mistakes: how many of the mistakes with the highest loss are kept.
+        keep_mistakes: number of mistakes with the highest loss to list.
     """
 
     def __init__(self, num_classes: int, ranks: Ranks, device: torch.device, keep_mistakes: int = 0) -> None:
@@ -71,14 +79,14 @@ class ClassificationCounts(Metric):
         super().__init__(device=device)
 
     def reset(self) -> None:
-        """Forget everything counted."""
+        """Set all counts to zero."""
         size = self.num_classes**2
         self._counts = torch.zeros(size + 1, dtype=torch.int64, device=self._device)
         self._loss = torch.zeros(1, dtype=torch.float64, device=self._device)
         self._mistakes = torch.zeros(0, 4, dtype=torch.float64, device=self._device)
 
     def update(self, output: tuple[Tensor, Batch]) -> None:
-        """Count logits float32 (n, C) against their batch."""
+        """Count the logits, float32 (n, C), of a batch."""
         logits, batch = output
         losses = F.cross_entropy(logits, batch.labels, reduction="none").double()
         predicted = logits.argmax(1)
@@ -94,7 +102,7 @@ class ClassificationCounts(Metric):
             self._mistakes = rows[rows[:, 0].topk(min(self.keep_mistakes, len(rows))).indices]
 
     def compute(self) -> dict[str, Any]:
-        """The figures over all ranks; waits for the device."""
+        """Return the metrics over all ranks; wait for the device."""
         loss = self._loss
         if self.ranks.world_size > 1:
             torch.distributed.all_reduce(self._counts)
@@ -120,13 +128,13 @@ class ClassificationCounts(Metric):
 
 
 class FlipCounts(ClassificationCounts):
-    """The same counts by the mean of the probabilities of each image and of its mirror image.
+    """The same counts for the mean of the class probabilities of each image and its mirror image.
 
-    `compute` gives a dict: correct_flip (an integer), top1_error_flip, top5_error_flip (percent), loss_flip (mean).
+    `compute` returns a dict: correct_flip (an integer), top1_error_flip, top5_error_flip (percent), loss_flip (mean).
 
     Args:
         num_classes: C.
-        logits_of: images float32 (n, 3, H, W) -> logits float32 (n, C), of the mirror images.
+        logits_of: the network, called with the mirror images: float32 (n, 3, H, W) -> logits float32 (n, C).
     """
 
     NAMES = ("correct_flip", "top1_error_flip", "top5_error_flip", "loss_flip")
@@ -138,25 +146,25 @@ class FlipCounts(ClassificationCounts):
         self.logits_of = logits_of
 
     def update(self, output: tuple[Tensor, Batch]) -> None:
-        """Count logits float32 (n, C), and those of the mirror images, against their batch."""
+        """Count the logits, float32 (n, C), of a batch, averaged with those of its mirror images as probabilities."""
         logits, batch = output
         mirrored = self.logits_of(batch.images.flip(-1))
-        # The logarithms of probabilities are logits of these.
+        # Log-probabilities are valid logits: their softmax gives the probabilities.
         mean = torch.logaddexp(logits.log_softmax(1), mirrored.log_softmax(1)) - math.log(2)
         super().update((mean, batch))
 
     def compute(self) -> dict[str, Any]:
-        """The figures over all ranks; waits for the device."""
+        """Return the metrics over all ranks; wait for the device."""
         figures = super().compute()
         return {name: figures[name.removesuffix("_flip")] for name in self.NAMES}
 
 
 class Calibration(Metric):
-    """How far a model's confidence is from its accuracy, reduced once over all ranks.
+    """The gap between a model's confidence and its accuracy, reduced over all ranks once, at the end.
 
-    `compute` gives a dict: calibration_error, the expected calibration error in percent over equally wide bins of
-    confidence (Guo et al., arXiv:1706.04599, equation 3), and calibration_bins, float64 (bins, 3): images, how many of
-    them are right, and the sum of the confidences.
+    `compute` returns a dict: calibration_error, the expected calibration error in percent over equally wide bins of
+    confidence (Guo et al., arXiv:1706.04599, equation 3), and calibration_bins, float64 (bins, 3): number of images,
+    number of correct predictions, and sum of the confidences.
     """
 
     BINS = 15
@@ -166,21 +174,21 @@ class Calibration(Metric):
         super().__init__(device=device)
 
     def reset(self) -> None:
-        """Forget everything counted."""
+        """Set all counts to zero."""
         self._bins = torch.zeros(self.BINS, 3, dtype=torch.float64, device=self._device)
 
     def update(self, output: tuple[Tensor, Batch]) -> None:
-        """Count logits float32 (n, C) against their batch."""
+        """Count the logits, float32 (n, C), of a batch."""
         logits, batch = output
         confidence, predicted = logits.double().softmax(1).max(1)
         # (0, 1/15], (1/15, 2/15], ...
         bins = (confidence * self.BINS).ceil().long().clamp(1, self.BINS) - 1
         values = torch.stack([torch.ones_like(confidence), (predicted == batch.labels).double(), confidence], dim=1)
-        # A product, since adding by index is in no fixed order on a GPU: (bins, n) @ (n, 3).
+        # A matrix product, (bins, n) @ (n, 3): adding by index has no fixed order on a GPU.
         self._bins += F.one_hot(bins, self.BINS).double().T @ values
 
     def compute(self) -> dict[str, Any]:
-        """The figures over all ranks; waits for the device."""
+        """Return the metrics over all ranks; wait for the device."""
         if self.ranks.world_size > 1:
             torch.distributed.all_reduce(self._bins)
         bins = self._bins.cpu()

@@ -1,6 +1,6 @@
-"""What is chosen by measuring on this machine: how grouped convolutions are computed, and the logits of an evaluation.
+"""Choose implementations by measuring them on this machine: for grouped convolutions, and for inference in evaluations.
 
-A choice is made once, at a run's first start, and stands in its config from then on.
+A run measures once, at its first start; its config stores the choice.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from resnext_ignite.runtime.timing import in_turns, medians, timed, timer
 
 log = logging.getLogger(__name__)
 _ROUNDS = 3
-# A CPU's time grows with the images at once; a GPU shows its speed only on a whole batch.
+# On a CPU, time grows with the batch, so a few images suffice. A GPU reaches its speed only on a whole batch.
 _MOST_IMAGES_ON_CPU = 8
-# Slower than the best by this factor at the first try, a contender is not tried again.
+# A candidate whose first timing exceeds the fastest one by this factor is not timed again.
 _HOPELESS = 1.5
-# Compiling takes about a minute: it is tried where evaluating without it takes five.
+# Compiling takes about a minute. Try it only if the evaluations without it take more than five minutes in all.
 _WORTH_COMPILING_S = 300
 
 
 def tuned(config: Config, data: Data, device: torch.device, ranks: Ranks) -> Config:
-    """The config with what it leaves to be measured (`auto`) as rank 0 measures it; with everything else settled."""
+    """Return a resolved config with each `auto` replaced by the implementation that rank 0 measures as fastest."""
     train, evaluation = config.train, config.evaluation
     if "auto" not in train.grouped_conv and evaluation.inference != "auto":
         return config
@@ -56,19 +56,22 @@ def tuned(config: Config, data: Data, device: torch.device, ranks: Ranks) -> Con
 
 
 def grouped_conv_for(config: Config, image_size: int, device: torch.device, world_size: int = 1) -> list[str]:
-    """The fastest way for each shape of a config's grouped 3x3, on so many ranks."""
+    """Return the fastest implementation for each shape of the config's grouped 3x3, in the network's order.
+
+    The batch is the micro-batch of one of `world_size` ranks.
+    """
     images = config.train.batch_size // config.train.accumulate // world_size
     return choose_grouped_conv(_plain_model(config), image_size, images, _arithmetic(config, device))
 
 
 def _plain_model(config: Config) -> nn.Module:
-    # Apart from the run's own, and without a draw from the generator that initialises that.
+    # A separate model. fork_rng restores the generator, from which the run's own model is initialised.
     with torch.random.fork_rng(devices=[]):
         return build_model(with_values(config, {"train.grouped_conv": ["grouped"]}))
 
 
 def inference_for(config: Config, model: nn.Module, data: Data, split: str, device: torch.device) -> str:
-    """The fastest way to evaluate a split once."""
+    """Return the fastest inference implementation for a single evaluation of a split."""
     images = len(data.splits[split])
     batch = config.evaluation.batch_size
     return choose_inference(model, data.evaluation_size, batch, images, _arithmetic(config, device))
@@ -76,14 +79,14 @@ def inference_for(config: Config, model: nn.Module, data: Data, split: str, devi
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Where and how networks compute."""
+    """The device, precision and memory format in which networks compute."""
 
     device: torch.device
     dtype: torch.dtype
     channels_last: bool
 
     def noise(self, images: int, channels: int, size: int) -> Tensor:
-        """In the place of pictures or activations, the same each time: float32 (images, channels, size, size)."""
+        """Return noise for images or activations, equal at each call: float32 (images, channels, size, size)."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(images, channels, size, size, generator=generator)
         return noise.to(
@@ -91,15 +94,15 @@ class Arithmetic:
         )
 
     def autocast(self) -> torch.autocast:
-        """In which a network computes so."""
+        """Return the autocast context for `dtype`; disabled for float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def place(self, model: nn.Module) -> nn.Module:
-        """A model on the device, in the memory format of the images."""
+        """Move a model to the device, in the memory format of the images."""
         return place(model, self.device, channels_last=self.channels_last)
 
     def enough(self, images: int) -> int:
-        """Images at once that show which of several ways is fastest, of those that are computed at once."""
+        """Return how many images of a batch suffice to find the fastest implementation."""
         return images if self.device.type == "cuda" else min(images, _MOST_IMAGES_ON_CPU)
 
 
@@ -108,10 +111,10 @@ def _arithmetic(config: Config, device: torch.device) -> Arithmetic:
 
 
 def choose_grouped_conv(model: nn.Module, image_size: int, images: int, arithmetic: Arithmetic) -> list[str]:
-    """The fastest way for each shape of a network's grouped 3x3, forward and backward, in the network's order.
+    """Return the fastest implementation, forward and backward, for each shape of a network's grouped 3x3, in its order.
 
     Args:
-        images: of a forward pass in training, on this device.
+        images: images of one forward pass in training, on this device.
     """
     choices = []
     for shape in grouped_shapes(model, image_size):
@@ -128,7 +131,7 @@ def _training_step(module: nn.Module, images: Tensor, arithmetic: Arithmetic) ->
     images = images.to(arithmetic.dtype).requires_grad_()
 
     def step() -> object:
-        # As in a run: weights are float32, and cast.
+        # As in training: the weights are float32, and autocast casts them.
         with arithmetic.autocast():
             out = module(images)
         return torch.autograd.grad(out, [images, *module.parameters()], gradient)
@@ -139,16 +142,16 @@ def _training_step(module: nn.Module, images: Tensor, arithmetic: Arithmetic) ->
 
 
 def gradient_for(out: Tensor) -> Tensor:
-    """A gradient of an output, in its memory format: of each element another number, from -1 to 1."""
+    """Return a gradient for an output, in its memory format; its elements rise evenly from -1 to 1."""
     return torch.empty_like(out).copy_(torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out))
 
 
 def choose_inference(model: nn.Module, image_size: int, images: int, images_in_all: int, arithmetic: Arithmetic) -> str:
-    """The fastest of `plain`, `folded` and, where there are images enough to make up for compiling, `compiled`.
+    """Return the fastest of `plain`, `folded` and `compiled`; the last is tried only if the images justify compiling.
 
     Args:
-        images: of an evaluation's batch.
-        images_in_all: that will be evaluated, on this device.
+        images: images of one evaluation batch.
+        images_in_all: all images that this device will evaluate.
     """
     count = arithmetic.enough(images)
     model, noise = arithmetic.place(model).eval(), arithmetic.noise(count, 3, image_size)
@@ -165,7 +168,7 @@ def choose_inference(model: nn.Module, image_size: int, images: int, images_in_a
 
 
 def fastest(ways: dict[str, Callable[[], object]], device: torch.device) -> str:
-    """The name of what takes the least time: the least median of some turns, after one to warm up."""
+    """Return the name of the fastest candidate: the smallest median of `_ROUNDS` timings in turns, after a warm-up."""
     for way in ways.values():
         way()
     first = {name: timed(device, way) for name, way in ways.items()}

@@ -1,1 +1,1 @@
-"""Weights that come from elsewhere, and models that go elsewhere."""
+"""Weights from other runs and systems, and the export of models."""

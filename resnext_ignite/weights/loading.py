@@ -1,4 +1,4 @@
-"""A model from any file of weights: this project's, or another system's."""
+"""Opens a model from any file of weights: this project's or another system's."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from resnext_ignite.runtime.errors import ForeignFileError
 
 
 def open_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
-    """As `load_model`, of a file that another system wrote, too.
+    """Open a model as `load_model` does; the file may also be another system's.
 
     Raises:
-        CheckpointError: it can be used as neither.
+        CheckpointError: the file is not a usable checkpoint of this project or of another system.
     """
     try:
         return load_model(path)
     except ForeignFileError:
-        # Not at the top: few files are another system's.
+        # Imported here, because few files are another system's.
         from resnext_ignite.weights.foreign.conversion import checkpoint_of
         from resnext_ignite.weights.foreign.reading import read_foreign
 

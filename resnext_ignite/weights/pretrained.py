@@ -1,4 +1,7 @@
-"""Weights to start a model from: another run's, another system's, or torchvision's; and how they saw pictures."""
+"""The initial weights of a model (`model.pretrained`), and the normalisation that they were trained with.
+
+The weights come from another run, from another system or from torchvision.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,21 @@ _TORCHVISION = "torchvision:"
 
 
 def load_pretrained(model: nn.Module, name: str, source: str, ranks: Ranks | None = None) -> None:
-    """Start a model, called `name`, from the weights that `source` stands for (`model.pretrained`); keys must fit.
+    """Load the weights that `source` names into a model; all keys must fit.
 
-    A classifier of another shape is left as initialised. What must be downloaded is downloaded once a machine.
+    A classifier of another shape keeps its initial weights. One rank on each machine downloads missing weights.
+
+    Args:
+        name: `model.name`; torchvision's weights are looked up by it.
+        source: `model.pretrained`.
+        ranks: None: a single process.
 
     Raises:
-        CheckpointError: no such weights, or weights of another architecture.
+        CheckpointError: there are no such weights, or they are of another architecture.
     """
     if source.startswith(_TORCHVISION):
         state: dict[str, Any] = {}
-        # Each rank reads what the first one on its machine has downloaded.
+        # The first rank on each machine downloads. The others then read the cached file.
         (ranks or Ranks()).first_on_node(lambda: state.update(_torchvision_weights(name, source)))
         state = state or _torchvision_weights(name, source)
     else:
@@ -46,10 +54,10 @@ def load_pretrained(model: nn.Module, name: str, source: str, ranks: Ranks | Non
 
 
 def with_normalisation(config: Config) -> Config:
-    """The config with the normalisation of the weights that it starts from, where it names none itself.
+    """Return the config with the normalisation of its pretrained weights, unless it sets its own.
 
     Raises:
-        CheckpointError: no such weights.
+        CheckpointError: there are no such weights, or they state no mean and std.
     """
     source = config.model.pretrained
     if source is None or config.data.mean is not None:
@@ -74,7 +82,7 @@ def _checkpoint(source: str) -> dict[str, Any]:
     try:
         return load_checkpoint(file)
     except ForeignFileError:
-        # Not at the top: most runs start from weights of this project, or from none.
+        # Imported here, because most runs start from weights of this project, or from scratch.
         from resnext_ignite.weights.foreign.conversion import checkpoint_of
         from resnext_ignite.weights.foreign.reading import read_foreign
 
@@ -95,13 +103,13 @@ def _torchvision_weights(name: str, source: str) -> dict[str, Any]:
         raise CheckpointError(f"model.pretrained: {source}: torchvision's weights of {name} are {names}") from None
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        # A file that lies there already is not hashed again: whatever it is, it must not be run.
+        # torch does not hash a cached file again. `weights_only` keeps that file from running code.
         return dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu"))
     except OSError as error:
         raise CheckpointError(
             f"model.pretrained: {source}: {cached} is not there, and cannot be downloaded ({error}); put it there"
         ) from None
     except Exception as error:
-        # What a damaged or hostile file makes torch say is of any kind.
+        # A damaged or hostile file can make torch raise any exception.
         reason = " ".join(str(error).split())[:120]
         raise CheckpointError(f"model.pretrained: {cached} is no file of weights ({reason}); remove it") from None

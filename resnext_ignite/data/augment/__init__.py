@@ -1,1 +1,1 @@
-"""What happens to training images on the device: a chain of keyed operations, mixing, and the growing image size."""
+"""Augmentation of training images: a chain of keyed operations, mixup and CutMix, and progressive resizing."""

@@ -1,7 +1,7 @@
-"""Augmentation as short functions of a batch on its device, keyed by sample; and the `Augment` that chains them.
+"""Augmentation as short functions of a batch on its device, keyed by sample; and `Augment`, which chains them.
 
-Batches are NHWC: a pixel's three values lie together, which is torch's channels_last memory. No function draws from a
-generator; what is random arrives as tensors computed in `Augment` from (seed, epoch, index, purpose).
+Batches are NHWC: the three values of a pixel are adjacent, as in torch's channels_last memory format. No function uses
+a random generator: `Augment` computes the random numbers from (seed, epoch, index, purpose) and passes them as tensors.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from resnext_ignite.data.sampling import Purpose, integers, uniform
 Color = tuple[float, float, float]
 # ITU-R 601 luma, as in fb.resnext.torch's grayscale.
 _LUMA = (0.299, 0.587, 0.114)
-# Principal axes of ImageNet's colours and their standard deviations (AlexNet, section 4.1; values of fb.resnext.torch).
+# Standard deviations of ImageNet's colours along their principal axes, `_COLOR_AXES` (AlexNet, section 4.1; values of
+# fb.resnext.torch).
 _COLOR_SCALES = (0.2175, 0.0188, 0.0045)
-# Bytes of pictures that are worked on together.
+# Bytes of images that `normalize` processes at a time on a CPU.
 _IN_CACHE = 2**19
 _ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 _COLOR_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
@@ -33,12 +34,12 @@ _COLOR_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836,
 
 @functools.cache
 def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Made once: copying numbers to a GPU waits for it.
+    # Cached: a copy from the CPU to a GPU waits for the GPU.
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 def pad(images: Tensor, padding: int, fill: Tensor | None) -> Tensor:
-    """uint8 (N, H, W, 3) -> (N, H+2p, W+2p, 3), the border one colour (`fill`, uint8 (3,)) or, for None, reflected."""
+    """Pad with the colour `fill`, uint8 (3,), or by reflection if None: uint8 (N, H, W, 3) -> (N, H+2p, W+2p, 3)."""
     n, h, w, _ = images.shape
     if fill is None:
         rows, columns = (_reflected(size, padding, images.device) for size in (h, w))
@@ -54,10 +55,10 @@ def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
 
 
 def crop(padded: Tensor, positions: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
-    """A window of some of the images: (M, H, W, 3), int64 (n,) each -> (n, size, size, 3)."""
+    """Crop a square out of each image in `positions`: (M, H, W, 3), three int64 (n,) -> (n, size, size, 3)."""
     m, h, w, _ = padded.shape
     image, row, pixel = h * w * 3, w * 3, 3
-    # Every window as a view, its rows contiguous runs of 3*size values: one gather then copies whole rows.
+    # A view of all windows, with rows of 3*size contiguous values: one gather then copies whole rows.
     windows = padded.as_strided((m, h - size + 1, w - size + 1, size, size * 3), (image, row, pixel, row, 1))
     return windows[positions, top, left].view(-1, size, size, 3)
 
@@ -66,13 +67,13 @@ def flip(images: Tensor, chosen: Tensor) -> Tensor:
     """Mirror the chosen images left to right: uint8 (N, H, W, 3), bool (N,) -> (N, H, W, 3)."""
     flat, mirrored = images.flatten(1), images.flip(2).flatten(1)
     if flat.shape[1] % 8 == 0:
-        # Eight values at a time: choosing between whole images does not need to see bytes.
+        # Select eight bytes at a time: the choice is between whole images.
         flat, mirrored = flat.view(torch.int64), mirrored.view(torch.int64)
     return torch.where(chosen[:, None], mirrored, flat).view(torch.uint8).view_as(images)
 
 
 def cut_out(images: Tensor, top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
-    """Zero a box of each image in place, clipped at the edges: (N, H, W, 3), int64 (N,)."""
+    """Set a box of each image to zero, in place, clipped at the edges: (N, H, W, 3), int64 (N,) each -> `images`."""
     rows = torch.arange(images.shape[1], device=images.device)
     columns = torch.arange(images.shape[2], device=images.device)
     inside_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])
@@ -81,17 +82,18 @@ def cut_out(images: Tensor, top: Tensor, left: Tensor, height: Tensor | int, wid
 
 
 def normalize(images: Tensor, mean: Color, std: Color, mirrored: Tensor | None = None) -> Tensor:
-    """uint8 (N, H, W, 3) -> float32 (value / 255 - mean) / std; mean and std of 0 to 1.
+    """Return (images / 255 - mean) / std: uint8 (N, H, W, 3) -> float32 (N, H, W, 3).
 
     Args:
-        mirrored: bool (N,), which of them are mirrored on the way, as by `flip`.
+        mean, std: red, green and blue, on a scale of 0 to 1.
+        mirrored: bool (N,), the images to mirror in the same pass, as by `flip`; None: none.
     """
     n, h, w, _ = images.shape
-    # Over rows of 3*W values: a trailing dimension of 3 is too short for wide instructions.
+    # Work on rows of 3*W values: a last dimension of 3 is too short for SIMD instructions.
     shift = _constant(tuple(-m / s for m, s in zip(mean, std, strict=True)) * w, torch.float32, images.device)
     scale = _constant(tuple(1 / (255 * s) for s in std) * w, torch.float32, images.device)
     out = torch.empty(n, h, w * 3, device=images.device)
-    # On a CPU a few pictures at a time, which stay in its cache from one pass to the next: half the time.
+    # On a CPU, take a few images at a time: they stay in its cache between the passes, which halves the time.
     few = max(1, _IN_CACHE // (h * w * 3)) if images.device.type == "cpu" else max(1, n)
     for first in range(0, n, few):
         some = slice(first, first + few)
@@ -101,12 +103,12 @@ def normalize(images: Tensor, mean: Color, std: Color, mirrored: Tensor | None =
 
 
 def jitter_color(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Blend with black, the mean luma and the luma, in each image's own order (fb.resnext.torch, ColorJitter).
+    """Blend each image with black, its mean luma and its luma, in an order per image (fb.resnext.torch, ColorJitter).
 
     Args:
         images: float (N, H, W, 3), 0 to 1.
-        factors: (N, 3), the weight of the image itself for brightness, contrast, saturation.
-        order: int64 (N,), one of the six orders.
+        factors: (N, 3), the weight of the image itself for brightness, contrast and saturation.
+        order: int64 (N,), an index of `_ORDERS`, the six orders of these three.
     """
     orders = _constant(_ORDERS, torch.int64, images.device)
     luma = _constant(_LUMA, torch.float32, images.device)
@@ -121,7 +123,7 @@ def jitter_color(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def add_lighting(images: Tensor, strengths: Tensor) -> Tensor:
-    """Shift each image's colour along ImageNet's axes: float (N, H, W, 3), (N, 3) -> (N, H, W, 3)."""
+    """Shift each image's colour along ImageNet's colour axes: float (N, H, W, 3), (N, 3) -> (N, H, W, 3)."""
     axes = _constant(_COLOR_AXES, torch.float32, images.device)
     axes = axes * _constant(_COLOR_SCALES, torch.float32, images.device)
     return images + (strengths @ axes.T)[:, None, None, :]
@@ -129,13 +131,13 @@ def add_lighting(images: Tensor, strengths: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Augment:
-    """The chain from uint8 pictures to normalised images: training (`__call__`) and evaluation (`plain`).
+    """The chain from uint8 images to normalised images, for training (`__call__`) and evaluation (`plain`).
 
     Args:
-        seed: key of all draws.
-        mean, std: normalisation, of 0 to 1, red, green, blue.
+        seed: key of all random numbers.
+        mean, std: normalisation of red, green and blue, on a scale of 0 to 1.
         crop_padding, crop_fill, flip, trivial, cutout, erasing, color, lighting: as the config keys of `augment`.
-        channels_last: memory of what is put out.
+        channels_last: the output has torch's channels_last memory format.
     """
 
     seed: int
@@ -152,41 +154,42 @@ class Augment:
     channels_last: bool = True
 
     def pad(self, pictures: Tensor) -> Tensor:
-        """The border that crops may reach into: uint8 (M, H, W, 3) -> (M, H+2p, W+2p, 3), or the pictures themselves.
+        """Add the border for random crops, if there is one: uint8 (M, H, W, 3) -> (M, H+2p, W+2p, 3).
 
-        Pictures that stay in memory are padded once, not in every batch.
+        This step is separate, so that a split in memory is padded once and not in every batch.
         """
         return pad(pictures, self.crop_padding, self._fill(pictures.device)) if self.crop_padding else pictures
 
     def __call__(self, padded: Tensor, positions: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
-        """Augment and normalise some pictures, given as `pad` made them: `on_pixels`, then `on_images`.
+        """Augment and normalise some images: `on_pixels`, then `on_images`.
 
         Args:
-            padded: uint8 (M, H+2p, W+2p, 3).
-            positions: int64 (n,), which of them; None: all, in their order.
+            padded: uint8 (M, H+2p, W+2p, 3), as `pad` returns them.
+            positions: int64 (n,), the images to take from `padded`; None: all, in order.
             epoch: from 1.
-            indices: int64 (n,), their indices in the whole split, which key what is random.
+            indices: int64 (n,), the indices of these images in the whole split: the keys of their random numbers.
 
         Returns:
             float32 (n, 3, H, W).
         """
         if self.trivial:
             return self.on_images(self.on_pixels(padded, positions, epoch, indices), epoch, indices)
-        # Mirrored while they are normalised, which saves a pass over them.
+        # Mirror during the normalisation: this saves a pass over the images.
         images = self._cropped(padded, positions, epoch, indices)
         return self.on_images(images, epoch, indices, self._mirrored(epoch, indices))
 
     def on_pixels(self, padded: Tensor, positions: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
-        """The part that yields pictures again, as `__call__`: -> uint8 (n, H, W, 3)."""
+        """Crop, mirror and apply TrivialAugment; arguments as `__call__` -> uint8 (n, H, W, 3)."""
         images, mirrored = self._cropped(padded, positions, epoch, indices), self._mirrored(epoch, indices)
         images = images if mirrored is None else flip(images, mirrored)
         return trivial_augment(images, self.seed, epoch, indices) if self.trivial else images
 
     def on_images(self, images: Tensor, epoch: int, indices: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """The part that normalises and what follows: uint8 (n, H, W, 3) of `on_pixels` -> float32 (n, 3, H, W).
+        """Apply the colour operations, normalise, then cut out and erase: uint8 (n, H, W, 3) -> float32 (n, 3, H, W).
 
         Args:
-            mirrored: bool (n,), which of them are still to be mirrored.
+            images: the result of `on_pixels`.
+            mirrored: bool (n,), the images that are still to be mirrored; None: none.
         """
         (height, width), device = images.shape[1:3], images.device
         if self.color or self.lighting:
@@ -196,8 +199,8 @@ class Augment:
         else:
             out = normalize(images, self.mean, self.std, mirrored)
         if self.cutout:
-            # The centre lies anywhere in the image (DeVries and Taylor, arXiv:1708.04552, section 3.2), so that a
-            # square may hang over the edge; zero is the mean colour here.
+            # The centre is anywhere in the image (DeVries and Taylor, arXiv:1708.04552, section 3.2): a part of the
+            # square may lie outside. After normalisation, zero is the mean colour.
             half = self.cutout // 2
             top = integers(self.seed, epoch, indices, Purpose.CUTOUT_Y, height) - half
             left = integers(self.seed, epoch, indices, Purpose.CUTOUT_X, width) - half
@@ -211,10 +214,9 @@ class Augment:
         return self._as_nchw(normalize(images, self.mean, self.std))
 
     def resized(self, images: Tensor, size: int) -> Tensor:
-        """Square images of another size, antialiased: float32 (N, 3, H, W) -> (N, 3, size, size).
+        """Resize square images with antialiasing: float32 (N, 3, H, W) -> (N, 3, size, size).
 
-        Of normalised images, which gives what normalising afterwards would: both are linear, and the weights of a
-        pixel sum to one.
+        Resizing and normalisation commute: both are linear, and the weights of each output pixel sum to one.
         """
         if images.shape[-1] == size:
             return images
@@ -222,7 +224,7 @@ class Augment:
         return smaller.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def unnormalize(self, images: Tensor) -> Tensor:
-        """Back to pictures: float (N, 3, H, W) -> uint8 (N, 3, H, W)."""
+        """Invert the normalisation: float (N, 3, H, W) -> uint8 (N, 3, H, W)."""
         mean, std = (moment[:, None, None] for moment in self._moments(images.device))
         return ((images.float() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
 
@@ -247,7 +249,7 @@ class Augment:
         if self.flip == "random":
             return uniform(self.seed, epoch, indices, Purpose.FLIP) < 0.5
         if self.flip == "alternating":
-            # Each image's first side is drawn once; from then on it changes every epoch.
+            # Draw the first side of each image once; then alternate every epoch.
             return (integers(self.seed, 0, indices, Purpose.FLIP, 2) + epoch) % 2 == 0
         return None
 
@@ -260,7 +262,7 @@ class Augment:
             factors = torch.stack([1 + self.color * (2 * draw(kind) - 1) for kind in kinds], dim=1)
             images = jitter_color(images, factors, integers(self.seed, epoch, indices, Purpose.COLOR_ORDER, 6))
         if self.lighting:
-            # Box and Muller: two uniform numbers make two normal ones.
+            # Box-Muller: two uniform numbers give two normal ones.
             radii = [(-2 * torch.log(1 - draw(Purpose.LIGHTING + pair))).sqrt() for pair in (0, 1)]
             angles = [2 * math.pi * draw(Purpose.LIGHTING + 2 + pair) for pair in (0, 1)]
             normals = [radii[0] * angles[0].cos(), radii[0] * angles[0].sin(), radii[1] * angles[1].cos()]
@@ -268,6 +270,6 @@ class Augment:
         return images
 
     def _as_nchw(self, images: Tensor) -> Tensor:
-        # (N, H, W, 3) -> (N, 3, H, W): only the view changes, which makes it channels_last.
+        # (N, H, W, 3) -> (N, 3, H, W) only changes the view: the memory is then channels_last.
         images = images.permute(0, 3, 1, 2)
         return images if self.channels_last else images.contiguous()

@@ -1,4 +1,4 @@
-"""Random erasing (Zhong et al., arXiv:1708.04896): where the boxes lie, for a whole batch at once."""
+"""Random erasing (Zhong et al., arXiv:1708.04896): the boxes of a whole batch. `chain.py` erases them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resnext_ignite.data.sampling import Purpose, uniform
 
-# Those of torchvision's RandomErasing.
+# The defaults of torchvision's RandomErasing.
 _AREA = (0.02, 0.33)
 _ASPECT = (0.3, 3.3)
 ATTEMPTS = 10
@@ -18,17 +18,18 @@ ATTEMPTS = 10
 def random_boxes(
     seed: int, epoch: int, indices: Tensor, height: int, width: int, probability: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is erased of each image: top, left, height, width, int64 (n,) each; a box of no size: nothing.
+    """Return the box to erase in each image: top, left, height, width, int64 (n,) each; size 0 if there is none.
 
-    Ten attempts a box, as torchvision has it: the first that is smaller than the image, else nothing.
+    As in torchvision, take the first of ten attempts that is smaller than the image; if all fail, there is no box.
 
     Args:
+        seed: key of all random numbers.
         epoch: from 1.
         indices: int64 (n,), the images' indices in their whole split.
-        height, width: of the images, in pixels.
-        probability: of a box.
+        height, width: size of the images in pixels.
+        probability: probability that an image has a box.
     """
-    # (n, ATTEMPTS): an attempt has a key of its own.
+    # (n, ATTEMPTS): each attempt has its own key.
     keys = indices[:, None] * ATTEMPTS + torch.arange(ATTEMPTS, device=indices.device)
 
     def draw(number: int) -> Tensor:

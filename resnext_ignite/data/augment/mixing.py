@@ -1,6 +1,6 @@
-"""Mixup and CutMix: each image of a batch with its neighbour (0 with 1, 2 with 3, ...), keyed by the image itself.
+"""Mixup and CutMix of each image with its neighbour in the batch (0 with 1, 2 with 3, ...), keyed by the image.
 
-Neighbours, since a rank's share of a batch is a contiguous run of it: on any number of ranks they are the same.
+A rank takes a contiguous slice of a batch, so an image has the same neighbour on any number of ranks.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _QUANTILES = 4097
 
 @functools.cache
 def beta_quantiles(alpha: float) -> Tensor:
-    """Quantiles of the Beta(alpha, alpha) distribution at 0, 1/4096, ..., 1: float64 (4097,).
+    """Return the quantiles of the Beta(alpha, alpha) distribution at 0, 1/4096, ..., 1: float64 (4097,).
 
-    Its distribution function up to 1/2, integrated numerically over u = x ** alpha, in which it is smooth at 0 for any
-    alpha; the rest by symmetry.
+    Integrate the density numerically for x up to 1/2, over u = x ** alpha: in u it is smooth at 0 for any alpha. The
+    upper half follows by symmetry.
     """
     u = torch.linspace(0, 0.5**alpha, 100_001, dtype=torch.float64)
     x = u ** (1 / alpha)
-    # x ** (alpha - 1) * (1 - x) ** (alpha - 1) dx is this, but for a factor.
+    # This density times du equals x ** (alpha - 1) * (1 - x) ** (alpha - 1) dx, up to a constant factor.
     density = (1 - x) ** (alpha - 1)
     below = torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumulative_trapezoid(density, u)])
     below = below / below[-1] / 2
@@ -37,7 +37,7 @@ def beta_quantiles(alpha: float) -> Tensor:
 
 
 def beta(alpha: float, uniforms: Tensor) -> Tensor:
-    """Beta(alpha, alpha) numbers from uniform ones, between the quantiles by a straight line: float32 (n,)."""
+    """Map uniform numbers to Beta(alpha, alpha) ones by linear interpolation of the quantiles: (n,) -> float32 (n,)."""
     table = beta_quantiles(alpha).to(uniforms.device)
     places = uniforms.double() * (_QUANTILES - 1)
     left = places.floor().long().clamp(max=_QUANTILES - 2)
@@ -45,16 +45,16 @@ def beta(alpha: float, uniforms: Tensor) -> Tensor:
 
 
 def neighbours(values: Tensor) -> Tensor:
-    """Each one's neighbour in its place: (n, ...), n even -> (n, ...)."""
+    """Swap each entry with its neighbour (0 and 1, 2 and 3, ...): (n, ...), n even -> (n, ...)."""
     return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixes the images of a batch; where both ways are on, each image takes one of them by chance.
+    """Mixes the images of a batch. If mixup and CutMix are both on, each image gets one of them at random (1/2 each).
 
     Args:
-        seed: key of all draws.
+        seed: key of all random numbers.
         mixup: alpha of mixup (Zhang et al., arXiv:1710.09412, section 2); 0: off.
         cutmix: alpha of CutMix (Yun et al., arXiv:1905.04899, section 3.1); 0: off.
     """
@@ -64,13 +64,13 @@ class Mixing:
     cutmix: float = 0.0
 
     def __call__(self, images: Tensor, epoch: int, indices: Tensor, alone: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixed images, and each one's share of its own: float32 (n, 3, H, W) and (n,), 0 to 1.
+        """Return mixed images, float32 (n, 3, H, W), and the fraction of each that is its own, float32 (n,).
 
         Args:
             images: float32 (n, 3, H, W), normalised; n even.
             epoch: from 1.
             indices: int64 (n,), the images' indices in their whole split.
-            alone: bool (n,), images that are not mixed.
+            alone: bool (n,), images that are not mixed; their fraction is 1.
         """
 
         def draw(purpose: int) -> Tensor:
@@ -84,7 +84,7 @@ class Mixing:
             by_cut = draw(Purpose.MIX_KIND) < 0.5 if self.mixup else ~alone
             box = _boxes(beta(self.cutmix, draw(Purpose.MIX_SHARE)), draw(Purpose.MIX_Y), draw(Purpose.MIX_X), images)
             mask = torch.where((by_cut & ~alone)[:, None, None, None], box, mask)
-            # What was cut off at the edges is not taken.
+            # Use the area of the clipped box.
             share = 1 - mask.mean((1, 2, 3))
         if self.mixup:
             blended = ~by_cut & ~alone
@@ -95,7 +95,11 @@ class Mixing:
 
 
 def _boxes(own: Tensor, down: Tensor, across: Tensor, images: Tensor) -> Tensor:
-    """1 in a box of the share 1 - own of each image's area, its centre anywhere, clipped; else 0: (n, 1, H, W)."""
+    """Return masks, float32 (n, 1, H, W), that are 1 in a box and 0 outside.
+
+    Before clipping at the edges, a box covers the fraction 1 - `own` of the image's area; its centre is (`down`,
+    `across`), each 0 to 1. `own`, `down` and `across` are (n,).
+    """
     height, width = images.shape[-2:]
     side = (1 - own).sqrt()
     inside = []

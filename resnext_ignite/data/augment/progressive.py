@@ -1,4 +1,4 @@
-"""Progressive resizing: which size the training images of an epoch have, as a pure function; no tensors."""
+"""Progressive resizing: the size of the training images in each epoch, as a pure function without tensors."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from fractions import Fraction
 
 @dataclass(frozen=True)
 class GrowingSize:
-    """The side of the training images in each epoch: it grows linearly, in steps, and then stays.
+    """The side of the training images in each epoch: it grows linearly in steps, then stays at its full size.
 
-    As in M. Tan and Q. Le, 'EfficientNetV2' (arXiv:2104.00298, section 4.2, algorithm 1), but epoch by epoch.
+    As in M. Tan and Q. Le, 'EfficientNetV2' (arXiv:2104.00298, section 4.2, algorithm 1), but with a size
+    for each epoch instead of for a few stages.
 
     Args:
-        first: pixels in the first epoch.
-        full: pixels from the end of the growth on.
-        step: sizes on the way are rounded down to a multiple of so many pixels; `first` is one.
-        epochs: of the whole run.
-        until: share of them after which the size is `full`.
+        first: side in the first epoch, in pixels; a multiple of `step`.
+        full: side after the growth, in pixels.
+        step: the sides between are rounded down to a multiple of this number of pixels.
+        epochs: epochs of the whole run.
+        until: fraction of the epochs after which the side is `full`.
     """
 
     first: int
@@ -27,8 +28,8 @@ class GrowingSize:
     until: float
 
     def at(self, epoch: int) -> int:
-        """Pixels in an epoch, counted from 1."""
-        # Exact, of the decimals that were written: 0.7 * 10 is more than 7 in floating point.
+        """Return the side in pixels in an epoch (from 1)."""
+        # Exact arithmetic on the decimal digits of the config: in floating point, 0.28 * 25 is more than 7.
         growing = Fraction(str(self.until)) * self.epochs
         if epoch - 1 >= growing:
             return self.full

@@ -1,6 +1,6 @@
-"""TrivialAugment (Müller and Hutter, arXiv:2103.10158): one operation of one strength for each picture, keyed by it.
+"""TrivialAugment (Müller and Hutter, arXiv:2103.10158): one operation and strength for each image, keyed by it.
 
-Its 'wide' space of operations and strengths as torchvision has it, which does the work on the pixels.
+The operations and strengths are those of torchvision's TrivialAugmentWide; torchvision's functions change the pixels.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _BILINEAR = InterpolationMode.BILINEAR
 
 @dataclass(frozen=True)
 class Operation:
-    """What may be done to a picture.
+    """An operation on images.
 
     Args:
         apply: uint8 (n, 3, H, W) and a strength -> uint8 (n, 3, H, W).
-        strengths: one a bin; none: it has no strength, and is given 0.
-        signed: a strength is turned round for half of the pictures.
+        strengths: one for each bin; empty: the operation has no strength, and `apply` gets 0.
+        signed: the sign of the strength is random.
     """
 
     apply: Callable[[Tensor, float], Tensor]
@@ -35,13 +35,13 @@ class Operation:
     signed: bool = False
 
     def strength(self, bin_: int, negative: bool) -> float:
-        """The strength of a bin, 0 to 30."""
+        """Return the strength of a bin (0 to 30), negated if `negative` and the operation is signed."""
         strength = self.strengths[bin_] if self.strengths else 0.0
         return -strength if negative and self.signed else strength
 
 
 def _sheared(pictures: Tensor, across: float, down: float) -> Tensor:
-    # About the upper left corner, as AutoAugment was published; torchvision takes the tangent of degrees.
+    # Shear about the upper left corner, as the published AutoAugment does. torchvision takes the angle in degrees.
     degrees = [math.degrees(math.atan(share)) for share in (across, down)]
     return functional.affine(pictures, 0.0, [0, 0], 1.0, degrees, _BILINEAR, center=[0, 0])
 
@@ -55,8 +55,8 @@ def _steps(start: float, end: float) -> tuple[float, ...]:
 
 
 def _contrasted(pictures: Tensor, factor: float) -> Tensor:
-    # torchvision's adjust_contrast, but for the greys' sum, which in float32 would depend on how many are summed at
-    # once: these whole numbers are exact.
+    # As torchvision's adjust_contrast, but with an exact integer sum of the grey values: the rounding of a float32 sum
+    # would depend on the number of images.
     greys = functional.rgb_to_grayscale(pictures)
     mean = greys.sum((1, 2, 3), keepdim=True).float() / greys[0].numel()
     return (pictures * factor).add_(mean, alpha=1 - factor).clamp_(0, 255).to(torch.uint8)
@@ -64,7 +64,7 @@ def _contrasted(pictures: Tensor, factor: float) -> Tensor:
 
 _SHARES = _steps(0, 0.99)
 _PIXELS = _steps(0, 32)
-# From 8 bits down to 2: five bins each, but for the ends.
+# 8 bits down to 2: five bins each, three for 8 and for 2.
 _BITS = tuple((8 - torch.arange(BINS) / ((BINS - 1) / 6)).round().tolist())
 OPERATIONS: dict[str, Operation] = {
     "identity": Operation(lambda p, _: p),
@@ -85,7 +85,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def choices(seed: int, epoch: int, indices: Tensor) -> list[tuple[str, float]]:
-    """The operation and strength of each picture: int64 (n,), epoch from 1."""
+    """Return the operation and strength of each image, keyed by its index: int64 (n,), epoch from 1 -> n pairs."""
     operation, bin_, negative = (
         integers(seed, epoch, indices, Purpose.TRIVIAL + number, below)
         for number, below in enumerate((len(OPERATIONS), BINS, 2))
@@ -98,12 +98,12 @@ def choices(seed: int, epoch: int, indices: Tensor) -> list[tuple[str, float]]:
 
 
 def trivial_augment(pictures: Tensor, seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """Each picture after its own operation: uint8 (n, H, W, 3), int64 (n,) -> uint8 (n, H, W, 3)."""
+    """Apply to each image its operation: uint8 (n, H, W, 3), int64 (n,) -> uint8 (n, H, W, 3)."""
     groups: dict[tuple[str, float], list[int]] = {}
     for place, choice in enumerate(choices(seed, epoch, indices)):
         groups.setdefault(choice, []).append(place)
     order = torch.tensor([place for places in groups.values() for place in places], device=pictures.device)
-    # (n, H, W, 3) -> (n, 3, H, W), like by like, and back.
+    # (n, H, W, 3) -> (n, 3, H, W), sorted by operation and strength; restore the layout and order afterwards.
     parts = pictures[order].permute(0, 3, 1, 2).split([len(places) for places in groups.values()])
     done = [OPERATIONS[name].apply(part, strength) for (name, strength), part in zip(groups, parts, strict=True)]
     out = torch.empty_like(pictures)

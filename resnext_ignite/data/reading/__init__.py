@@ -1,1 +1,1 @@
-"""From image files to pixels: decoding, cropping, the worker processes that do it, and decoding on a GPU."""
+"""From image files to pixels: decoding and cropping, in worker processes or on a GPU."""

@@ -1,4 +1,4 @@
-"""Which part of a picture is kept: the square of an evaluation, or a random box, keyed by the picture."""
+"""The crop box of an image: the square of an evaluation, or a random box keyed by the image."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from resnext_ignite.data.sampling import Purpose, uniform
 
 Box = tuple[float, float, float, float]
 Crop = Callable[[int, int], Box]
-"""A part of a picture of some width and height: left, top, right, bottom, in pixels."""
+"""A function from an image's width and height to its crop box: left, top, right, bottom. All are in pixels."""
 _AREA = (0.08, 1.0)
 _ASPECT = (3 / 4, 4 / 3)
 ATTEMPTS = 10
-"""Draws of a random box before the centre is taken instead, as torchvision has it."""
+"""Attempts at a random box before the central box is used, as in torchvision."""
 CENTRE = (0.5, 0.5)
 FIVE_CROPS = (CENTRE, (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
-"""Anchors of the centre and the corners; with their mirror images, the ten crops of AlexNet, section 4.1."""
+"""Anchors of the centre and the four corners; with their mirror images, the ten crops of AlexNet (section 4.1)."""
 
 
 def square_crop(size: int, share: float = 1.0, anchor: tuple[float, float] = CENTRE) -> Crop:
-    """What torchvision's Resize to `size` / `share` and a crop of `size` pixels leave of a picture.
+    """Return the crop that torchvision makes by a Resize to `size` / `share` and a crop of `size` pixels.
 
-    Its rounding to whole pixels included: half a pixel more or less would change every pixel of the crop.
+    The box includes torchvision's rounding to whole pixels: a shift by half a pixel would change every pixel.
 
     Args:
-        share: side of the square over the shorter side.
-        anchor: where it lies, across and down: 0 at the left and upper edge, 1 at the right and lower.
+        size: side of the output in pixels.
+        share: side of the square over the shorter side of the image.
+        anchor: horizontal and vertical place of the square: 0 is the left or upper edge, 1 the right or lower.
     """
     short = round(size / share)
 
     def crop(width: int, height: int) -> Box:
         across, down = (short * side // min(width, height) for side in (width, height))
         left, top = round((across - size) * anchor[0]), round((down - size) * anchor[1])
-        # Rounding must not lead out of the picture.
+        # Rounding must not move the box out of the image.
         right, bottom = min((left + size) * width / across, width), min((top + size) * height / down, height)
         return left * width / across, top * height / down, right, bottom
 
@@ -45,19 +46,19 @@ def square_crop(size: int, share: float = 1.0, anchor: tuple[float, float] = CEN
 
 
 def random_crop(draws: Iterable[Sequence[float]]) -> Crop:
-    """`random_box`, of uniform numbers (attempts, 4), which may be asked for more than once."""
+    """Return `random_box` as a crop. `draws`, uniform numbers (attempts, 4), must be iterable more than once."""
     return lambda width, height: random_box(width, height, draws)
 
 
 def random_box(width: int, height: int, draws: Iterable[Sequence[float]]) -> Box:
-    """A box of random area and aspect (left, top, right, bottom), from uniform numbers (attempts, 4).
+    """Return a box (left, top, right, bottom) of random area and aspect, from uniform numbers (attempts, 4).
 
-    As torchvision's RandomResizedCrop and fb.resnext.torch's RandomSizedCrop: the first attempt that fits, else the
-    central box of the nearest allowed aspect.
+    As torchvision's RandomResizedCrop and fb.resnext.torch's RandomSizedCrop: take the first attempt that fits, else
+    the central box of the nearest allowed aspect, which is not rounded to whole pixels here.
     """
     for area_draw, aspect_draw, top_draw, left_draw in draws:
         area = width * height * (_AREA[0] + area_draw * (_AREA[1] - _AREA[0]))
-        # Uniform in the logarithm, so that portrait and landscape are equally likely.
+        # Uniform in the logarithm: portrait and landscape are equally likely.
         low, high = np.log(_ASPECT)
         aspect = float(np.exp(low + aspect_draw * (high - low)))
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
@@ -71,7 +72,7 @@ def random_box(width: int, height: int, draws: Iterable[Sequence[float]]) -> Box
 
 @dataclass(frozen=True)
 class _CropDraws:
-    """Uniform numbers of a picture's keyed random crop, four an attempt; the first is at hand, and mostly enough."""
+    """The uniform numbers of an image's random crop, four per attempt. Only the first four are computed in advance."""
 
     seed: int
     epoch: int
@@ -90,6 +91,6 @@ def _attempt(seed: int, epoch: int, indices: Tensor, number: int) -> list[list[f
 
 
 def crop_draws(seed: int, epoch: int, indices: Tensor) -> list[_CropDraws]:
-    """Of each picture's keyed random crop, int64 (n,), what `random_crop` takes."""
+    """Return the argument of `random_crop` for each image, keyed by its index: int64 (n,) -> n items."""
     firsts = _attempt(seed, epoch, indices, 0)
     return [_CropDraws(seed, epoch, indices[k : k + 1], first) for k, first in enumerate(firsts)]

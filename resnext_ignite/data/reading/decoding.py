@@ -1,7 +1,7 @@
-"""One picture file to pixels: opened without trust, upright, in RGB, cropped and resized.
+"""Decode one image file: turn it upright, convert it to RGB, crop and resize it. Files are not trusted.
 
-JPEG files are decoded by libjpeg-turbo itself, faster than PIL has it do it and to the same pixels; what is not plain
-about them, and all other kinds, is PIL's.
+libjpeg-turbo decodes JPEG files directly, through simplejpeg: faster than through PIL, with the same pixels. PIL
+decodes unusual JPEG files and all other formats.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from resnext_ignite.runtime.errors import DataError
 
 Pixels = NDArray[np.uint8]
 _ORIENTATION = 0x0112
-# What makes pixels (H, W, 3) of EXIF's orientations upright (CIPA DC-008, table 6); those that lie on their side.
+# By EXIF orientation (CIPA DC-008, table 6), the function that turns pixels (H, W, 3) upright. `_SIDEWAYS` are the
+# orientations that swap width and height.
 _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
@@ -45,22 +46,22 @@ _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def open_rgb(source: ImagePath) -> Image.Image:
-    """A picture as a person sees it, in RGB: turned as its EXIF orientation says, on white where it is transparent.
+    """Open an image as a viewer shows it, in RGB: turned by its EXIF orientation, with white behind transparency.
 
-    Of 16 bits a channel the upper 8 are kept; of a film the first picture.
+    16-bit channels keep their upper 8 bits. An animation gives its first frame.
 
     Raises:
-        DataError: it cannot be read, or has more pixels than PIL thinks harmless; the line names it.
+        DataError: the file cannot be read, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`; the message names it.
     """
     with _opened(source) as picture:
         pixels = picture.width * picture.height
-        # PIL itself warns here, and refuses at twice as many.
+        # PIL only warns at this limit, and raises at twice as many pixels.
         if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{pixels} pixels are more than a picture should have ({Image.MAX_IMAGE_PIXELS})")
-        # In place: it would copy what stands upright already.
+        # In place: otherwise it copies an image that is upright already.
         ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode in _SIXTEEN_BITS:
-            # PIL's own conversion clips at 255.
+            # PIL's own conversion clips at 255, and loses the upper bits.
             levels = np.asarray(picture).astype(np.int64).clip(0, 65535)
             return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
         if picture.has_transparency_data:
@@ -70,7 +71,10 @@ def open_rgb(source: ImagePath) -> Image.Image:
 
 
 def has_size(source: ImagePath, size: int) -> bool:
-    """Whether a picture is a square of `size` pixels; true of what cannot be read, which is met when it is decoded."""
+    """Return whether an image is a square of `size` pixels.
+
+    True for a file that cannot be read: decoding reports it later.
+    """
     with contextlib.suppress(DataError), _opened(source) as picture:
         return picture.size == (size, size)
     return True
@@ -86,9 +90,9 @@ def _opened(source: ImagePath) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise DataError(f"{source}: not a picture; remove or replace it") from None
     except Exception as error:
-        # Whatever it is: PIL's readers answer damaged files with a dozen types, TypeError among them.
+        # Catch every type: PIL raises a dozen of them for damaged files, TypeError among them.
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            # The picture is not at fault: where such are skipped, it must not be.
+            # Too many open files: the image is not at fault, and a run that skips unreadable images must not skip it.
             raise
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise DataError(f"{source}: cannot be read: {reason or type(error).__name__}; remove or replace it") from None
@@ -99,15 +103,15 @@ def _file(source: ImagePath) -> IO[bytes]:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    # A pipe that nobody writes to would be waited for without end.
+    # Without O_NONBLOCK, opening a pipe that has no writer blocks for ever.
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 @contextlib.contextmanager
 def no_warnings() -> Iterator[None]:
-    """Without PIL's warnings of odd metadata, which say nothing of the pixels.
+    """Suppress warnings inside the block: PIL warns of odd metadata, which does not affect the pixels.
 
-    Never entered in a thread: the filters are the process's.
+    Do not enter it in a thread: all threads of the process share the warning filters.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -115,11 +119,12 @@ def no_warnings() -> Iterator[None]:
 
 
 def read_crop(source: ImagePath, size: int, crop: Crop, *, training: bool = False) -> Pixels:
-    """A part of a picture file, resized to a square with antialiasing: uint8 (size, size, 3).
+    """Decode a crop of an image file and resize it to a square with antialiasing: uint8 (size, size, 3).
 
-    In evaluation as torchvision's Resize before its CenterCrop, where pixels beyond the part weigh in at its edge. In
-    training as its RandomResizedCrop, cut out first; and where the part stays larger than `size`, a JPEG is decoded at
-    a half, a quarter or an eighth of its size: several times faster for large photographs, and a little smoother.
+    Evaluation resizes before the crop, as torchvision's Resize and CenterCrop do: pixels outside the crop contribute
+    at its edge. Training crops first, as RandomResizedCrop does. In training, a JPEG is decoded at a half, a quarter or
+    an eighth of its size if the crop is then still at least `size` pixels wide and high: several times faster for large
+    images, and a little smoother.
 
     Raises:
         DataError: as `open_rgb`.
@@ -134,14 +139,15 @@ def read_crop(source: ImagePath, size: int, crop: Crop, *, training: bool = Fals
     if pixels is None:
         pixels = np.array(open_rgb(source))
         box = crop(pixels.shape[1], pixels.shape[0])
-    # At a fraction, a crop rarely begins with a pixel; rounded, it would move by up to half of one.
+    # After scaled decoding the box is usually fractional: resize with a sub-pixel box, because rounding would shift
+    # the crop by up to half a pixel.
     cut = training and _of_pixels(box)
     return cut_and_resized(pixels, size, box) if cut else resized(pixels, size, box)
 
 
 @dataclass(frozen=True)
 class WholeJpeg:
-    """The bytes of a JPEG file that any decoder can be given, its size in pixels, and which part is asked for."""
+    """The bytes of a JPEG file that any decoder can decode, its size in pixels, and the requested crop box."""
 
     content: bytes
     width: int
@@ -150,10 +156,11 @@ class WholeJpeg:
 
 
 def undecoded(source: ImagePath, size: int, crop: Crop) -> WholeJpeg | None:
-    """A JPEG file in YCbCr, upright and with an end, of which whole pixels are to be cut out; None: `read_crop` it.
+    """Read a JPEG file and its training crop without decoding it; None if the file needs `read_crop`.
 
-    What is cut off ends without the marker of an end, and decoders differ in what they make of it. A part of many times
-    `size` is smaller work where it is decoded at a fraction.
+    The file must be in YCbCr, upright, and end with an EOI marker: decoders differ in their result for a truncated
+    file. The box must be in whole pixels. A side over `_MOST_SHRUNK` times `size` is left to `read_crop`, which decodes
+    at a fraction of the size and does less work.
     """
     plain = _PlainJpeg.of(source)
     if plain is None or plain.space != "YCbCr" or plain.orientation != 1 or plain.content[-2:] != b"\xff\xd9":
@@ -168,13 +175,13 @@ def _of_pixels(box: Box) -> bool:
 
 
 def _halvings(factor: float) -> int:
-    # Of 8 pixels a side a JPEG's blocks have: at most three times.
+    # A JPEG block has 8 x 8 pixels, and can be halved at most three times.
     return min(3, int(math.log2(factor))) if factor >= 1 else 0
 
 
 @dataclass(frozen=True)
 class _PlainJpeg:
-    """A JPEG file that needs nothing but decoding and turning upright, and its size in pixels once it is."""
+    """A JPEG file that only needs decoding and turning upright. `width` and `height` are those of the upright image."""
 
     content: bytes
     width: int
@@ -184,7 +191,7 @@ class _PlainJpeg:
 
     @classmethod
     def of(cls, source: ImagePath) -> _PlainJpeg | None:
-        """None where it is none, or cannot be read: PIL says why."""
+        """Read a file; None if it is no plain JPEG or cannot be read. PIL then decodes it or reports the error."""
         try:
             content = _content(source)
             height, width, space, _ = simplejpeg.decode_jpeg_header(content)
@@ -192,7 +199,7 @@ class _PlainJpeg:
             return None
         if space not in ("YCbCr", "Gray", "RGB") or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             return None
-        # Where it stands, in Exif or XMP: PIL finds it.
+        # The orientation may be in Exif or in XMP; PIL reads both.
         head = content[: _scan(content)]
         orientation = _orientation(content) if b"Exif\x00\x00" in head or b"tiff:Orientation" in head else 1
         if orientation in _SIDEWAYS:
@@ -200,7 +207,7 @@ class _PlainJpeg:
         return cls(content, width, height, orientation, space)
 
     def decode(self, halvings: int) -> Pixels | None:
-        """Of its whole size, or halved so often, in RGB: (H, W, 3); None where something is wrong with it."""
+        """Decode to RGB at 1 / 2**halvings of the size: uint8 (H, W, 3); None if the decoder reports an error."""
         height, width = (self.width, self.height) if self.orientation in _SIDEWAYS else (self.height, self.width)
         least = (-(-side // 2**halvings) for side in (height, width))
         try:
@@ -212,7 +219,7 @@ class _PlainJpeg:
 
 
 def _content(source: ImagePath) -> bytes:
-    """A file's bytes, in one read; none where it is no JPEG."""
+    """Return the bytes of a JPEG file, read at once; empty if the file is no JPEG."""
     if not isinstance(source, str):
         with source.open() as file:
             content = file.read()
@@ -226,11 +233,11 @@ def _content(source: ImagePath) -> bytes:
 
 
 def _scan(content: bytes) -> int:
-    """Where the first scan of a JPEG begins, behind all that is said of the picture (ITU-T T.81, annex B)."""
+    """Return the offset of the first scan of a JPEG; all metadata lies before it (ITU-T T.81, annex B)."""
     place = 2
     while content[place : place + 1] == b"\xff" and content[place + 1 : place + 2] != b"\xda":
         place += 2 + int.from_bytes(content[place + 2 : place + 4])
-    # What is not made like this is searched to its end.
+    # If the markers are not as the standard requires, the caller searches the whole file.
     return place if content[place : place + 2] == b"\xff\xda" else len(content)
 
 
@@ -239,24 +246,24 @@ def _orientation(content: bytes) -> int:
         with Image.open(io.BytesIO(content)) as picture:
             return int(picture.getexif().get(_ORIENTATION, 1))
     except Exception:
-        # Damaged metadata, of which PIL has many things to say: it will say them itself.
+        # PIL raises many types of errors for damaged metadata. Treat the file as upright.
         return 1
 
 
 def resized(pixels: Pixels, size: int, box: Box) -> Pixels:
-    """A part of a picture (H, W, 3) as (size, size, 3), as if the whole were resized first."""
+    """Resize a box of an image with PIL, as if the whole image were resized: uint8 (H, W, 3) -> (size, size, 3)."""
     if pixels.shape[:2] == (size, size) and box == (0, 0, size, size):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box))
 
 
 def cut_and_resized(pixels: Pixels, size: int, box: Box) -> Pixels:
-    """A part of a picture (H, W, 3) that begins and ends with a pixel, as (size, size, 3).
+    """Crop an image to a box of whole pixels, then resize it: uint8 (H, W, 3) -> (size, size, 3).
 
-    By torch, in half the time of PIL; it rounds alike but for a level.
+    torch needs half the time of PIL here. Its rounding differs from PIL's by at most one level of 255.
     """
     left, top, right, bottom = map(int, box)
-    # In one piece: torch is several times slower with a part of a picture. (H, W, 3) -> (1, 3, H, W) and back: only
-    # the view changes.
+    # Copy to contiguous memory: torch's resize is several times slower on a slice of an image. (H, W, 3) ->
+    # (1, 3, H, W) and back only change the view.
     planes = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right])).permute(2, 0, 1)[None]
     return functional.resize(planes, [size, size], antialias=True)[0].permute(1, 2, 0).numpy()

@@ -1,6 +1,6 @@
-"""JPEG files decoded on a device: the workers read them, the main process has the device decode, crop and resize.
+"""Decode JPEG files on a device: workers read the files; the main process decodes, crops and resizes on the device.
 
-What is no plain JPEG is decoded in the workers, and what the device refuses beside it: `imagefolder.py` says how.
+`decoding.py` decodes the other files in the workers, and in the main process those that the device refuses.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# Of decoded pictures at once: 200 MB of a device's memory.
+# Decoded pixels at a time: 200 MB of the device's memory.
 _PIXELS_AT_ONCE = 2**26
 _NO_BOX: Box = (0.0, 0.0, 0.0, 0.0)
 
 
 class Part(NamedTuple):
-    """A picture's part of a batch's bytes: a JPEG file and what is kept of it, or pixels (size, size, 3)."""
+    """One image in the bytes of a batch: a JPEG file with its crop box, or decoded pixels (size, size, 3).
+
+    `length` is in bytes; `width` and `height` are in pixels, and 0 for decoded pixels.
+    """
 
     length: int
     width: int = 0
@@ -45,17 +48,17 @@ class Part(NamedTuple):
 
 
 class JpegReader(Dataset[Any]):
-    """A batch's files at a time, in a worker, as `ImageReader` its pictures.
+    """Reads the files of one batch in a worker, undecoded where possible. `ImageReader` decodes all of them instead.
 
-    (epoch, positions, ahead) -> ((bytes, parts), epoch, positions, unreadable).
+    (epoch, positions, ahead) -> ((bytes, parts), epoch, positions, unreadable), as for `ImageReader`.
 
-    One tensor uint8 (bytes,) holds the batch: each travels through shared memory, a file descriptor each.
+    One tensor uint8 (bytes,) holds the batch, because each tensor in shared memory needs a file descriptor.
 
     Args:
         files: the split.
-        crop_seed: key of random-resized crops.
+        crop_seed: key of the random-resized crops.
         fill: as for `ImageFiles.read`.
-        sizes: of the pictures in each epoch; None: that of the split's.
+        sizes: side of the images in each epoch; None: that of the split.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class JpegReader(Dataset[Any]):
         self.files, self.crop_seed, self.fill, self.sizes = files, crop_seed, fill, sizes
 
     def files_of(self, epoch: int) -> ImageFiles:
-        """The split, its pictures of the size that they have in an epoch."""
+        """Return the split with the image size of an epoch (from 1)."""
         return self.files if self.sizes is None else replace(self.files, size=self.sizes.at(epoch))
 
     def __getitem__(
@@ -80,7 +83,7 @@ class JpegReader(Dataset[Any]):
             content, parts, unreadable = self._read(torch.tensor(positions, dtype=torch.int64), epoch)
             return (content, parts), epoch, positions, unreadable
         except DataError as error:
-            # Returned, since an error raised in a worker arrives wrapped in its traceback.
+            # Return it: an error that a worker raises reaches the main process wrapped in its traceback.
             return error
 
     def _read(self, positions: Tensor, epoch: int) -> tuple[Tensor, list[Part], dict[int, str]]:
@@ -88,7 +91,7 @@ class JpegReader(Dataset[Any]):
         crops = files.crops(positions, key)
         jpegs: list[WholeJpeg | None] = [None] * len(positions)
         with no_warnings():
-            # As they lie: of a shard, one pass over its bytes.
+            # Read in file order: one forward pass over each shard.
             for place in positions.argsort().tolist():
                 jpegs[place] = undecoded(files.paths[int(positions[place])], files.size, crops[place])
         others = [place for place, jpeg in enumerate(jpegs) if jpeg is None]
@@ -106,46 +109,47 @@ class JpegReader(Dataset[Any]):
 
 
 class JpegDecoder:
-    """JPEG files to pixels, on a CPU by libjpeg-turbo, on a GPU by nvJPEG."""
+    """Decodes JPEG files: with libjpeg-turbo on a CPU, with nvJPEG on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def decode(self, contents: Sequence[Tensor]) -> list[Tensor | None]:
-        """Files uint8 (bytes,) -> RGB uint8 (3, H, W) on the device, in order; None for a file that it refuses."""
+        """Decode files uint8 (bytes,) to RGB uint8 (3, H, W) on the device, in order; None for a refused file."""
         if self.device.type == "cuda":
-            # nvJPEG has a stream of its own, which waits for nobody: the memory that it is given must be free by then.
+            # nvJPEG works on its own stream, which waits for no other. Synchronize first: pending kernels of the
+            # current stream may still use the memory that nvJPEG gets.
             torch.cuda.current_stream(self.device).synchronize()
         try:
             return list(decode_jpeg(list(contents), ImageReadMode.RGB, self.device))
         except RuntimeError:
-            # One that is refused spoils the whole list.
+            # One refused file fails the whole list: decode the files one by one.
             return [None] if len(contents) == 1 else [self.decode([content])[0] for content in contents]
 
 
 class DeviceDecoding:
-    """What a JpegReader read to pictures on a device.
+    """Decodes the batches of a `JpegReader` on a device.
 
     Args:
-        reader: what reads; a file that the device refuses is read as its `files` are in the workers.
-        decoder: decodes, and says on which device the rest is done.
+        reader: reads the batches. Its `files` also decode a file that the device refuses, in the main process.
+        decoder: decodes the JPEG files. Crop and resize run on its device.
     """
 
     def __init__(self, reader: JpegReader, decoder: JpegDecoder) -> None:
         self.reader, self.decoder = reader, decoder
-        # Its own, so that waiting for it is not waiting for the network.
+        # A stream of its own: synchronizing it does not wait for the network's kernels.
         self.stream = torch.cuda.Stream(decoder.device) if decoder.device.type == "cuda" else None
         self._warned = False
 
     def finished(
         self, batches: Generator[tuple[tuple[Tensor, list[Part]], int, Tensor, dict[int, str]], None, None]
     ) -> Iterator[tuple[Tensor, int, Tensor, dict[int, str]]]:
-        """Pictures uint8 (n, size, size, 3) in the place of their files; `batches` end with this, however it ends.
+        """Yield each batch with images uint8 (n, size, size, 3) in place of its files; close `batches` at the end.
 
         Raises:
-            DataError: a file that the device refuses cannot be read, and there is no `fill`; the line names it.
+            DataError: a file that the device refuses cannot be read, and there is no `fill`; the message names it.
         """
-        # Its workers would live as long as the traceback of an error that is raised here.
+        # Close `batches` after an error too: otherwise its workers live as long as the error's traceback.
         with contextlib.closing(batches):
             for (content, parts), epoch, positions, unreadable in batches:
                 with torch.cuda.stream(self.stream):
@@ -153,7 +157,7 @@ class DeviceDecoding:
                 if self.stream is not None:
                     network = torch.cuda.current_stream(self.decoder.device)
                     network.wait_stream(self.stream)
-                    # Else the decoder could have its memory back while the network still reads it.
+                    # Otherwise the allocator could reuse the memory for decoding while the network still reads it.
                     pictures.record_stream(network)
                 yield pictures, epoch, positions, unreadable | reasons
 
@@ -186,7 +190,7 @@ class DeviceDecoding:
         files = self.reader.files_of(epoch)
         pixels, reasons = files.read(position, (self.reader.crop_seed, epoch), self.reader.fill)
         if not reasons and not self._warned:
-            # Once: a few are no matter, and of many one is enough to look at.
+            # Warn once: a few such files do no harm, and one example is enough to find the cause of many.
             path = files.paths[int(position)]
             log.warning("data.decode: the device refuses %s; it is decoded without it, as others like it are", path)
             self._warned = True
@@ -194,7 +198,7 @@ class DeviceDecoding:
 
 
 def _at_once(parts: list[Part]) -> Iterator[list[int]]:
-    """The places of the JPEG files, so many together that what is decoded of them fits into memory."""
+    """Yield the places of the JPEG files in groups of one file, or of at most `_PIXELS_AT_ONCE` decoded pixels."""
     places: list[int] = []
     pixels = 0
     for place, part in enumerate(parts):

@@ -1,4 +1,7 @@
-"""Pictures in files, read in the workers or once into memory. How one is, is `decoding.py`'s; which, `index.py`'s."""
+"""A split as image files: read batch by batch in the workers, or once into memory.
+
+`decoding.py` decodes one file; `sources/` lists the files.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +31,15 @@ _PROBES = 64
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """A split as files, by themselves or in shards.
+    """A split as files, in folders or in tar shards.
 
     Args:
         paths: N files.
         labels: int64 (N,).
-        indices: int64 (N,), each picture's index in its whole split: the key of all that is random about it.
-        size: side of a decoded picture in pixels.
-        crop_ratio: side of the square that is kept, over the shorter side.
-        anchor: where that lies, as for `square_crop`.
+        indices: int64 (N,), the index of each image in its whole split: the key of its random numbers.
+        size: side of a decoded image in pixels.
+        crop_ratio: side of the evaluation's square crop, over the shorter side of the image.
+        anchor: place of this square, as for `square_crop`.
     """
 
     paths: ImagePaths
@@ -50,37 +53,41 @@ class ImageFiles:
         return len(self.labels)
 
     def subset(self, positions: Tensor) -> ImageFiles:
-        """The files at some positions (int64), keeping their indices."""
+        """Return the files at some positions, int64 (n,), with their indices unchanged."""
         paths = self.paths.take(positions.numpy())
         return replace(self, paths=paths, labels=self.labels[positions], indices=self.indices[positions])
 
     def contents(self) -> str:
-        """How many pictures, and what tells them from others."""
+        """Return the number of images and a hash that identifies them, as text."""
         return f"{len(self)} images, {self.paths.identity()}"
 
     def load(self, positions: Tensor) -> Tensor:
-        """Decode, crop and resize: int64 (n,) -> uint8 (n, size, size, 3); raises as `read`."""
+        """Decode, crop and resize some images: int64 (n,) -> uint8 (n, size, size, 3); raise as `read`."""
         return self.read(positions)[0]
 
     def read(
         self, positions: Tensor, crop_key: tuple[int, int] | None = None, fill: tuple[int, int, int] | None = None
     ) -> tuple[Tensor, dict[int, str]]:
-        """Decode some pictures: int64 (n,) -> uint8 (n, size, size, 3), and why some could not be read.
+        """Decode, crop and resize some images; return the pixels and the unreadable images.
 
         Args:
-            crop_key: (seed, epoch): take each picture's keyed random-resized crop; None: the square at `anchor`.
-            fill: the colour that stands for a picture that cannot be read, whose place among `positions` is then
-                returned with the reason; None: such a picture is an error.
+            positions: int64 (n,).
+            crop_key: (seed, epoch) of each image's keyed random-resized crop; None: the square at `anchor`.
+            fill: colour (uint8 values) that replaces an image that cannot be read; None: such an image is an error.
+
+        Returns:
+            Pixels uint8 (n, size, size, 3), and a dict from the place of each unreadable image among `positions` to
+            the reason.
 
         Raises:
-            DataError: a picture cannot be read and there is no `fill`, and the line names it; or there is no room.
+            DataError: an image cannot be read and there is no `fill`; the message names it. Or /dev/shm is full.
         """
         room = shared_room(len(positions), self.size, self.size, 3)
         pictures = room.numpy()
         crops = self.crops(positions, crop_key)
         unreadable: dict[int, str] = {}
         with no_warnings():
-            # As they lie: of a shard, one pass over its bytes.
+            # Read in file order: one forward pass over each shard.
             for place in positions.argsort().tolist():
                 position, crop = int(positions[place]), crops[place]
                 try:
@@ -92,7 +99,7 @@ class ImageFiles:
         return room, unreadable
 
     def crops(self, positions: Tensor, crop_key: tuple[int, int] | None) -> list[Crop]:
-        """What is kept of each picture at some positions (int64); `crop_key` as for `read`."""
+        """Return the crop of each image at some positions, int64 (n,); `crop_key` as for `read`."""
         if crop_key is None:
             return [square_crop(self.size, self.crop_ratio, self.anchor)] * len(positions)
         return [random_crop(draws) for draws in crop_draws(*crop_key, self.indices[positions])]
@@ -111,17 +118,18 @@ def decode_into_memory(
     processes: int = 1,
     threads: int | None = None,
 ) -> Images | None:
-    """Decode a whole split once, in parallel; None where it does not fit, or a picture has not `size` as it is.
+    """Decode a whole split once, in parallel. Return None if it does not fit into memory or needs resizing.
 
     Args:
-        any_size: resize pictures of other sizes instead of giving up.
-        report: draw a bar on standard error, and warn of pictures that cannot be read.
-        fill: as for `ImageFiles.read`; the label of such a picture is UNREADABLE.
-        processes: that do the same on this machine, each with as much memory.
-        threads: that decode; None: as many as there are cores.
+        files: the split.
+        any_size: resize images that are not squares of `files.size` pixels, instead of returning None.
+        report: draw a progress bar on standard error, and warn of images that cannot be read.
+        fill: as for `ImageFiles.read`; the label of an unreadable image is UNREADABLE.
+        processes: number of processes that do the same on this machine; each needs the same amount of memory.
+        threads: number of threads that decode; None: one for each core.
 
     Raises:
-        DataError: a picture cannot be read and there is no `fill`; the line names it.
+        DataError: an image cannot be read and there is no `fill`; the message names it.
     """
     needed = len(files) * files.size**2 * 3
     if processes * needed > _MEMORY_FRACTION * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
@@ -146,13 +154,13 @@ def decode_into_memory(
         return True
 
     with no_warnings():
-        # A look at a few headers spares large pictures a decoding in vain.
+        # Probe the headers of a few files first: for a split of large images this avoids useless decoding.
         step = max(1, len(files) // _PROBES)
         probes = range(0, len(files), step)
         if not any_size and not all(has_size(files.paths[position], files.size) for position in probes):
             return None
         bar: Any = tqdm(total=len(files), desc="decoding", unit=" images", disable=None if report else True)
-        # Threads: PIL decodes outside the interpreter's lock.
+        # Threads are enough: the decoders release the GIL.
         with bar, ThreadPoolExecutor(max_workers=threads or len(os.sched_getaffinity(0))) as pool:
             for start in range(0, len(files), 1024):
                 fits = list(pool.map(decode, range(start, min(start + 1024, len(files)))))

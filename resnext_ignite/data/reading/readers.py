@@ -1,4 +1,4 @@
-"""Files to pictures in worker processes, a batch at a time, in the order in which they are asked for."""
+"""Decode image files in worker processes: one batch at a time, in the requested order."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from resnext_ignite.data.reading.image_files import ImageFiles
 from resnext_ignite.data.reading.workers import ignore_signals, watched
 from resnext_ignite.runtime.errors import DataError
 
-# Pictures uint8 (n, size, size, 3), epoch, positions int64 (n,), and by place in the batch why some are unreadable.
+# Pixels uint8 (n, size, size, 3), epoch, positions int64 (n,), and a dict from the place of each unreadable image in
+# the batch to the reason.
 Decoded = tuple[Tensor, int, Tensor, dict[int, str]]
 
 
 class ImageReader(Dataset[Any]):
-    """A batch at a time, in a worker process: (epoch, positions, ahead) -> (pictures, epoch, positions, unreadable).
+    """Decodes one batch in a worker process: (epoch, positions, ahead) -> (pixels, epoch, positions, unreadable).
 
-    Positions are plain numbers: each tensor travels through shared memory, a file descriptor each. `ahead` are groups
-    of files that later batches will ask for.
+    Positions are a list of integers, because each tensor in shared memory needs a file descriptor. `ahead` lists groups
+    of files (`TrainOrder`) that later batches need.
 
     Args:
         files: the split.
-        crop_seed: key of random-resized crops; None: the centre.
+        crop_seed: key of the random-resized crops; None: the square crop at `files.anchor`.
         fill: as for `ImageFiles.read`.
-        sizes: of the pictures in each epoch; None: that of the split's.
-        augment: what makes other pictures of them (`Augment.on_pixels`); None: they are given as they are.
+        sizes: side of the images in each epoch; None: that of the split.
+        augment: applies `Augment.on_pixels` to the decoded images; None: they are returned unchanged.
     """
 
     def __init__(
@@ -56,10 +57,10 @@ class ImageReader(Dataset[Any]):
         try:
             pictures, unreadable = files.read(places, crop_key, self.fill)
         except DataError as error:
-            # Returned, since an error raised in a worker arrives wrapped in its traceback.
+            # Return it: an error that a worker raises reaches the main process wrapped in its traceback.
             return error
         if self.augment is not None:
-            # Back into the memory that the main process reads.
+            # Copy back into the shared memory that the main process reads.
             pictures.copy_(self.augment.on_pixels(self.augment.pad(pictures), None, epoch, files.indices[places]))
         return pictures, epoch, positions, unreadable
 
@@ -71,13 +72,17 @@ def decoded(
     device: torch.device,
     ahead: Iterable[list[int]] | None = None,
 ) -> Generator[tuple[Any, int, Tensor, dict[int, str]], None, None]:
-    """What a reader makes of (epoch, positions int64 (n,)), in as many workers; for a GPU in pinned memory.
+    """Yield the reader's result for each batch, in order; in pinned memory if `device` is a GPU.
 
     Args:
-        ahead: beside each batch, groups of files that later ones will ask for; None: not told.
+        reader: an `ImageReader` or `JpegReader`.
+        batches: (epoch, positions int64 (n,)) of each batch.
+        workers: number of worker processes; 0: read in this process.
+        device: where the batches are used.
+        ahead: for each batch, groups of files that later batches need; None: no read-ahead.
 
     Raises:
-        DataError: the reader gave one, or a worker is dead.
+        DataError: the reader returned one, or a worker is dead.
     """
     loader = DataLoader(
         reader,
@@ -89,7 +94,7 @@ def decoded(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
-        # Its own generator: drawing the workers' seeds from torch's would change that one's state.
+        # A generator of its own: drawing the workers' seeds must not change the state of torch's default generator.
         generator=torch.Generator(),
     )
     for pictures, epoch, positions, unreadable in watched(loader):

@@ -1,4 +1,4 @@
-"""Processes that decode: what a DataLoader does not say, or says in a traceback, when they or their memory fail."""
+"""Supervision of DataLoader workers: one-line errors when a worker dies or its shared memory or descriptors run out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from resnext_ignite.runtime.errors import DataError, errors_of_data
 from resnext_ignite.runtime.signals import STOP_SIGNALS, die_with_parent, signals_blocked
 
 _SHM_FULL = "/dev/shm is full: enlarge it (docker run --shm-size=8g) or set data.workers=0"
-# What torch says where a batch cannot be handed over for want of a file descriptor, by plain RuntimeErrors.
+# torch raises a plain RuntimeError with one of these texts if the process has no file descriptor left for a batch.
 _NO_DESCRIPTOR = re.compile(r"Too many open files|items of ancdata")
 _ADVICE = {
     signal.SIGKILL: "as when memory runs out; lower data.workers or give the machine more memory",
@@ -32,26 +32,30 @@ _ADVICE = {
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave a signal to the process group to the main process: it saves, then ends its workers; end with it."""
+    """Ignore the stop signals in a worker, and kill the worker when the main process dies.
+
+    A signal to the process group also reaches the workers; the main process saves first, then ends them.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # torch's worker asks whether its parent has changed: never, where that died before it asked first.
+    # torch's watchdog looks for a change of the parent's pid. It finds none if the parent dies before the watchdog
+    # starts.
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         die_with_parent(parent.pid, signal.SIGKILL)
 
 
 def shared_room(*shape: int) -> Tensor:
-    """Room for a batch, uint8 of a shape; in a worker, in the memory that the main process reads.
+    """Allocate a uint8 tensor for a batch; in a worker, in memory that it shares with the main process.
 
     Raises:
-        DataError: there is none left.
+        DataError: /dev/shm is full, or the process has no file descriptor left.
     """
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     try:
-        # Decoded into, it is not copied there afterwards; and left to the queue's own thread, a failure is printed,
-        # the batch lost, and waited for without end.
+        # Decoding directly into shared memory saves a copy. It also reports a failure: the queue's feeder thread would
+        # only print it and lose the batch, and the main process would wait for ever.
         storage = torch.UntypedStorage._new_shared(math.prod(shape))
     except (RuntimeError, OSError) as error:
         raise DataError(f"{_SHM_FULL} ({' '.join(str(error).split())})") from None
@@ -59,23 +63,25 @@ def shared_room(*shape: int) -> Tensor:
 
 
 def watched(loader: DataLoader[Any]) -> Iterator[Any]:
-    """What a loader gives; a DataError among it is raised. Its workers end with this, however it ends.
+    """Yield the items of a loader and check its workers; kill them at the end, also after an error.
 
     Raises:
-        DataError: a worker gave one, could not be started or is dead, or /dev/shm is full.
+        DataError: an item is a DataError, a worker could not be started or is dead, or /dev/shm or the file descriptors
+            are exhausted.
     """
     others = set(multiprocessing.active_children())
     workers: list[BaseProcess] = []
     items: Iterator[Any] = iter(())
-    # Deaf to SIGTERM, workers that a traceback keeps until the process exits would keep it from exiting.
+    # Workers ignore SIGTERM. A traceback can hold them until the process exits; kill them then, or multiprocessing
+    # joins them for ever.
     end = Finalize(None, _end, (workers,), exitpriority=0)
     try:
         try:
             items = _start(loader)
         finally:
-            # Some may run where starting the next one failed.
+            # If a worker fails to start, those before it run already.
             workers += [child for child in multiprocessing.active_children() if child not in others]
-            # After torch's own, which would wait for each: the last that is registered is the first that is called.
+            # Register after torch's own handlers, which wait for each worker: atexit calls the last one first.
             atexit.register(end)
         while True:
             _check(workers)
@@ -84,7 +90,7 @@ def watched(loader: DataLoader[Any]) -> Iterator[Any]:
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                # A broken connection may be seen a moment before the death that broke it.
+                # A broken connection can arrive shortly before the death of the worker that caused it.
                 _check(workers, patience=1.0)
                 with errors_of_data("data workers"):
                     if _NO_DESCRIPTOR.search(str(error)):
@@ -94,7 +100,7 @@ def watched(loader: DataLoader[Any]) -> Iterator[Any]:
                 raise item
             yield item
     finally:
-        # torch's own end first: it asks them, through queues whose locks a killed one would keep.
+        # Shut down through torch first: it uses queues, and a killed worker could hold their locks for ever.
         del items
         end()
         atexit.unregister(end)
@@ -103,10 +109,10 @@ def watched(loader: DataLoader[Any]) -> Iterator[Any]:
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     handler = signal.getsignal(signal.SIGCHLD)
     try:
-        # A worker begins with them blocked, and ignores them before it could hear one.
+        # A worker starts with the stop signals blocked: none can reach it before `ignore_signals` runs.
         with signals_blocked():
             if loader.num_workers:
-                # Asked for before torch does, which leaves a traceback behind.
+                # Fail here if no semaphore is available: a failure inside torch also prints a traceback.
                 multiprocessing.Lock()
             return iter(loader)
     except OSError as error:
@@ -114,7 +120,8 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
         raise DataError(f"data workers cannot be started: {reason}") from None
     finally:
         if signal.getsignal(signal.SIGCHLD) is not handler:
-            # torch's raises in the middle of whatever runs when a worker dies, a save too; here each batch asks.
+            # torch's handler raises wherever the main process is when a worker dies, even during a save. `watched`
+            # checks the workers before each batch instead.
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 

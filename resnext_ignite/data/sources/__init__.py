@@ -1,1 +1,1 @@
-"""Where images come from: CIFAR's archives, folders, tar shards, and the images that this package draws."""
+"""The sources of images: CIFAR's archives, image folders, tar shards, and the generated data set `shapes`."""

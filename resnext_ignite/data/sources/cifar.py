@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 through torchvision: its download and checksums, each file checked before it is opened."""
+"""CIFAR-10 and CIFAR-100, with torchvision's download and checksums. Each file is checked before it is opened."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torchvision.datasets.utils import extract_archive
 from resnext_ignite.data.images import Images
 from resnext_ignite.runtime.errors import DataError, StorageError, data_error, errors_of_data
 
-# facebookresearch/ResNeXt: 125.3 123.0 113.9 and 63.0 62.1 66.7, of 255.
+# As in facebookresearch/ResNeXt: 125.3, 123.0, 113.9 and 63.0, 62.1, 66.7, on a scale of 0 to 255.
 MEAN, STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
-# As the data sets' own files list them; a checkpoint of another system has only their number.
+# The names in the data sets' own files. A checkpoint of another system only has the number of classes.
 _CIFAR100 = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
 caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
@@ -37,18 +37,24 @@ _DATASETS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def prepare_cifar(name: str, root: Path, *, download: bool) -> None:
-    """Have the checked files of a data set in `root`: unpack the archive that lies there, or download it.
+    """Check that the files of a data set are in `root`; if not, unpack the archive there, or download it first.
 
-    Files that are missing are unpacked once more; one that differs is never replaced in silence.
+    A missing file is unpacked again. A file with a wrong checksum is an error, and is never replaced.
+
+    Args:
+        name: cifar10 or cifar100.
+        root: folder of the archive and of the unpacked files.
+        download: download the archive if files are missing and `root` does not hold it.
 
     Raises:
-        DataError: a file is missing or its checksum is wrong, with both sums.
-        StorageError: there is no room to unpack it.
+        DataError: a file is missing and cannot be downloaded, or its checksum is wrong; the message has both checksums.
+        StorageError: there is no space to unpack the archive.
     """
     if download:
         with contextlib.suppress(OSError):
             root.mkdir(parents=True, exist_ok=True)
-    # The first ranks of several machines may come to one folder at once. One that cannot be written, nobody changes.
+    # The first ranks of several machines may prepare one shared folder at the same time: lock it. A folder that is not
+    # writable needs no lock, because nobody changes it.
     shared = root.is_dir() and os.access(root, os.W_OK)
     with errors_of_data(root), FileLock(root / f".{name}.lock") if shared else contextlib.nullcontext():
         _prepare(_DATASETS[name], root, download=download)
@@ -82,13 +88,13 @@ def _prepare(dataset: type[CIFAR10], root: Path, *, download: bool) -> None:
 
 
 def load_cifar(name: str, root: Path, split: str) -> tuple[Images, tuple[str, ...]]:
-    """A split ("train" or "test") whose files `prepare_cifar` has checked, and the names of the classes.
+    """Load a split ("train" or "test") that `prepare_cifar` has checked; return it with the names of the classes.
 
     Raises:
-        DataError: the files are not there, or no longer what was checked.
+        DataError: a file is missing, or was changed after the check.
     """
     try:
-        # torchvision checks all sums once more before it opens a pickle.
+        # torchvision checks all checksums again before it opens a pickle.
         dataset = _DATASETS[name](str(root), train=split == "train", download=False)
     except (RuntimeError, OSError) as error:
         raise DataError(f"{root}: {name} cannot be read: {' '.join(str(error).split())}") from None

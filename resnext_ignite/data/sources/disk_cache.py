@@ -1,4 +1,4 @@
-"""Arrays kept in the user's cache folder, and believed only while nothing that they were made from has changed."""
+"""Arrays cached in the user's cache folder, and used only while their source is unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from resnext_ignite.runtime.storage import write_durably
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
 UNCHANGED_S = 2.0
-"""Seconds after which a file's times are believed: one that changes within a tick of the clock may leave them alone."""
+"""Age in seconds from which a file's times are reliable: two changes within one clock tick can have the same time."""
 
 
 def get_or_build(
@@ -31,16 +31,18 @@ def get_or_build(
     find: Callable[[], list[Array]],
     worth_keeping: Callable[[list[Array]], bool],
 ) -> list[Array]:
-    """What is known of a folder, as it was kept for the folder's state, or found now and kept.
+    """Return the arrays that are cached for a folder's current state; else build them, and cache them.
 
     Args:
-        kind: of what is known, a part of the kept file's name.
-        names: of the arrays, in their order.
-        state_of: gives when what they are made from was last changed, in seconds, and all that would tell a change.
-        find: makes the arrays.
-        worth_keeping: whether they took long to find.
+        kind: kind of the arrays, a part of the cache file's name.
+        folder: the source of the arrays.
+        names: names of the arrays, in order.
+        state_of: returns the time of the source's last change (seconds since the epoch) and a text that differs after
+            any change.
+        find: builds the arrays.
+        worth_keeping: returns whether arrays take long enough to build to be cached.
     """
-    # Before the state: what changes while it is taken is then young.
+    # Take the time before the state: a change in between then counts as too recent to cache.
     path, now = _kept_path(kind, folder), time.time()
     changed_s, state = state_of()
     arrays = _read_kept(path, state, names)
@@ -52,15 +54,15 @@ def get_or_build(
 
 
 def _kept_path(kind: str, folder: Path) -> Path:
-    """Where what is known of a folder is kept (below `XDG_CACHE_HOME`)."""
-    # Without a home it stays "~", where nothing can be kept.
+    """Return the path of the cache file of a folder (below `XDG_CACHE_HOME`, by default ~/.cache)."""
+    # Without a home directory, "~" is not expanded, and no cache is written or found there.
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return home / "resnext_ignite" / f"{kind}-{name}.safetensors"
 
 
 def _read_kept(path: Path, state: str, names: Sequence[str]) -> list[Array] | None:
-    """The arrays of these names, if they are whole and of this state."""
+    """Return the cached arrays; None if they are missing, damaged, or of another state."""
     try:
         arrays = load_file(path)
         found = [arrays[name] for name in names]
@@ -72,7 +74,7 @@ def _read_kept(path: Path, state: str, names: Sequence[str]) -> list[Array] | No
 
 
 def _keep(path: Path, state: str, arrays: dict[str, Array]) -> None:
-    """Keep arrays for a state; where that is not possible, say so in the log of details."""
+    """Write arrays to the cache for a state; if that fails, only log it at debug level."""
     seal = np.frombuffer(_seal(state, list(arrays.values())).encode(), np.uint8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +84,7 @@ def _keep(path: Path, state: str, arrays: dict[str, Array]) -> None:
 
 
 def _seal(state: str, arrays: Sequence[Array]) -> str:
-    # A letter that changed would be a missing file; a count, wrong labels that nobody notices.
+    # Cover the arrays too: a damaged name would be a missing file, and a damaged count would give wrong labels.
     seal = hashlib.sha256(state.encode())
     for array in arrays:
         seal.update(array.tobytes())

@@ -1,4 +1,4 @@
-"""Which pictures a folder holds: listed once, kept compactly, and read back while none of its folders has changed."""
+"""The images of an image folder: listed once, cached on disk, and listed again when one of its folders has changed."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from resnext_ignite.data.sources.disk_cache import Array, get_or_build
 from resnext_ignite.data.sources.paths import Paths
 from resnext_ignite.runtime.errors import DataError, data_error
 
-# ImageNet's, as torchvision publishes them.
+# Those of ImageNet, as published by torchvision.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _VERSION = 1
-# Fewer files are listed faster than a person would notice.
+# Listing fewer files takes no noticeable time.
 _WORTH_KEEPING = 20_000
 
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """The pictures of a folder, sorted by class and name.
+    """The images of a folder, sorted by class and name.
 
     Args:
         paths: N files, as class/file below the folder.
         labels: int64 (N,).
-        classes: the names that labels stand for.
+        classes: the names of the labels.
     """
 
     paths: Paths
@@ -41,15 +41,17 @@ class ImageIndex:
 
 
 def index_images(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageIndex:
-    """The pictures of `root/split`.
+    """List the images of `root/split`.
 
-    A large folder's list is kept in the user's cache folder (`XDG_CACHE_HOME`), with the times of all folders in it.
+    The list of a large folder is cached in the user's cache folder (`XDG_CACHE_HOME`), with the times of its class
+    folders.
 
     Args:
-        classes: the classes there may be (those of the training split); None: the folders are the classes.
+        classes: the allowed classes (those of the training split); None: the class folders define them.
 
     Raises:
-        DataError: no such folder, no class, a class without a picture, or one that training does not know.
+        DataError: a folder cannot be read, there is no class, a class has no image or is not in `classes`, or a link
+            is broken.
     """
     folder = root / split
     found = _class_folders(folder, split)
@@ -70,11 +72,15 @@ def index_images(root: Path, split: str, classes: tuple[str, ...] | None = None)
 
 
 def folder_classes(root: Path, split: str) -> tuple[str, ...]:
-    """The classes of `root/split`, without a look at the pictures; raises DataError where there are none."""
+    """Return the classes of `root/split` without listing the images.
+
+    Raises:
+        DataError: the folder cannot be read, has no class, or holds a broken link.
+    """
     return tuple(_class_folders(root / split, split))
 
 
-# Where each name starts int64 (N + 1,), the names' letters uint8, and how many each class has int64 (C,).
+# Start of each name, int64 (N + 1,); bytes of all names, uint8; number of images of each class, int64 (C,).
 _PARTS = ("starts", "letters", "counts")
 
 
@@ -83,7 +89,7 @@ def _class_folders(folder: Path, split: str) -> list[str]:
     found = sorted(entry.name for entry in entries if entry.is_dir())
     for entry in entries:
         if entry.is_symlink() and not os.path.exists(entry.path):
-            # It would have been a class.
+            # The link may have pointed to a class folder.
             raise DataError(f"{entry.path}: a link to {os.readlink(entry.path)}, which is not there")
     if not found:
         raise DataError(f"{folder}: holds no class folder; an imagefolder holds {split}/<class>/*.jpg")
@@ -113,12 +119,12 @@ def _entries(folder: Path, split: str) -> list[os.DirEntry[str]]:
 
 
 def _state_of(folder: Path, classes: list[str]) -> tuple[float, str]:
-    """When a folder or one of its classes was last changed, and all that would tell another list from this one."""
+    """Return the time of the last change of any class folder (seconds), and a hash of all that determines the list."""
     try:
         stats = [os.stat(folder / name) for name in classes]
     except OSError as error:
         raise data_error(error.filename, error, "it was there a moment ago") from None
-    # The time of change besides that of modification, which copying programs set back.
+    # Use ctime besides mtime: copying programs restore mtime.
     folders = [
         (name, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in zip(classes, stats, strict=True)
     ]

@@ -1,6 +1,6 @@
-"""What pictures are read from; and many file names in two arrays.
+"""Interfaces of the files that images are read from, and `Paths`, a compact list of file names.
 
-What a million names cost is their letters, and workers share them untouched.
+`Paths` stores all names in two arrays: a million names need little memory, and forked workers share it.
 """
 
 from __future__ import annotations
@@ -18,42 +18,48 @@ _BETWEEN = b"\n"
 
 
 class ArchivedFile(Protocol):
-    """A picture's file inside another; its string names it."""
+    """An image file inside an archive. `str()` of it names the file in messages."""
 
     def open(self) -> IO[bytes]:
-        """Its bytes; raises OSError or EOFError."""
+        """Return the file's bytes as a stream.
+
+        Raises:
+            OSError: they cannot be read.
+            EOFError: the archive is too short.
+        """
 
 
 ImagePath = str | ArchivedFile
-"""A picture's file: where it lies, or what opens it."""
+"""An image file: its path, or an object that opens it."""
 
 
 class ImagePaths(Protocol):
-    """Many pictures' files."""
+    """A sequence of image files."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, position: int) -> ImagePath: ...
     def take(self, positions: NDArray[np.int64]) -> ImagePaths:
-        """Some of them, int64 (n,)."""
+        """Return the files at some positions: int64 (n,) -> n files."""
 
     def identity(self) -> str:
-        """What tells them from others, in a few words."""
+        """Return a short text with a hash that identifies the files."""
 
     def read_ahead(self, groups: Sequence[int]) -> None:
-        """Prepare groups of them (`TrainOrder`'s) to be read soon; by themselves files have none."""
+        """Prepare groups of files (see `TrainOrder`) to be read soon. Plain files have no groups."""
 
 
 @dataclass(frozen=True)
 class Paths(Sequence[str]):
     """Paths below a folder.
 
-    A list of as many strings would be copied into each worker, page by page, as its objects' references are counted.
+    Forked workers share these arrays. They would copy a list of strings page by page, because each access changes a
+    reference count.
 
     Args:
-        folder: what all of them begin with; may be empty.
-        letters: uint8, the names, a line feed between two.
-        starts: int64 (N + 1,), where each begins, and where a next one would.
-        chosen: int64 (n,), which of them these are, in this order; None: all.
+        folder: the start of all paths; may be empty.
+        letters: uint8, the bytes of the names, separated by line feeds.
+        starts: int64 (N + 1,), the start of each name in `letters`, and the start that a further name would have.
+        chosen: int64 (n,), the names that belong to this object, in this order; None: all.
     """
 
     folder: str
@@ -63,7 +69,7 @@ class Paths(Sequence[str]):
 
     @classmethod
     def of(cls, names: Sequence[str], folder: str = "") -> Paths:
-        """Of names below a folder."""
+        """Build the paths from names below a folder."""
         encoded = [os.fsencode(name) for name in names]
         lengths = np.fromiter((len(name) + len(_BETWEEN) for name in encoded), np.int64, len(encoded))
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -77,7 +83,7 @@ class Paths(Sequence[str]):
     @overload
     def __getitem__(self, position: slice) -> list[str]: ...
     def __getitem__(self, position: int | slice) -> str | list[str]:
-        """A path; of a slice, those paths as a list."""
+        """Return a path, or for a slice a list of paths."""
         if isinstance(position, slice):
             return [self[place] for place in range(*position.indices(len(self)))]
         return os.path.join(self.folder, os.fsdecode(self._name(range(len(self))[position])))
@@ -87,17 +93,17 @@ class Paths(Sequence[str]):
         return self.letters[self.starts[place] : self.starts[place + 1] - len(_BETWEEN)].tobytes()
 
     def take(self, positions: NDArray[np.int64]) -> Paths:
-        """Some of them, int64 (n,), sharing the names."""
+        """Return the paths at some positions, int64 (n,); they share the arrays of names."""
         return replace(self, chosen=positions if self.chosen is None else self.chosen[positions])
 
     def digest(self) -> str:
-        """The sha256 of the names below the folder, a line feed between two, in hexadecimal."""
+        """Return the sha256 of the names below the folder, separated by line feeds, in hexadecimal."""
         names = self.letters.tobytes() if self.chosen is None else _BETWEEN.join(map(self._name, range(len(self))))
         return hashlib.sha256(names).hexdigest()
 
     def identity(self) -> str:
-        """The hash of the names below the folder, in order."""
+        """Return a text with the hash of the names below the folder, in order."""
         return f"sha256 of names {self.digest()[:16]}"
 
     def read_ahead(self, groups: Sequence[int]) -> None:
-        """Nothing: each is read once an epoch, from wherever it lies."""
+        """Do nothing: plain files have no groups."""

@@ -1,7 +1,7 @@
-"""`shapes`: ten classes of textured shapes on cluttered grounds, 32x32, drawn from a seed without any file.
+"""`shapes`: ten classes of textured shapes on cluttered backgrounds, 32x32 pixels, generated without any file.
 
-Every picture is a pure function of (split, index). Hard enough that a linear model fails, since place, size, turn,
-colours and texture say nothing of the class; easy enough that a small ResNeXt learns it in a minute.
+Every image is a pure function of (split, index). Position, size, rotation, colours and texture do not depend on the
+class, so a linear model fails; a small ResNeXt learns the classes in a minute.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SEED = 29
 _CHUNK = 1024
 _CLUTTER = 2
 
-# Each shape in its own coordinates, about one unit across from the middle: negative inside.
+# A shape in its own coordinates, with a radius of about one unit: a function that is negative inside the shape.
 _Inside = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -58,7 +58,7 @@ _SHAPES: tuple[_Inside, ...] = (
 
 
 def load_shapes(split: str, count: int | None = None) -> Images:
-    """Draw a split ("train" or "test"): `count` pictures (8,192 and 2,000 where None), class = index % 10."""
+    """Draw a split ("train" or "test") of `count` images (None: 8,192 or 2,000). The class is the index modulo 10."""
     count = count or (TRAIN_SIZE if split == "train" else TEST_SIZE)
     indices = torch.arange(count)
     pictures = torch.cat([_draw(chunk, int(split != "train")) for chunk in indices.split(_CHUNK)])
@@ -66,12 +66,12 @@ def load_shapes(split: str, count: int | None = None) -> Images:
 
 
 def _draw(indices: Tensor, stream: int) -> Tensor:
-    """uint8 (N, 32, 32, 3) of int64 (N,)."""
+    """Draw the images of some indices: int64 (N,) -> uint8 (N, 32, 32, 3). `stream` is 0 for train, 1 for test."""
     drawn = iter(range(Purpose.SHAPES, Purpose.SHAPES + 100))
 
     def draw(low: float = 0.0, high: float = 1.0, width: int = 1) -> Tensor:
         columns = [uniform(_SEED, stream, indices, next(drawn)) for _ in range(width)]
-        # (N, 1, 1, width): over rows and columns alike.
+        # (N, 1, 1, width), to broadcast over rows and columns.
         return low + (high - low) * torch.stack(columns, dim=-1)[:, None, None, :]
 
     axis = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
@@ -89,7 +89,7 @@ def _draw(indices: Tensor, stream: int) -> Tensor:
         u = (x - cx) * angle.cos() + (y - cy) * angle.sin()
         v = (y - cy) * angle.cos() - (x - cx) * angle.sin()
         canvas = torch.lerp(canvas, draw(0, 1, 3), _coverage(_box(u, v, 0.4, 0.05), draw(0.9, 1.0)))
-    # A colour at least half the range away from the ground's in the middle of the scale of each channel.
+    # In each channel, 0.3 to 0.6 from the ground's colour, in the direction of the middle of the scale.
     color = torch.where(ground > 0.5, ground - draw(0.3, 0.6, 3), ground + draw(0.3, 0.6, 3))
     texture = color + draw(0.0, 0.18) * waves(8, 24)
     scale, angle = draw(0.5, 0.75), draw(-0.5, 0.5)
@@ -107,5 +107,5 @@ def _draw(indices: Tensor, stream: int) -> Tensor:
 
 
 def _coverage(inside: Tensor, scale: Tensor) -> Tensor:
-    """How much of a pixel a shape covers, 0 to 1, from its distance in units of `scale` half pictures."""
+    """Return the fraction of a pixel that a shape covers, from `inside` in units of `scale` half image sides."""
     return (0.5 - inside * scale * SIZE / 2).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Everything around the iterations of a run, attached in one place: here the order of handlers is decided."""
+"""Attach all handlers of a run to its trainer; this file alone fixes their order."""
 
 from __future__ import annotations
 
@@ -75,8 +75,9 @@ def attach_handlers(
     )
     log_point.save_due = saver.due_inside_epoch
 
-    # Before the update: its learning rate. After it: the slow weights, the average of what they leave, then the
-    # metrics, which refuse a bad number before anything below can write what came of it.
+    # Before the update: its learning rate. After it: Lookahead's slow weights, then the moving average of the resulting
+    # weights, then the log point. The log point raises an error for a non-finite number, so that no handler below can
+    # write a result of it.
     parts.lr_scheduler.attach(trainer, Events.ITERATION_STARTED)
     lookahead = build_lookahead(config, parts.model)
     if lookahead is not None:
@@ -86,7 +87,7 @@ def attach_handlers(
         parts.average.attach(trainer)
     trainer.add_event_handler(Events.EPOCH_STARTED, log_point.begin_epoch)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, log_point)
-    # Evaluation, with what follows from it: best and stops first, so that the logs can name them.
+    # Evaluation and its consequences: first the best record and stops, so that the logs below can report them.
     trainer.add_event_handler(Events.STARTED, evaluation.before_training)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, evaluation)
     trainer.add_event_handler(RunEvents.EVALUATED, best)
@@ -97,7 +98,7 @@ def attach_handlers(
         status = StatusFile(run.folder, best, metadata)
         _attach_writers(config, parts, loaders, run, status)
 
-    # The resume point comes last, when everything it has to remember has happened; only then the best one's file.
+    # The resume point comes last, after every event that it must record; `best.pt` is written only after it.
     trainer.add_event_handler(Events.ITERATION_COMPLETED, saver.at_iteration)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, epoch_ends)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.at_epoch_end)
@@ -146,7 +147,7 @@ def _run_state(
 
 
 def _attach_writers(config: Config, parts: Parts, loaders: Loaders, run: OpenRun, status: StatusFile) -> None:
-    """Console, metrics, the last evaluation and status: what rank 0 says of a run as it goes."""
+    """Attach what rank 0 reports during a run: console, metrics, last evaluation and status."""
     run.folder.start(config)
     if run.state is not None:
         status.last = run.state["errors"]["last"]
@@ -160,7 +161,7 @@ def _attach_writers(config: Config, parts: Parts, loaders: Loaders, run: OpenRun
 def _attach_plots(
     config: Config, parts: Parts, loaders: Loaders, run: OpenRun, saver: SaveCheckpoints, epoch_ends: EpochEnds
 ) -> None:
-    """TensorBoard, `curves.png` and `mistakes.png`, on rank 0; after everything whose figures they show."""
+    """Attach TensorBoard, `curves.png` and `mistakes.png` on rank 0, after the handlers whose metrics they show."""
     trainer, classes = parts.trainer, loaders.data.classes
     if config.logging.curves:
         curves = Curves(run.folder, run.folder.path.name)
@@ -170,13 +171,14 @@ def _attach_plots(
     trainer.add_event_handler(Events.COMPLETED, MistakesPlot(run.folder, splits, classes))
     if not config.logging.tensorboard:
         return
-    # Not at the top: a run without TensorBoard does not wait for it to load.
+    # Not at the top of the file: a run without TensorBoard need not load it.
     from resnext_ignite.training.handlers.tensorboard import AugmentedSheet, MistakeSheets, TensorBoard
 
     new = run.state is None
     resumed = -1 if run.state is None else run.state["trainer"]["iteration"]
     pending = run.state is not None and epoch_ends.outstanding(run.state, config.train.epochs)
-    # A process that was killed may have written the points of an epoch's end that is made again at this iteration.
+    # If the resumed run repeats the end of an epoch, a killed process may already have written its points at this
+    # iteration: purge them too. The log point of this iteration is not repeated; `write_metrics` restores it.
     board = TensorBoard(run.folder, resumed if pending else resumed + 1)
     board.attach(trainer, config, parts.model, loaders.data.selection, new=new)
     if run.state is not None and pending:
@@ -192,7 +194,7 @@ def _attach_plots(
     trainer.add_event_handler(Events.COMPLETED, lambda engine: board.close())
 
     def close_and_raise(engine: Engine, error: BaseException) -> None:
-        # What was said before a run failed is what tells why.
+        # Write the pending points: those before a failure help to explain it.
         board.close()
         raise error
 

@@ -1,4 +1,4 @@
-"""Averages of the weights over a run: Lookahead's slow weights, the moving average, and its BatchNorm statistics."""
+"""Averages of the weights over a run: Lookahead, the moving average, and the BatchNorm statistics of the latter."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from resnext_ignite.runtime.errors import ConfigError
 
 
 class Lookahead:
-    """Slow weights that follow the trained ones every so often, and from which these go on (arXiv:1907.08610, alg. 1).
+    """Lookahead (arXiv:1907.08610, algorithm 1): slow weights step towards the trained ones, which continue from them.
 
-    The optimizer's momentum and BatchNorm's statistics go on as they are. After the last iteration of `max_epochs` the
-    weights are the slow ones; a run that ends before, by patience or a target, keeps those that it was judged by.
-    Attach it to ITERATION_COMPLETED, before what averages or measures the weights.
+    The optimizer's momentum and the BatchNorm statistics are not changed. After the last iteration of `max_epochs`, the
+    model has the slow weights. A run that ends earlier, for example by patience or target, keeps the weights that were
+    evaluated. Attach it to ITERATION_COMPLETED, before handlers that average or measure the weights.
 
     Args:
-        model: the raw model, with the weights at which the run starts.
+        model: the unwrapped model, with its initial weights.
         every: iterations between two steps of the slow weights.
-        alpha: share of the way to the weights that such a step goes.
+        alpha: fraction of the distance to the trained weights that a step covers.
     """
 
     def __init__(self, model: nn.Module, every: int, alpha: float) -> None:
@@ -47,7 +47,7 @@ class Lookahead:
         torch._foreach_copy_(fast, slow)
 
     def state_dict(self) -> dict[str, Any]:
-        """The slow weights, by their names in the model."""
+        """Return the slow weights, by their names in the model."""
         return {"slow": dict(self._slow)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -56,15 +56,15 @@ class Lookahead:
 
 
 class WeightAverage(EMAHandler):
-    """Ignite's moving average of weights and BatchNorm statistics, updated in a handful of fused calls.
+    """Ignite's moving average of weights and BatchNorm statistics, updated by a few fused calls.
 
-    Ignite's own loops over all tensors (hundreds of small kernels an iteration), and by default shares the live
-    model's BatchNorm buffers.
+    Ignite's update loops over all tensors (hundreds of small kernels per iteration), and by default its average shares
+    the BatchNorm buffers of the trained model.
 
     Args:
-        model: the raw model.
-        decay: weight of the old average an iteration.
-        start: iterations after which the average begins; until then it is the model.
+        model: the unwrapped model.
+        decay: weight of the old average in each iteration's update.
+        start: iterations after which averaging begins; until then, the average equals the model.
     """
 
     def __init__(self, model: nn.Module, decay: float, start: int = 0) -> None:
@@ -72,7 +72,7 @@ class WeightAverage(EMAHandler):
         self.start = start
 
     def _update_ema_model(self, engine: Engine, name: str) -> None:
-        # A weight of 1 copies, bit for bit.
+        # lerp with weight 1 is an exact copy.
         weight = getattr(engine.state, name) if engine.state.iteration > self.start else 1.0
         with torch.no_grad():
             ours, theirs = self._floats(self.ema_model), self._floats(self.model)
@@ -88,18 +88,18 @@ class WeightAverage(EMAHandler):
 
 
 class FreshStatistics:
-    """Takes the BatchNorm statistics of an averaged model anew: those of averaged weights are not averaged statistics.
+    """Re-estimates the BatchNorm statistics of an averaged model: averaged statistics do not fit averaged weights.
 
-    They become the mean, over the micro-batches of the first `batches` iterations of the epoch that was just trained
-    (all, where it has fewer), of this rank's share of each; ghost batches are not told apart, what is frozen keeps its
-    own. They depend on the weights, the seed and the epoch alone, and are still to be averaged over ranks. Call it
-    right before an evaluation.
+    The new statistics are a mean over micro-batches: those of the first `batches` iterations of the epoch that has just
+    been trained, or of all its iterations if it has fewer. Each rank uses its own slice of a micro-batch, without
+    division into ghost batches. Frozen layers keep their statistics. The result depends only on the weights, the seed
+    and the epoch; the caller must still average it over ranks. Call it right before an evaluation.
 
     Args:
-        model: is never trained itself.
-        loader: the training batches; it is left as it is.
-        batches: iterations.
-        dtype: arithmetic of the forward pass (autocast; float32: none).
+        model: the averaged model; it is never trained directly.
+        loader: the training batches; it is not changed.
+        batches: number of iterations.
+        dtype: precision of the forward pass (autocast; float32: disabled).
     """
 
     def __init__(self, model: nn.Module, loader: TrainLoader, batches: int, dtype: torch.dtype) -> None:
@@ -108,7 +108,7 @@ class FreshStatistics:
         self._norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d) and norm.training]
         model.eval()
         for norm in self._norms:
-            # Each batch counts as much as every other.
+            # None: the plain mean over all batches.
             norm.momentum = None
             if isinstance(norm, GhostBatchNorm2d):
                 norm.ghost_batch = len(loader.order.share)
@@ -122,7 +122,7 @@ class FreshStatistics:
             norm.train()
         autocast = torch.autocast(loader.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with contextlib.closing(iter(loader)) as batches, autocast:
-            # No further: of the next epoch's images none is trained on yet.
+            # Stop at the end of the epoch: the loader would go on with the next epoch, which is not trained yet.
             for batch in itertools.islice(batches, min(self.batches, len(loader))):
                 for images in batch.images.chunk(loader.order.accumulate):
                     self.model(images)
@@ -130,10 +130,10 @@ class FreshStatistics:
 
 
 def build_average(config: Config, model: nn.Module, iterations_per_epoch: int) -> WeightAverage | None:
-    """The moving average of a config, or None where it has none.
+    """Build the moving average of a config; None if the config has none.
 
     Raises:
-        ConfigError: `train.ema_horizon` is not even two iterations.
+        ConfigError: `train.ema_horizon` is shorter than two iterations.
     """
     train = config.train
     if not train.averages:
@@ -153,13 +153,13 @@ def build_average(config: Config, model: nn.Module, iterations_per_epoch: int) -
 def build_fresh_statistics(
     config: Config, average: WeightAverage | None, loader: TrainLoader
 ) -> FreshStatistics | None:
-    """What takes the statistics of a config's average anew, or None where they are averaged."""
+    """Build the re-estimation of the average's BatchNorm statistics; None if the config does not request it."""
     if average is None or not config.train.ema_reestimate_bn:
         return None
     return FreshStatistics(average.ema_model, loader, config.train.ema_reestimate_bn, DTYPES[config.train.precision])
 
 
 def build_lookahead(config: Config, model: nn.Module) -> Lookahead | None:
-    """The Lookahead of a config, or None where it has none."""
+    """Build the Lookahead of a config; None if the config has none."""
     train = config.train
     return Lookahead(model, train.lookahead, train.lookahead_alpha) if train.lookahead else None

@@ -1,4 +1,4 @@
-"""Saving and resuming a run: what belongs to its state, when it is written, and which older files may go."""
+"""Saving and resuming a run: what its state contains, when it is saved, and which older files are deleted."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Stateful(Protocol):
 
 
 class RunState:
-    """The one manifest of all that a run is, collected and restored.
+    """The complete state of a run: collects it for a checkpoint and restores it.
 
     Args:
-        metadata: plain values that go into every file (config, classes, normalisation, ...).
-        parts: model, ema, optimizer, lr_scheduler, scaler: by the name under which they are saved; None: absent.
-        handlers: handlers with a state.
-        errors: gives the records of the last and the best evaluation.
+        metadata: plain values for every file (config, classes, normalisation, ...).
+        parts: model, ema, optimizer, lr_scheduler and scaler, by the names under which they are saved; None: absent.
+        handlers: handlers with a state, by name.
+        errors: returns the records of the last and the best evaluation.
     """
 
     def __init__(
@@ -59,16 +59,17 @@ class RunState:
         self.handlers, self.errors = handlers, errors
 
     def collect(self) -> dict[str, Any]:
-        """The state as plain values and tensors, of which nothing is changed; to be called on all ranks.
+        """Return the state as plain values and tensors, without changing it; call it on all ranks.
 
         Raises:
-            NonFiniteError: something in it is not finite, on any rank: a finite gradient may make such an update.
+            NonFiniteError: a tensor of the state is not finite: even a finite gradient can cause such an update.
         """
         parts: dict[str, Any] = {name: None if part is None else part.state_dict() for name, part in self.parts.items()}
         own: dict[str, dict[str, torch.Tensor]] = {}
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
-                # What the file is evaluated with is the ranks' mean; each goes on with its own, now and when resumed.
+                # A model from the file uses the mean over ranks. Each rank continues with its own statistics, now and
+                # after a resume.
                 parts[name] |= averaged_statistics(part, self.ranks)
                 own[name] = {key: buffer.cpu() for key, buffer in own_statistics(part, self.ranks).items()}
         self._refuse_what_is_not_finite(parts)
@@ -78,13 +79,13 @@ class RunState:
             **parts,
             "handlers": {name: handler.state_dict() for name, handler in self.handlers.items()},
             "errors": self.errors(),
-            # Nothing of this project draws from torch's generators while it trains; a model with dropout would.
+            # This project does not use torch's generators during training; a model with dropout would.
             "generators": self.ranks.gather_on_rank_zero(_generator_states()),
             "statistics": self.ranks.gather_on_rank_zero(own),
         }
 
     def _refuse_what_is_not_finite(self, parts: dict[str, Any]) -> None:
-        # The same verdict on all ranks: they share the weights, and the mean of their statistics is each one's.
+        # All ranks reach the same result: they have the same weights, and `parts` holds the mean of their statistics.
         bad = _not_finite(parts)
         if bad is not None:
             raise NonFiniteError(
@@ -93,7 +94,11 @@ class RunState:
             )
 
     def restore(self, state: dict[str, Any], max_epochs: int) -> None:
-        """Put a saved state back; on another number of ranks all go on with the mean of what was each one's own."""
+        """Restore a saved state.
+
+        With another number of ranks, all ranks start from the mean of the BatchNorm statistics, and the states of the
+        random generators are not restored.
+        """
         for name, part in self.parts.items():
             if part is not None:
                 part.load_state_dict(state[name])
@@ -111,11 +116,11 @@ class RunState:
 
 
 def _not_finite(parts: Any) -> str | None:
-    """The dotted name of a tensor that holds an infinity or a NaN; None where there is none. Waits for the device."""
+    """Return the dotted name of a tensor with an infinity or a NaN; None if there is none. Wait for the device."""
     tensors = dict(_floats(parts, ""))
     if not tensors:
         return None
-    # A norm of infinite order is the largest magnitude, and NaN where there is one.
+    # The infinity norm is the largest magnitude, or NaN if the tensor has a NaN.
     largest = torch.stack([norm.cpu().double() for norm in torch._foreach_norm(list(tensors.values()), torch.inf)])
     return next((name for name, ok in zip(tensors, largest.isfinite().tolist(), strict=True) if not ok), None)
 
@@ -140,9 +145,9 @@ def _generator_states() -> dict[str, torch.Tensor]:
 
 
 def last_handled_epoch(state: dict[str, Any]) -> int:
-    """The last epoch of a saved state whose handlers of EPOCH_COMPLETED have done their work.
+    """Return the last epoch of a saved state whose EPOCH_COMPLETED handlers have all run.
 
-    Older files do not say it: the end of each of their epochs counts as handled.
+    Files of older versions do not record it: all their complete epochs count as handled.
     """
     noted: dict[str, int] | None = state["handlers"].get("epoch_ends")
     trainer = state["trainer"]
@@ -150,19 +155,19 @@ def last_handled_epoch(state: dict[str, Any]) -> int:
 
 
 class SaveCheckpoints:
-    """Writes resume points and keeps the newest ones; attach `at_iteration`, then `at_epoch_end`, last of all.
+    """Writes resume points and keeps the newest ones; attach `at_iteration`, then `at_epoch_end`, after all others.
 
-    Not Ignite's Checkpoint: it removes the old file before it writes the new one, and syncs neither. An older file
-    goes only after the new one is written, synced and verified.
+    Ignite's Checkpoint is not used: it removes the old file before it writes the new one, and syncs neither. This class
+    deletes an older file only after the new one is written, synced and verified.
 
     Args:
-        folder: of the checkpoint files.
+        folder: folder of the checkpoint files.
         every_epochs, every_iterations, keep: as the config keys.
-        unreadable: resume points that could not be read when the run was resumed; they are left, and not counted.
-        stop: a stop by signal or time limit is saved at the iteration at which it was agreed, any other after its
-            evaluation.
-        best: whose improvements are saved too, and then kept as `best.pt`.
-        before: is called before every save (flushes logs).
+        unreadable: resume points that could not be read at the resume; they are neither deleted nor counted.
+        stop: at a signal or the time limit, the state is saved at the iteration on which the ranks agree; at any other
+            stop, after its evaluation.
+        best: the best record; each improvement is saved too, also as `best.pt`.
+        before: called before every save (flushes logs).
     """
 
     def __init__(
@@ -183,30 +188,31 @@ class SaveCheckpoints:
         self.unreadable, self.before = unreadable, before
 
     def due_inside_epoch(self, iteration: int) -> bool:
-        """Whether an iteration is saved that does not end an epoch."""
+        """Return whether an iteration is saved if it does not end an epoch."""
         return bool(self.every_iterations) and iteration % self.every_iterations == 0
 
     def at_iteration(self, engine: Engine) -> None:
-        """Save inside an epoch; its last iteration is saved after the evaluation, unless the run stops there."""
+        """Save inside an epoch; the end of an epoch is saved after its evaluation, unless the run stops there."""
         iteration, length = engine.state.iteration, engine.state.epoch_length or 1
         stopping = self.stop.reason >= StopReason.TIME_LIMIT
         if iteration == length * (engine.state.max_epochs or 0):
-            # The end of the run: only its evaluation is left, and then it is saved for good.
+            # The end of the run: only the evaluation remains, and the final save follows it.
             return
         if stopping or (self.due_inside_epoch(iteration) and iteration % length):
             self._save(engine)
 
     def at_epoch_end(self, engine: Engine) -> None:
-        """Save after the evaluation; where a signal came during it, what there is to save without it."""
+        """Save after the evaluation; if a signal interrupted the evaluation, save the state without it."""
         epoch = engine.state.epoch
         due = epoch % self.every_epochs == 0 or epoch == engine.state.max_epochs
         if due or self.stop.reason or self._is_best():
             self._save(engine)
 
     def save_best(self, engine: Engine) -> None:
-        """Keep `best.pt`; attach it after `at_epoch_end`. A run can do without: a full disk is warned of.
+        """Write `best.pt` if this iteration is the best so far; attach it after `at_epoch_end`.
 
-        Only where a resume point knows of it: before, a death would leave a run whose best weights are gone.
+        A resume point must record this best evaluation first. Otherwise, a crash between the two would lose the weights
+        of the best evaluation that the resume point records. A failed write only causes a warning.
         """
         if not self._is_best():
             return
@@ -218,7 +224,7 @@ class SaveCheckpoints:
             self.best.withdraw()
 
     def restore_best(self) -> None:
-        """Write `best.pt` again, where the run died between the resume point of the best evaluation and that."""
+        """Write `best.pt` if the run died after the resume point of the best evaluation and before `best.pt`."""
 
         def is_there() -> bool:
             try:
@@ -241,7 +247,7 @@ class SaveCheckpoints:
         return content
 
     def best_weights(self) -> dict[str, torch.Tensor] | None:
-        """The weights that were best, on all ranks; None, with a warning, where `best.pt` does not hold them."""
+        """Return the best weights on all ranks; None, with a warning, if `best.pt` does not hold them."""
 
         def read() -> dict[str, torch.Tensor] | None:
             try:
@@ -267,7 +273,7 @@ class SaveCheckpoints:
             checksum_path(old).unlink(missing_ok=True)
 
     def save_as(self, name: str) -> None:
-        """Write the state under a name of its own (`best.pt`, `final.pt`)."""
+        """Write the state under a fixed name (`best.pt`, `final.pt`)."""
         content = self.state.collect()
         if self.state.ranks.rank == 0:
             self.before()

@@ -1,4 +1,4 @@
-"""Evaluating a run: when, with which weights, what is recorded, which was best, and when that ends the run."""
+"""Evaluation during a run: when it is due, what it records, which record is best, and when a result ends the run."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _METRICS = ("images", "correct", "top1_error", "top5_error", "loss")
 
 
 class _AbandonedError(Exception):
-    """An evaluation that ends before its last batch, since the run is asked to stop."""
+    """Ends an evaluation before its last batch, because a stop of the run is requested."""
 
 
 class Evaluation:
-    """Evaluates when it is due and fires RunEvents.EVALUATED with `engine.state.evaluation`, a record.
+    """Evaluates when it is due, sets `engine.state.record` and `.evaluation`, and fires RunEvents.EVALUATED.
 
-    Attach it to EPOCH_COMPLETED, and `before_training` to STARTED. `state.record` is what `metrics.jsonl` holds;
-    `state.evaluation` has the confusion matrix and the worst mistakes besides. Where a signal asks for a stop it is
-    given up, on all ranks at the same batch, and the run ends; the resumed run makes it (`session.EpochEnds`).
+    Attach it to EPOCH_COMPLETED, and `before_training` to STARTED. `state.record` is the record that `metrics.jsonl`
+    stores; `state.evaluation` also has the confusion matrix and the worst mistakes. If a signal requests a stop, all
+    ranks abandon the evaluation at the same batch, and the run ends. The resumed run repeats it (`session.EpochEnds`).
 
     Args:
         evaluator: from `create_evaluator`.
         loader: the split on which the best epoch is chosen.
         split: its name.
-        models: whose BatchNorm statistics are averaged over ranks first; the evaluated one among them.
-        stop: agrees on stops over all ranks.
+        models: the models whose BatchNorm statistics are first averaged over ranks, including the evaluated one.
+        stop: the agreement of all ranks on stops.
         every, early: epochs, as the config keys.
-        lr: reads the learning rate at hand.
-        training: reads the figures of the epoch's training that stand in the record.
-        before: is called before an evaluation that is due, to make the model ready for it.
+        lr: returns the current learning rate.
+        training: returns the training metrics of the epoch, for the record.
+        before: called before each evaluation that is due, to prepare the model.
     """
 
     def __init__(
@@ -71,18 +71,18 @@ class Evaluation:
         self._started = time.monotonic()
 
     def due(self, epoch: int, max_epochs: int) -> bool:
-        """Whether the end of an epoch (0: the start of the run) is evaluated."""
+        """Return whether the end of an epoch (0: the start of the run) is evaluated."""
         return epoch in self.early or (epoch > 0 and epoch % self.every == 0) or epoch == max_epochs
 
     def pending(self, engine: Engine) -> bool:
-        """Whether the run stands at an evaluation that is due and not made."""
+        """Return whether an evaluation is due at the current iteration and not done yet."""
         state = engine.state
         assert state.max_epochs is not None
         at_an_end = state.iteration % (state.epoch_length or 1) == 0
         return at_an_end and state.iteration > self.last_iteration and self.due(state.epoch, state.max_epochs)
 
     def before_training(self, engine: Engine) -> None:
-        """Evaluate the weights that training starts with, if that is due; attach it to STARTED."""
+        """Evaluate the initial weights, if that is due; attach it to STARTED."""
         if engine.state.iteration == 0:
             self(engine)
 
@@ -94,7 +94,7 @@ class Evaluation:
             self.evaluate(engine, self.loader, self.split, began)
 
     def evaluate(self, engine: Engine, loader: EvalLoader, split: str, began: float | None = None) -> None:
-        """Evaluate a split now; it is told as having taken the time since `began` (None: now).
+        """Evaluate a split now; `evaluation_s` of its record counts from `began` (`time.monotonic()`; None: now).
 
         Raises:
             NonFiniteError: the loss is not finite.
@@ -131,7 +131,7 @@ class Evaluation:
         engine.fire_event(RunEvents.EVALUATED)
 
     def _meet(self, evaluator: Engine) -> None:
-        # Only at batches that every rank has: their shares may differ by one.
+        # Only at batches that every rank has: the slices of the ranks may differ by one image, and so by one batch.
         batch = evaluator.state.iteration
         if batch < self._common_batches and self._sync.due(batch):
             self._sync.exchange(batch, torch.zeros(0, dtype=torch.float64))
@@ -139,11 +139,11 @@ class Evaluation:
                 raise _AbandonedError
 
     def wall_seconds(self) -> float:
-        """Seconds of this run, over all its processes, without the time between them."""
+        """Return the seconds that this run has taken, over all its resumes, without the time between them."""
         return self._seconds_before + time.monotonic() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know not to evaluate anew, or count twice."""
+        """Return what a resumed run needs in order not to repeat an evaluation or count time twice."""
         return {"last_iteration": self.last_iteration, "records": self.records, "seconds": self.wall_seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -152,18 +152,18 @@ class Evaluation:
 
 
 class BestRecord:
-    """Keeps the record with the lowest error, and stops the run by patience, by target, or where it is hopeless.
+    """Keeps the record with the lowest error; stops the run by patience, by target, or as hopeless (`abandon`).
 
-    Not Ignite's EarlyStopping: attached as documented it forgets its count at each evaluation, takes an evaluation
-    before training for a first result, and stops one rank alone. Attach it to RunEvents.EVALUATED.
+    Ignite's EarlyStopping is not used: attached as documented, it loses its count at each evaluation, counts an
+    evaluation before training as the first result, and stops only its own rank. Attach it to RunEvents.EVALUATED.
 
     Args:
-        split: records of other splits are not considered.
-        stop: is told of patience and target, which all ranks find alike.
-        patience: evaluations without a lower error; 0: no end.
+        split: records of other splits are ignored.
+        stop: receives the decision to stop, which is the same on all ranks.
+        patience: stop after so many evaluations without a lower error; 0: never.
         min_delta: percentage points by which an error must fall to count as lower.
-        target_error: in percent; None: none.
-        abandon: errors in percent by epoch; a run that is above one after its epoch is stopped.
+        target_error: stop at this error in percent or below; None: never.
+        abandon: error limits in percent, by epoch; a run whose error after that epoch is above the limit is stopped.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class BestRecord:
         else:
             self._without += 1
         limit = self.abandon.get(record["epoch"])
-        # The last epoch leaves nothing to abandon: the run may be continued with more.
+        # Not after the last epoch: nothing is left to abandon, and the run may be continued with more epochs.
         if limit is not None and error > limit and record["epoch"] != engine.state.max_epochs:
             self.hopeless = (
                 f"abandoned: {error:.4g} % after epoch {record['epoch']}, above the {limit:g} % of evaluation.abandon"
@@ -207,11 +207,11 @@ class BestRecord:
             engine.terminate()
 
     def withdraw(self) -> None:
-        """Go back to the best before this one, whose weights could not be kept."""
+        """Restore the previous best record, because the weights of this one could not be saved."""
         self.best = self._before
 
     def verdict(self) -> StopReason:
-        """Whether the records so far end the run."""
+        """Return the reason for which the records so far end the run, or StopReason.NONE."""
         if self.target_error is not None and self.best and self.best["top1_error"] <= self.target_error:
             return StopReason.TARGET
         if self.hopeless:
@@ -219,7 +219,7 @@ class BestRecord:
         return StopReason.PATIENCE if self.patience and self._without >= self.patience else StopReason.NONE
 
     def state_dict(self) -> dict[str, Any]:
-        """Best record, patience, and why the run was abandoned, if it was."""
+        """Return the best record, the patience counter, and why the run was abandoned (empty if it was not)."""
         return {
             "best": self.best,
             "reference": self._reference,
@@ -229,20 +229,20 @@ class BestRecord:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self._reference, self._without = state["best"], state["reference"], state["without"]
-        # Runs of before this key cannot have been abandoned.
+        # Older checkpoints lack this key; their runs cannot have been abandoned.
         self.hopeless = state.get("hopeless", "")
 
 
 class FinalTest:
-    """Reads the test split once, at the end, with the weights that were best on the held-out images.
+    """Evaluates the test split once, at the end, with the weights that were best on the held-out images.
 
     Attach it to COMPLETED, after the best weights are saved.
 
     Args:
-        evaluation: records it.
-        model: the evaluated model; it is given the best weights for this, and its own back.
+        evaluation: evaluates and records the result.
+        model: the evaluated model; it gets the best weights for the test, and then its own back.
         loader: the test split.
-        best_weights: reads the best weights on every rank; None: the model's own are taken.
+        best_weights: returns the best weights on every rank, or None: the test uses the model's own weights.
     """
 
     def __init__(

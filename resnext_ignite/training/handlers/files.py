@@ -1,4 +1,4 @@
-"""The files that rank 0 keeps of a run as it goes: `metrics.jsonl`, `evaluation.json`, `status.json`."""
+"""The files that rank 0 writes during a run: `metrics.jsonl`, `evaluation.json`, `status.json`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from resnext_ignite.training.handlers.evaluation import BestRecord
 
 
 class MetricsFile:
-    """Adds each evaluation to `metrics.jsonl`; attach to RunEvents.EVALUATED."""
+    """Appends each evaluation to `metrics.jsonl`; attach it to RunEvents.EVALUATED."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
@@ -24,13 +24,13 @@ class MetricsFile:
 
 
 class EvaluationFile:
-    """Keeps the latest evaluation's confusion matrix and worst mistakes in `evaluation.json`.
+    """Writes the confusion matrix and the worst mistakes of the latest evaluation to `evaluation.json`.
 
-    Attach to RunEvents.EVALUATED after MetricsFile: where a run is cut between the two, the file is of an evaluation
-    before the last line of `metrics.jsonl`, which whoever reads both can see.
+    Attach it to RunEvents.EVALUATED after MetricsFile. If the run is interrupted between the two, `evaluation.json`
+    holds an earlier evaluation than the last line of `metrics.jsonl`; the `iteration` in both files shows this.
 
     Args:
-        classes: names, in the order of the labels.
+        classes: class names, in the order of the labels.
     """
 
     def __init__(self, folder: RunFolder, classes: tuple[str, ...]) -> None:
@@ -39,7 +39,7 @@ class EvaluationFile:
     def __call__(self, engine: Engine) -> None:
         record, result = engine.state.record, engine.state.evaluation
         confusion = result["confusion"]
-        # Most of a thousand classes' million pairs are never confused.
+        # Sparse rows (true, predicted, count): with 1,000 classes, most of the million pairs never occur.
         cells = torch.cat([confusion.nonzero(), confusion[confusion != 0][:, None]], dim=1)
         evaluation = {
             **{key: record[key] for key in ("split", "epoch", "iteration")},
@@ -52,11 +52,11 @@ class EvaluationFile:
 
 
 class StatusFile:
-    """Keeps `status.json`; attach to STARTED, RunEvents.EVALUATED, and call at the end.
+    """Writes `status.json`; attach it to STARTED and RunEvents.EVALUATED, and call it at the end.
 
     Args:
-        best: the record that is the best so far.
-        metadata: what else the file says of the run.
+        best: holds the best record so far.
+        metadata: further fields of the file.
     """
 
     def __init__(self, folder: RunFolder, best: BestRecord, metadata: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ class StatusFile:
 
     def __call__(self, engine: Engine, state: str = "running", exit_code: int | None = None, reason: str = "") -> None:
         self.last = getattr(engine.state, "record", None) or self.last
-        # A run that goes on can do without this file. One that has ended must not be left marked as running.
+        # A run in progress can do without this file, but a finished run must not stay marked as running.
         with warn_on_failure("status.json") if state == "running" else contextlib.nullcontext():
             self.folder.write_status(
                 state,

@@ -1,4 +1,4 @@
-"""The handler that belongs to the iteration itself: the log point. Averages of weights are `averaging.py`'s."""
+"""The log point: the handler that synchronises the ranks and computes the training metrics."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from resnext_ignite.training.metrics import TrainingSums
 
 
 class LogPoint:
-    """Synchronises the ranks: agrees on stops, refuses non-finite numbers, and computes the training metrics.
+    """Synchronises the ranks: agrees on stops, raises on non-finite numbers, and computes the training metrics.
 
-    Ranks synchronise about every five seconds (`SyncSchedule`) and before each save, so that nothing computed after a
-    non-finite number is evaluated or written. Log points are the synchronisations at multiples of `every_iterations`
-    and at the end of an epoch; they are the same after a resume. Attach it to ITERATION_COMPLETED.
+    Ranks synchronise about every five seconds (`SyncSchedule`), at each log point and before each save. Nothing that is
+    computed after a non-finite number is therefore evaluated or saved. Log points are the synchronisations at multiples
+    of `every_iterations` and at the end of an epoch; a resume does not change them. Attach it to ITERATION_COMPLETED.
 
-    Sets `engine.state.metrics`, over all ranks since the last log point: loss, top1_error (percent, of augmented
-    images), lr, images_per_s, skipped_updates; then fires RunEvents.METRICS_READY and RunEvents.PROGRESS.
+    It sets `engine.state.metrics`, over all ranks since the last log point: loss, top1_error (percent, of augmented
+    images), lr, images_per_s, skipped_updates. Then it fires RunEvents.METRICS_READY and RunEvents.PROGRESS.
 
     Args:
-        stop: agrees on stops over all ranks.
-        lr_at: the learning rate of an iteration, counted from 1.
-        every_iterations: distance of two log points.
-        max_skipped: unreadable images an epoch that are left out.
-        save_due: whether a checkpoint is written after an iteration inside an epoch.
+        stop: the agreement of all ranks on stops.
+        lr_at: returns the learning rate of an iteration, counted from 1.
+        every_iterations: iterations between two log points.
+        max_skipped: maximum number of unreadable images per epoch.
+        save_due: returns whether a checkpoint is written after an iteration inside an epoch.
 
     Raises:
         NonFiniteError: a loss or gradient was not finite.
-        DataError: too many images of this epoch could not be read.
+        DataError: more than `max_skipped` images of this epoch could not be read.
     """
 
-    # What is summed between log points, and over an epoch: TrainingSums', and seconds.
+    # Length of the sums since the last log point and over an epoch: those of TrainingSums, and the seconds.
     _SIZE = len(TrainingSums.NAMES) + 1
 
     def __init__(
@@ -55,7 +55,10 @@ class LogPoint:
         self._epoch = torch.zeros(self._SIZE, dtype=torch.float64)
 
     def begin_epoch(self, engine: Engine) -> None:
-        """Attach to EPOCH_STARTED: leave the time of evaluations out, and start an epoch's sums anew."""
+        """Restart the clock and, at the start of an epoch, reset its sums; attach it to EPOCH_STARTED.
+
+        The restart excludes the time of evaluations. A resume inside an epoch keeps the sums.
+        """
         self._sync.start(engine.state.iteration)
         if engine.state.iteration % (engine.state.epoch_length or 1) == 0:
             self._epoch.zero_()
@@ -77,7 +80,7 @@ class LogPoint:
             engine.terminate(skip_completed=True)
 
     def _meet(self, engine: Engine, iteration: int) -> None:
-        # (world_size, 7): the sums, the first bad iteration, seconds
+        # (world_size, 7): the five sums, the first bad iteration, the seconds
         numbers = self._sync.exchange(iteration, engine.state.sums.read_and_reset())
         first_bad = numbers[:, -2].min().item()
         if first_bad <= iteration:
@@ -105,7 +108,10 @@ class LogPoint:
             )
 
     def epoch_metrics(self) -> dict[str, float | None]:
-        """Training loss, images/s and what was left out, over the epoch so far; None before the first meeting."""
+        """Return training loss, images/s, and numbers of skipped images and updates over the epoch so far.
+
+        Loss and images/s are None before the first synchronisation.
+        """
         loss, _, images, unreadable, skipped_updates, seconds = self._epoch.tolist()
         return {
             "train_loss": loss / images if images else None,
@@ -115,7 +121,7 @@ class LogPoint:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums since the last log point and over the epoch, and the last metrics."""
+        """Return the sums since the last log point and over the epoch, and the last metrics."""
         return {"since_log": self._since_log.tolist(), "epoch": self._epoch.tolist(), "last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The image files that rank 0 draws of a run: `curves.png` and `mistakes.png`."""
+"""The plots that rank 0 draws during a run: `curves.png` and `mistakes.png`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resnext_ignite.runtime.storage import warn_on_failure
 
 
 class Curves:
-    """Draws `curves.png` after evaluations, at most every `seconds`; call `draw` at the end."""
+    """Draws `curves.png` after evaluations, at most once in `seconds`; call `draw` at the end."""
 
     def __init__(self, folder: RunFolder, name: str, seconds: float = 30) -> None:
         self.folder, self.name, self.seconds = folder, name, seconds
@@ -24,7 +24,7 @@ class Curves:
             self.draw()
 
     def draw(self) -> None:
-        """Draw now."""
+        """Draw `curves.png` now."""
         with warn_on_failure("curves.png"):
             save_figure(draw_curves({self.name: self.folder.read_metrics()}), self.folder.curves)
         self._last = time.monotonic()
@@ -34,7 +34,7 @@ class MistakesPlot:
     """Draws `mistakes.png`, the worst mistakes of the run's last evaluation; attach to COMPLETED.
 
     Args:
-        splits: the images of each split that is evaluated.
+        splits: the evaluated splits, by name.
     """
 
     def __init__(self, folder: RunFolder, splits: dict[str, Split], classes: tuple[str, ...]) -> None:

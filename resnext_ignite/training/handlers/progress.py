@@ -1,4 +1,4 @@
-"""What a run says on the console as it goes: a progress bar or lines, and each evaluation."""
+"""Console output during a run: a progress bar or log lines, and each evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def describe_evaluation(record: Record) -> str:
-    """A record of an evaluation as people say it."""
+    """Return one line of text for the record of an evaluation."""
     wrong = record["images"] - record["correct"]
     flip = f" (with mirror images {record['top1_error_flip']:.2f} %)" if "top1_error_flip" in record else ""
     return (
@@ -26,10 +26,10 @@ def describe_evaluation(record: Record) -> str:
 
 
 class Progress:
-    """Training progress: a bar where standard error is a terminal, else a line at each RunEvents.PROGRESS.
+    """Training progress: a bar if standard error is a terminal, else a line at each RunEvents.PROGRESS.
 
     Args:
-        images_per_iteration: over all ranks, for the time that is left.
+        images_per_iteration: over all ranks; for the estimate of the remaining time.
     """
 
     def __init__(self, images_per_iteration: int) -> None:
@@ -37,13 +37,13 @@ class Progress:
         self._drawn = -1
 
     def attach(self, trainer: Engine) -> None:
-        """Attach to the trainer, in the form that fits standard error."""
+        """Attach the bar or the lines, and the report of each evaluation, to the trainer."""
         trainer.add_event_handler(RunEvents.EVALUATED, self.say_evaluation)
         if not sys.stderr.isatty():
             trainer.add_event_handler(RunEvents.PROGRESS, self.say_metrics)
             return
         trainer.add_event_handler(RunEvents.PROGRESS, self._mark)
-        # Drawn at these points only: a terminal is slower than an iteration, and nothing new is known between.
+        # Draw only at these points: a terminal may be slower than an iteration, and the metrics do not change between.
         at_log_point = Events.ITERATION_COMPLETED(event_filter=lambda engine, iteration: iteration == self._drawn)
         bar = ProgressBar(file=sys.stderr)
         bar.attach(trainer, output_transform=lambda output: self._postfix(trainer), event_name=at_log_point)

@@ -1,4 +1,4 @@
-"""A trainer with its handlers attached: continued from a saved state, run, and brought to its end."""
+"""A trainer with its handlers attached: restore a saved state, train, and finish the run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run trains with. `model` is the raw one; `average` keeps its moving average, where there is one."""
+    """The parts of a training run. `model` is unwrapped; `average` keeps its moving average (None: there is none)."""
 
     model: nn.Module
     average: WeightAverage | None
@@ -49,14 +49,14 @@ class Parts:
 
 
 class EpochEnds:
-    """Knows the last epoch whose handlers of EPOCH_COMPLETED have done their work.
+    """Records the last epoch whose EPOCH_COMPLETED handlers have all run.
 
-    A stop in the last iteration of an epoch is saved at once, and a stop in an evaluation gives the evaluation up.
-    Either way the run ends before the handlers of EPOCH_COMPLETED have done their work. The resumed run therefore fires
+    A stop in the last iteration of an epoch is saved immediately, and a stop during an evaluation abandons it. In both
+    cases, the run ends before the EPOCH_COMPLETED handlers have all run. The resumed run therefore fires
     EPOCH_COMPLETED before it trains. Attach this to EPOCH_COMPLETED, right before the resume point is written.
 
     Args:
-        evaluation: one of these handlers, which has nothing to do after some epochs.
+        evaluation: one of these handlers; it does not evaluate after every epoch.
     """
 
     def __init__(self, evaluation: Evaluation) -> None:
@@ -68,18 +68,18 @@ class EpochEnds:
             self.last = engine.state.epoch
 
     def outstanding(self, state: dict[str, Any], max_epochs: int) -> bool:
-        """Whether a run that goes on from a saved state has to fire EPOCH_COMPLETED first."""
+        """Return whether a run must fire EPOCH_COMPLETED when it resumes from a saved state."""
         iteration, length = state["trainer"]["iteration"], state["trainer"]["epoch_length"]
         epoch = iteration // length
         if iteration == 0 or iteration % length:
             return False
         handled = last_handled_epoch(state) >= epoch
-        # Asked besides, since older files say no more than this.
+        # Older checkpoints do not record the handled epoch, only the last evaluation.
         evaluated = state["handlers"]["evaluation"]["last_iteration"] >= iteration
         return not handled or (self.evaluation.due(epoch, max_epochs) and not evaluated)
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch."""
+        """Return the epoch."""
         return {"last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -87,10 +87,10 @@ class EpochEnds:
 
 
 class AttachedRun:
-    """What `attach_handlers` made of a trainer.
+    """A trainer with all handlers attached, as `attach_handlers` returns it.
 
     Args:
-        status: on rank 0, `status.json`.
+        status: writes `status.json`; None on other ranks than 0.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class AttachedRun:
         self.epoch_ends, self.stop, self.status, self.run = epoch_ends, stop, status, run
 
     def resume(self, max_epochs: int) -> int:
-        """Restore the run's saved state, if there is one; the iteration from which it continues."""
+        """Restore the saved state, if there is one; return the iteration from which the run continues."""
         saved = self.run.state
         if saved is None:
             return 0
@@ -120,11 +120,11 @@ class AttachedRun:
         return trainer.state.iteration
 
     def train(self, loader: Iterable[Any], epoch_length: int, max_epochs: int) -> Record | None:
-        """Run to the end; the record of the last evaluation, or None if there was none.
+        """Train to the end; return the record of the last evaluation, or None if there was none.
 
         Raises:
-            PreemptedError: a signal stopped the run, which is saved.
-            OrphanedError: as is one of whose machines the launcher died.
+            PreemptedError: a signal stopped the run; its state is saved.
+            OrphanedError: the launcher of the ranks of a machine died; the state is saved.
         """
         trainer = self.parts.trainer
         started_at = trainer.state.iteration
@@ -133,7 +133,7 @@ class AttachedRun:
             if self._is_finished(started_at):
                 log.info(f"{self.run.folder.path} is finished already; nothing is left to do")
                 return self.state.ranks.from_rank_zero(lambda: self.run.folder.read_metrics()[-1])
-            # It was cut after its last iteration was saved: what follows that is left.
+            # The run was interrupted after its last iteration was saved: only its final handlers remain.
             self._forget_lost_evaluations()
             if outstanding:
                 trainer.fire_event(Events.EPOCH_COMPLETED)
@@ -142,7 +142,7 @@ class AttachedRun:
         else:
             self._forget_lost_evaluations()
             if outstanding:
-                # Inside the run, so that what it decides ends the run as it does elsewhere.
+                # Fire it inside `trainer.run`: a handler that terminates the run then works as usual.
                 trainer.add_event_handler(Events.STARTED, lambda engine: engine.fire_event(Events.EPOCH_COMPLETED))
             trainer.run(loader, max_epochs=max_epochs, epoch_length=epoch_length)
         ended = trainer.state.iteration >= epoch_length * max_epochs and not self.evaluation.abandoned
@@ -161,21 +161,22 @@ class AttachedRun:
         return self.state.ranks.from_rank_zero(is_finished)
 
     def _forget_lost_evaluations(self) -> None:
-        # Those after the saved state will be made again.
+        # The resumed run repeats the evaluations after the saved state.
         if self.state.ranks.rank == 0:
             self.run.folder.keep_metrics(self.evaluation.records)
 
     def _finish(self, whole: bool, started_at: int) -> Record | None:
         state = self.parts.trainer.state
         if self.stop.reason >= StopReason.SIGNAL and not whole:
-            # A barrier: no rank may report that the run is saved before rank 0 has saved it.
+            # Barrier: no rank may report "saved" until rank 0's save succeeded.
             self.state.ranks.gather(None)
             if self.stop.reason == StopReason.ORPHANED:
                 error = OrphanedError(
                     f"what started the ranks of a machine is gone: saved at iteration {state.iteration}; "
                     "continue with --resume"
                 )
-                # Agreed on; the others need not be told, who might end rank 0 while it saves.
+                # All ranks raise this error. `name_failures` does not post an error whose `quiet` is set. A posted one
+                # would make the watchers (`failures.py`) end all ranks within seconds.
                 error.quiet = self.state.ranks.rank != 0
                 raise error
             name = self.stop.signal_name

@@ -1,4 +1,4 @@
-"""TensorBoard, on rank 0: scalars, images, histograms and the config, none lost or doubled by a resume."""
+"""TensorBoard on rank 0: scalars, images, histograms and the config; a resume neither loses nor repeats any of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _EVALUATED_SCALARS = ("top1_error", "top5_error", "loss")
 
 
 class _BestEffortEvents:
-    """TensorBoard's writer as long as the disk takes what it writes; after that, with a warning, nothing."""
+    """TensorBoard's event writer, safe on a full disk: after a failed write, it warns once and drops all events."""
 
     def __init__(self, writer: Any) -> None:
         self.writer, self.failed = writer, False
@@ -60,15 +60,16 @@ class _BestEffortEvents:
 
 
 def _mute_writer_thread(arguments: threading.ExceptHookArgs) -> None:
-    # What it died of is raised again at the next event, and answered there.
+    # TensorBoard raises the error of its writer thread again at the next event; `_BestEffortEvents` handles it there.
     if type(arguments.thread).__name__ != "_AsyncWriterThread" or not isinstance(arguments.exc_value, OSError):
         threading.__excepthook__(arguments)
 
 
 def _rename_older_event_files(now: int, folder: Path) -> None:
-    """Have the event files of a folder come before one begun now: they are read in the order of their names' seconds.
+    """Rename event files so that they sort before a file that starts at `now` (Unix time in seconds).
 
-    A clock may have been set back, and a process may follow another within a second.
+    TensorBoard reads event files in the order of the seconds in their names. The clock may have been set back, and two
+    processes may start within the same second.
     """
     latest = now - 1
     for path in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
@@ -81,11 +82,11 @@ def _rename_older_event_files(now: int, folder: Path) -> None:
 
 
 class TensorBoard:
-    """Event files of a run, without a doubled point after a resume.
+    """The event files of a run, without duplicate points after a resume.
 
     Args:
-        folder: where the event files go.
-        purge_from: points from this iteration on, of a process that was killed, are purged.
+        folder: the run folder, which holds the event files.
+        purge_from: purge the points that a killed process wrote at this iteration and later.
     """
 
     def __init__(self, folder: RunFolder, purge_from: int) -> None:
@@ -98,10 +99,10 @@ class TensorBoard:
         self.writer.file_writer.event_writer = _BestEffortEvents(self.writer.file_writer.event_writer)
 
     def attach(self, trainer: Engine, config: Config, model: nn.Module, split: str, *, new: bool) -> None:
-        """Attach scalars, and histograms if asked; write the config down where the run is new.
+        """Attach scalars, and histograms if the config requests them; write the config if the run is new.
 
         Args:
-            split: whose errors stand beside the config.
+            split: the split whose errors are listed next to the config.
         """
         step = global_step_from_engine(trainer, custom_event_name=Events.ITERATION_COMPLETED)
         scalars = OutputHandler(tag="train", metric_names=list(_SCALARS), global_step_transform=step)
@@ -114,44 +115,44 @@ class TensorBoard:
             self._write_config(config, split)
 
     def write_metrics(self, metrics: dict[str, float], iteration: int) -> None:
-        """Scalars of a log point."""
+        """Write the scalars of a log point."""
         for name in _SCALARS:
             if name in metrics:
                 self.writer.add_scalar(f"train/{name}", metrics[name], iteration)
 
     def write_evaluation(self, engine: Engine) -> None:
-        """Scalars of an evaluation, by split; and histograms of the trained weights, not of their average."""
+        """Write the scalars of an evaluation, by split, and histograms of the trained (not the averaged) weights."""
         record = engine.state.record
         if self._histograms is not None and record["split"] == self._split:
-            # Their step is the iteration, as of the scalars: a resumed run purges both by it.
+            # Their step is the iteration, like that of the scalars: a resumed run purges both by iteration.
             self._histograms(engine, self.logger, Events.ITERATION_COMPLETED)
         flipped = (f"{name}_flip" for name in _EVALUATED_SCALARS if f"{name}_flip" in record)
         for name in (*_EVALUATED_SCALARS, *flipped):
             self.writer.add_scalar(f"{record['split']}/{name}", record[name], record["iteration"])
 
     def _write_config(self, config: Config, split: str) -> None:
-        """The config as text, and as a row of the HPARAMS table beside the errors that the run will log."""
+        """Write the config as text, and as a row of the HPARAMS table, next to the errors that the run will log."""
         text = "".join(f"    {line}\n" for line in dump_config(config).splitlines())
         self.writer.add_text("config", text, 0)
         plain = {
             key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
             for key, value in flatten(config).items()
         }
-        # SummaryWriter.add_hparams would draw its metrics once more, as charts of one point.
+        # Not SummaryWriter.add_hparams: it would also log the metrics as charts with a single point.
         for summary in hparams(plain, {f"{split}/{name}": 0.0 for name in _EVALUATED_SCALARS}):
             self.writer.file_writer.add_summary(summary)
 
     def flush(self) -> None:
-        """Put everything on disk; called before each checkpoint, so that none of it is missing after a resume."""
+        """Write all pending events to disk; called before each checkpoint, so that a resume loses none of them."""
         self.writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write all pending events and close the files."""
         self.logger.close()
 
 
 class AugmentedSheet:
-    """A sheet of the first batch as the model sees it; attach to the first ITERATION_COMPLETED."""
+    """Draws augmented images of the first batch, the input of the model; attach it to the first ITERATION_COMPLETED."""
 
     def __init__(self, board: TensorBoard, augment: Augment, classes: tuple[str, ...], count: int) -> None:
         self.board, self.augment, self.classes, self.count = board, augment, classes, count
@@ -166,11 +167,13 @@ class AugmentedSheet:
 
 
 class MistakeSheets:
-    """The worst mistakes and the confusion matrix, after evaluations at most every `seconds`; `draw` at the end.
+    """Draws the worst mistakes and the confusion matrix after evaluations, at most once in `seconds`.
+
+    Call `draw` at the end.
 
     Args:
-        splits: the images of each split that is evaluated.
-        count: mistakes on a sheet, of those that an evaluation keeps.
+        splits: the evaluated splits, by name.
+        count: maximum number of mistakes on a sheet.
     """
 
     def __init__(
@@ -184,7 +187,7 @@ class MistakeSheets:
             self.draw(engine)
 
     def draw(self, engine: Engine) -> None:
-        """Draw the latest evaluation now, if there was one."""
+        """Draw the latest evaluation now, if there is one."""
         record, result = getattr(engine.state, "record", None), getattr(engine.state, "evaluation", None)
         if record is None or result is None:
             return

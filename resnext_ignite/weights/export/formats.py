@@ -1,4 +1,4 @@
-"""One file in each format, checked against the model in eager mode before it is put in place."""
+"""Writers of the export formats. Each writer checks its file against the model before the file gets its final name."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from resnext_ignite.runtime.storage import replace_durably, write_durably
 from resnext_ignite.weights.export.networks import prepared, program_of, reference, traced_images
 from resnext_ignite.weights.foreign.metadata import as_strings
 
-# The one that torch's exporter writes itself; others it converts. Runtimes read it since 2023.
+# torch's exporter writes this opset directly and converts it to all others. Runtimes read it since 2023.
 OPSET = 18
+# The largest accepted difference of a logit, relative to the larger of 1 and the largest logit.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Options:
-    """What of a model is exported.
+    """The options of an export.
 
     Args:
-        uint8: the normalisation with it, so that it takes pictures as they are.
-        fold: each BatchNorm as part of the convolution before it.
+        uint8: include the normalisation, so that the model takes uint8 images, 0 to 255.
+        fold: fold each BatchNorm into the convolution before it.
     """
 
     uint8: bool = False
@@ -38,10 +39,10 @@ class Options:
 
 
 def write_onnx(path: Path, model: nn.Module, metadata: ModelMetadata, options: Options) -> float:
-    """Write an ONNX file with the weights inside; the largest difference of its logits, by onnxruntime.
+    """Write an ONNX file with the weights inside, and return the largest difference of its logits in onnxruntime.
 
     Raises:
-        CheckpointError: they differ by more than TOLERANCE from the model's; nothing is written.
+        CheckpointError: the logits differ from the model's by more than TOLERANCE; nothing is written.
     """
     import onnx
 
@@ -56,14 +57,14 @@ def write_onnx(path: Path, model: nn.Module, metadata: ModelMetadata, options: O
             output_names=["logits"],
             opset_version=OPSET,
             external_data=False,
-            # Which would fold BatchNorm as well.
+            # The optimiser folds BatchNorm too.
             optimize=options.fold,
             verbose=False,
         )
     assert program is not None
     proto = program.model_proto
     for node in proto.graph.node:
-        # Where in whose folders it was traced.
+        # Remove the stack traces, which hold local paths.
         del node.metadata_props[:]
     onnx.helper.set_model_props(proto, export_metadata(metadata, options))
     difference = 0.0
@@ -78,7 +79,7 @@ def write_onnx(path: Path, model: nn.Module, metadata: ModelMetadata, options: O
 
 
 def onnx_logits(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
-    """An ONNX file's logits, on the CPU, on so many threads; 0: as onnxruntime likes."""
+    """Return a function that computes an ONNX file's logits on the CPU; `threads` 0 is onnxruntime's default."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -88,10 +89,10 @@ def onnx_logits(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
 
 
 def write_program(path: Path, model: nn.Module, metadata: ModelMetadata, options: Options) -> float:
-    """Write what torch.export.load reads, its facts in `metadata.json`; the largest difference of its logits.
+    """Write a torch.export file with its metadata in `metadata.json`, and return the largest difference of its logits.
 
     Raises:
-        CheckpointError: as `write_onnx`.
+        CheckpointError: as in `write_onnx`.
     """
     network = prepared(model, metadata.mean, metadata.std, uint8=options.uint8, fold=options.fold)
     with _quiet():
@@ -114,10 +115,10 @@ def write_program(path: Path, model: nn.Module, metadata: ModelMetadata, options
 
 
 def write_weights(path: Path, model: nn.Module, metadata: ModelMetadata) -> None:
-    """Write the weights under this project's names, and what a checkpoint says of them, as safetensors.
+    """Write the weights, under this project's names, and their metadata as safetensors.
 
     Raises:
-        CheckpointError: what was read back is not what was written; nothing is written.
+        CheckpointError: the weights read back are not those that were written; no file remains.
     """
     from safetensors.torch import load, save
 
@@ -132,7 +133,7 @@ def write_weights(path: Path, model: nn.Module, metadata: ModelMetadata) -> None
 
 
 def export_metadata(metadata: ModelMetadata, options: Options) -> dict[str, str]:
-    """What one must know to feed an exported model and to name its answers, as strings."""
+    """Return, as strings, the metadata that is needed to feed an exported model and to name its outputs."""
     return {
         "model_name": metadata.config.model.name,
         "classes": json.dumps(metadata.classes, ensure_ascii=False),
@@ -146,9 +147,9 @@ def export_metadata(metadata: ModelMetadata, options: Options) -> dict[str, str]
 def largest_difference(
     logits: Callable[[Tensor], Tensor], model: nn.Module, metadata: ModelMetadata, options: Options
 ) -> float:
-    """Of some way's logits from the model's in eager mode, over 1 or the largest logit, whichever is larger.
+    """Return the largest difference of `logits` from the model's in eager mode, over max(1, largest logit).
 
-    On one picture of the model's size, and on three that are smaller, wider than high, and of odd sides.
+    The inputs are one image of the model's size, and a batch of three smaller images, wider than high, with odd sides.
     """
     generator = torch.Generator().manual_seed(0)
     size = metadata.image_size
@@ -160,7 +161,7 @@ def largest_difference(
         expected = reference(model, images, metadata.mean, metadata.std)
         with torch.inference_mode():
             difference = (logits(images) - expected).abs().max() / expected.abs().max().clamp(min=1)
-        # A NaN is no small one.
+        # A NaN counts as an infinite difference.
         worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
     return worst
 
@@ -179,7 +180,7 @@ def _checked(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporters say of themselves."""
+    """Suppress the warnings of torch's exporters."""
     with warnings.catch_warnings():
         for kind in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.simplefilter("ignore", kind)

@@ -1,6 +1,6 @@
-"""The README.md beside an exported model: what its checkpoint says of it, and no more.
+"""The model card (README.md) beside an exported model. It states only what the checkpoint states.
 
-As model cards on Hugging Face have it: YAML between two lines of dashes, then Markdown.
+The format is that of Hugging Face: YAML between two lines of dashes, then Markdown.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ _DATA = {
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """The file that a card stands beside.
+    """The exported file that a card describes.
 
     Args:
-        name: of the file.
-        format: as the command has it.
-        difference: the largest of its logits from the model's (`formats.py`); None: it is the weights themselves.
-        versions: of what wrote it.
+        name: name of the file.
+        format: value of the command's `--format`.
+        options: options of the export.
+        difference: largest difference of its logits from the model's (`formats.py`); None: a file of weights alone.
+        versions: versions of the packages that wrote it, by name.
     """
 
     name: str
@@ -46,7 +47,7 @@ class ExportedModel:
 
 
 def model_card(metadata: ModelMetadata, leaving: ExportedModel) -> str:
-    """The whole card, as Markdown."""
+    """Return the whole card, as Markdown."""
     name = metadata.config.model.name
     head: dict[str, Any] = {
         "pipeline_tag": "image-classification",

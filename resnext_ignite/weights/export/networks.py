@@ -1,4 +1,4 @@
-"""The network as it leaves: in evaluation mode, its BatchNorms folded, with the normalisation inside if asked for."""
+"""The network to export: in evaluation mode, if requested with folded BatchNorms and with the normalisation inside."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from resnext_ignite.models.grouped_conv import GroupedConv2d
 from resnext_ignite.models.inference import fold_batch_norm
 from resnext_ignite.models.resnext import ResNeXt
 
-# Any sizes will do but 1, which tracing takes for a constant.
+# (N, C, H, W). Any size works except 1, because tracing treats a size of 1 as a constant.
 _TRACED = (2, 3, 96, 112)
 
 
 class NormalizeUint8(nn.Module):
-    """A network behind (value / 255 - mean) / std: uint8 (N, 3, H, W), red, green, blue -> logits.
+    """A network after the normalisation (value / 255 - mean) / std: uint8 RGB (N, 3, H, W) -> logits.
 
     Args:
-        mean, std: of 0 to 1.
+        network: takes normalised images, float32 (N, 3, H, W).
+        mean, std: of red, green and blue, for values from 0 to 1.
     """
 
     scale: Tensor
@@ -32,32 +33,33 @@ class NormalizeUint8(nn.Module):
     def __init__(self, network: nn.Module, mean: Color, std: Color) -> None:
         super().__init__()
         self.network = network
-        # value / 255 / std - mean / std, one product and one sum a pixel: (1, 3, 1, 1)
+        # value / 255 / std - mean / std: one product and one sum for each value. Both buffers are (1, 3, 1, 1).
         self.register_buffer("scale", (1 / (255 * torch.tensor(std))).view(1, 3, 1, 1))
         self.register_buffer("shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) -> logits (N, num_classes)."""
+        """Map uint8 (N, 3, H, W) to logits (N, num_classes)."""
         return self.network(images.float() * self.scale + self.shift)
 
 
 class EvenMaxPool2d(nn.Module):
-    """The stem's max pooling, 3x3 with stride 2, of what is not negative, without its own padding.
+    """The stem's max pooling, 3x3 with stride 2, with separate padding; its input must not be negative.
 
-    torch.export takes an odd number of windows for a fact about every picture to come where the pooling pads; here
-    the padded side is 2n + 1 by its formula. Zeros pad as well as minus infinity where nothing is below zero.
+    If the pooling itself pads, torch.export derives a condition on the parity of the input's sides, and then rejects
+    dynamic sizes. Here the padded side is 2n + 1 by its formula. The padding is zero instead of minus infinity. The
+    result is the same, because no value is below zero.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W), after a ReLU -> (N, C, ceil(H / 2), ceil(W / 2))."""
+        """Map (N, C, H, W), after a ReLU, to (N, C, ceil(H / 2), ceil(W / 2))."""
         height, width = x.shape[2:]
-        # One row before; after it none or one: to 2 ceil(H / 2) + 1 rows.
+        # Pad one row above and none or one below, to 2 ceil(H / 2) + 1 rows. Pad columns in the same way.
         below, right = 2 * ((height + 1) // 2) - height, 2 * ((width + 1) // 2) - width
         return F.max_pool2d(F.pad(x, (1, right, 1, below)), 3, 2)
 
 
 def prepared(model: nn.Module, mean: Color, std: Color, *, uint8: bool, fold: bool) -> nn.Module:
-    """A copy that leaves: the grouped convolutions by the plain one, however they were computed in training."""
+    """Return a copy for export; its grouped convolutions use `grouped`, whatever implementation training used."""
     network = fold_batch_norm(model) if fold else copy.deepcopy(model).eval()
     for module in network.modules():
         if isinstance(module, GroupedConv2d):
@@ -67,12 +69,12 @@ def prepared(model: nn.Module, mean: Color, std: Color, *, uint8: bool, fold: bo
 
 
 def traced_images(*, uint8: bool) -> Tensor:
-    """Pictures to trace a network with."""
+    """Return zero images to trace a network with: uint8 or float32 (2, 3, 96, 112)."""
     return torch.zeros(_TRACED, dtype=torch.uint8 if uint8 else torch.float32)
 
 
 def reference(model: nn.Module, images: Tensor, mean: Color, std: Color) -> Tensor:
-    """Logits by the model itself, in eager mode: of uint8 or normalised float32 (N, 3, H, W)."""
+    """Return the model's own logits, in eager mode, of images: uint8 or normalised float32 (N, 3, H, W)."""
     if images.dtype == torch.uint8:
         images = normalize(images.permute(0, 2, 3, 1), mean, std).permute(0, 3, 1, 2)
     with torch.inference_mode():
@@ -80,15 +82,15 @@ def reference(model: nn.Module, images: Tensor, mean: Color, std: Color) -> Tens
 
 
 def program_of(network: nn.Module, *, uint8: bool) -> ExportedProgram:
-    """The network as torch.export has it, for any number of pictures of any height and width."""
+    """Export the network with torch.export, for any batch size, height and width."""
     sizes = {0: Dim("batch", min=1), 2: Dim("height", min=1), 3: Dim("width", min=1)}
-    # Else pictures so small that the last map is a single pixel are refused.
+    # Without this, torch.export rejects images so small that the last feature map is a single pixel.
     with shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         program = torch.export.export(
             _with_even_max_pool(network), (traced_images(uint8=uint8),), dynamic_shapes={"images": sizes}
         )
     for node in program.graph.nodes:
-        # Where in whose folders it was traced.
+        # Remove the stack traces, which hold local paths.
         node.meta.pop("stack_trace", None)
     return program
 

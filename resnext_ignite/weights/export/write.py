@@ -1,4 +1,4 @@
-"""One model into one format, with its card beside it."""
+"""Exports one model to one format, with its model card."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _WRITTEN_WITH = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime"), "torch-
 def export_model(
     output: Path, card: Path, model: nn.Module, metadata: ModelMetadata, format: str, options: Options
 ) -> float | None:
-    """Write a model in a format, `onnx`, `torch-export` or `safetensors`, and its card.
+    """Write a model as `onnx`, `torch-export` or `safetensors`, and its card.
 
-    Returns how far its logits are from the model's (`formats.py`); None for the weights alone.
+    Returns the largest difference of its logits from the model's (`formats.py`); None for safetensors.
 
     Raises:
-        CheckpointError: what was written is not the model; nothing is left of it.
-        OSError: likewise.
+        CheckpointError: the file does not reproduce the model; no file remains.
+        OSError: a file cannot be written; no file remains.
     """
     difference = None
     if format == "onnx":

@@ -1,1 +1,1 @@
-"""Checkpoints of other systems: recognised, read without running anything, renamed; and written back for them."""
+"""Checkpoints of other systems: recognise them, read them without running code, rename weights in both directions."""

@@ -1,4 +1,4 @@
-"""Reading a binary file that may lie: a cursor that never passes the end, and tensors no larger than their bytes."""
+"""Reads binary files that may be damaged or hostile. The cursor never passes the end of the file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LONGEST_NAME = 1000
 
 
 def content_of(file: Path) -> bytes:
-    """A file's bytes.
+    """Return a file's bytes.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     try:
         return file.read_bytes()
@@ -28,11 +28,11 @@ def content_of(file: Path) -> bytes:
 
 
 class Cursor:
-    """A place in a file's bytes, little-endian; everything read is checked against what is left of them.
+    """A position in the bytes of a little-endian file. Every read is checked against the number of bytes left.
 
     Args:
         content: the whole file.
-        file: named in errors.
+        file: path of the file, for errors.
     """
 
     def __init__(self, content: bytes, file: Path) -> None:
@@ -40,18 +40,18 @@ class Cursor:
 
     @property
     def left(self) -> int:
-        """Bytes that are not read yet."""
+        """The number of bytes that are not read yet."""
         return len(self.content) - self.position
 
     def failure(self, reason: str) -> CheckpointError:
-        """The error that says what is wrong here."""
+        """Return an error that names the file, the position and the reason."""
         return CheckpointError(f"{self.file}: byte {self.position}: {reason}")
 
     def take(self, size: int) -> memoryview:
-        """The next `size` bytes, not copied.
+        """Return the next `size` bytes, not copied.
 
         Raises:
-            CheckpointError: there are not so many; so do all that follow.
+            CheckpointError: fewer bytes are left. The methods below raise it for the same reason.
         """
         if not 0 <= size <= self.left:
             raise self.failure(f"{size} bytes are said to follow, {self.left} do; damaged or cut off")
@@ -59,22 +59,22 @@ class Cursor:
         return memoryview(self.content)[self.position - size : self.position]
 
     def integer(self, code: str) -> int:
-        """One integer, `code` as in struct."""
+        """Read one integer; `code` is its format character in `struct`."""
         return int(struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0])
 
     def integers(self, code: str, count: int) -> tuple[int, ...]:
-        """`count` integers."""
+        """Read `count` integers; `code` is their format character in `struct`."""
         return struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(f"<{code}")))
 
     def count(self, code: str, size: int) -> int:
-        """How many things follow, each of at least `size` bytes."""
+        """Read a number of items, each of at least `size` bytes, and check that so many bytes follow."""
         count = self.integer(code)
         if not 0 <= count * size <= self.left:
             raise self.failure(f"a count of {count}, where {self.left} bytes follow; damaged or cut off")
         return count
 
     def text(self, code: str) -> str:
-        """A name behind its length."""
+        """Read a name that follows its length; `code` is the length's format character in `struct`."""
         length = self.count(code, 1)
         if length > _LONGEST_NAME:
             raise self.failure(f"a name of {length} bytes; damaged")
@@ -82,6 +82,6 @@ class Cursor:
 
 
 def float_tensor(data: memoryview | bytes, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> Tensor:
-    """A copy in float32 of numbers that lie one behind the other; their count is the caller's to check."""
+    """Copy consecutive numbers into a float32 tensor. The caller checks that `data` holds enough of them."""
     numbers = np.frombuffer(data, dtype, math.prod(shape))
     return torch.from_numpy(numbers.astype(np.float32)).reshape(shape)

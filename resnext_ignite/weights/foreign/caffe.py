@@ -1,6 +1,6 @@
-"""Caffe's .caffemodel files, by protobuf and the fields of BVLC/caffe src/caffe/proto/caffe.proto that matter here.
+"""Reads Caffe's .caffemodel files with protobuf and the needed fields of BVLC/caffe, src/caffe/proto/caffe.proto.
 
-Which network the layers make is told by `caffe_model.py`.
+`caffe_model.py` finds the network in the layers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.weights.foreign.binary import content_of, float_tensor
 
-# Of each message: its fields' numbers and types; '*' before a type: repeated. Text is read as bytes, which need not be
-# valid; a blob's packed numbers too, which are then views of the file instead of Python's numbers.
+# The numbers and types of each message's fields; '*' marks a repeated field. Strings are read as bytes, because they
+# may be invalid UTF-8. A blob's packed numbers are read as bytes too, which avoids a Python object for each number.
 _MESSAGES = {
     "Shape": {"dim": (1, "*int64")},
     "Blob": {
@@ -76,10 +76,10 @@ _MESSAGES = {
 
 
 def load_caffemodel(file: Path) -> Any:
-    """The layers of a file: messages of the fields above.
+    """Return the layers of a file, as messages with the fields above.
 
     Raises:
-        CheckpointError: it is damaged, or in Caffe's old format.
+        CheckpointError: the file is damaged, or in Caffe's old format (V1).
     """
     net = _net_class()()
     try:
@@ -111,10 +111,10 @@ def _net_class() -> Any:
 
 
 def blob_of(blob: Any, where: str) -> Tensor:
-    """A blob's numbers in its shape, in float32.
+    """Return a blob's numbers in its shape, in float32.
 
     Raises:
-        CheckpointError: they are not as many; `where` begins the line.
+        CheckpointError: the numbers do not fill the shape; `where` begins the message.
     """
     shape = tuple(blob.shape.dim)
     if not blob.HasField("shape"):
@@ -128,12 +128,18 @@ def blob_of(blob: Any, where: str) -> Tensor:
 
 
 def text(value: bytes) -> str:
-    """A name, whatever bytes it is of."""
+    """Decode a name; replace invalid UTF-8 and unprintable characters by U+FFFD."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in value.decode("utf-8", "replace"))
 
 
 def pair(parameters: Any, both: str, each: str, default: int) -> tuple[int, int]:
-    """A size given as height and width, or one for both, or as a pair of these."""
+    """Return a size as (height, width).
+
+    Args:
+        both: name of the repeated field, which holds one number for both sides, or (height, width).
+        each: name of the two separate fields, without `_h` and `_w`.
+        default: value for both sides if none of the fields is set.
+    """
     if parameters.HasField(f"{each}_h") or parameters.HasField(f"{each}_w"):
         return getattr(parameters, f"{each}_h"), getattr(parameters, f"{each}_w")
     sizes = list(getattr(parameters, both)) or [default]

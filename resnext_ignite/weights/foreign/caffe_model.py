@@ -1,8 +1,9 @@
-"""The ResNeXt in a .caffemodel: its graph is followed, since every converter named the layers otherwise.
+"""Reads the ResNeXt in a .caffemodel. It follows the graph, because every converter names the layers differently.
 
-A caffemodel does not say how its pictures were prepared. The ResNeXts that were published for Caffe take them as OpenCV
-reads them, blue first (soeaver/caffe-model, cls/evaluation_cls.py). That, and ImageNet's mean and deviation, is assumed
-of every file: the stem's input channels are turned round, so that pictures come red first as everywhere here.
+A .caffemodel does not state how its images were prepared. The ResNeXts published for Caffe take BGR images, as OpenCV
+reads them (soeaver/caffe-model, cls/evaluation_cls.py). This project assumes BGR for every file, and ImageNet's mean
+and standard deviation (CIFAR's if the stem is 3x3). The reader reverses the stem's input channels, so that the network
+takes RGB images, as every network in this project does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from resnext_ignite.weights.foreign.keys import Weights
 log = logging.getLogger(__name__)
 # EltwiseOp and PoolMethod in caffe.proto.
 _SUM, _MAX = 1, 0
-# What pictures come from, and what changes nothing of what is read here.
+# Layers that supply images, layers that the reader passes through, and layers after the classifier.
 _SOURCES = ("Input", "Data", "ImageData", "DummyData", "MemoryData", "HDF5Data")
 _PASSING = ("Split", "Dropout", "Flatten", "Reshape")
 _ENDS = ("Softmax", "SoftmaxWithLoss", "Accuracy", "Silence")
@@ -32,9 +33,14 @@ _ENDS = ("Softmax", "SoftmaxWithLoss", "Accuracy", "Silence")
 
 @dataclass(frozen=True)
 class _Value:
-    """What a blob holds: the convolutions since the picture or the block number `begins`, and whether it is rectified.
+    """The content of a blob.
 
-    `joined` is set on a sum, until its ReLU; `is_averaged` behind an average pooling, which only a classifier follows.
+    Args:
+        begins: where its convolutions begin: -1 at the image, 0 after the stem, n after the n-th block.
+        convolutions: the convolutions since then, in order.
+        is_rectified: whether a ReLU is the last layer.
+        joined: the block of a sum, until the sum's ReLU.
+        is_averaged: whether an average pooling precedes; only the classifier may follow it.
     """
 
     begins: int
@@ -48,16 +54,16 @@ _PICTURE = _Value(-1)
 
 
 def read_caffe(file: Path) -> Weights:
-    """The weights of a .caffemodel under this project's names.
+    """Return the weights of a .caffemodel under this project's names.
 
     Raises:
-        CheckpointError: it is damaged, or no ResNeXt; the line names the layer.
+        CheckpointError: the file is damaged, or its network is not a ResNeXt; the message names the layer.
     """
     return _Graph(load_caffemodel(file), file).weights()
 
 
 class _Graph:
-    """What the layers compute, followed from blob to blob."""
+    """Follows the layers from blob to blob and collects the stem, the blocks and the classifier."""
 
     def __init__(self, layers: Any, file: Path) -> None:
         self.file, self.layers = file, layers
@@ -125,7 +131,7 @@ class _Graph:
         mean, var, factor = (self._blob(layer, number).flatten() for number in range(3))
         if len(factor) != 1:
             raise self.failure(layer, f"a scale factor of {len(factor)} numbers")
-        # Caffe keeps sums with the weight that they have; a weight of 0 is that of no picture seen.
+        # Caffe stores weighted sums and their total weight. A total weight of 0 means that it has seen no image.
         scale = 1 / float(factor[0]) if factor[0] else 0.0
         ones, zeros = torch.ones(mean.shape), torch.zeros(mean.shape)
         eps = layer.batch_norm_param.eps if layer.batch_norm_param.HasField("eps") else 1e-5
@@ -169,8 +175,8 @@ class _Graph:
         padding = pair(parameters, "pad", "pad", 0)
         if (kernel, stride) != ((3, 3), (2, 2)) or padding not in ((0, 0), (1, 1)):
             raise self.failure(layer, "a max pooling other than 3x3 with stride 2 and padding 0 or 1")
-        # Caffe rounds sizes up. Field 13 is there where it shall not: round_mode FLOOR (1), or in the forks with pull
-        # request 3057, of which the published ResNeXts are, ceil_mode false (0).
+        # Caffe rounds sizes up by default. Field 13 is present if the model rounds down: as round_mode FLOOR (1), or as
+        # ceil_mode false (0) in the forks with pull request 3057. The published ResNeXts are from these forks.
         if padding == (0, 0) or not parameters.HasField("rounding"):
             log.warning(
                 "%s: layer %s: its pooling pads by %d and rounds %s; this project's pads by 1 and rounds down: "

@@ -1,4 +1,4 @@
-"""What another system's model is as a checkpoint of this project."""
+"""Converts a model of another system to a checkpoint of this project."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from resnext_ignite.weights.foreign.systems import ForeignModel
 
 
 def checkpoint_of(model: ForeignModel) -> dict[str, Any]:
-    """A checkpoint of this project: weights, config, classes and normalisation; nothing to resume from."""
+    """Return a checkpoint with weights, config, classes and normalisation; a run cannot resume from it."""
     if model.stated is not None:
         return {**model.stated, "model": model.weights, "ema": None}
     classes, data = classes_of(model)
@@ -31,7 +31,7 @@ def checkpoint_of(model: ForeignModel) -> dict[str, Any]:
                 "eval_crop": 0.875 if model.is_imagenet else 1.0,
             },
             "augment": {"crop_padding": 0} if model.is_imagenet else {},
-            # As the other system computed its published figures.
+            # The other systems computed their published errors in fp32.
             "train": {"precision": "fp32"},
         }
     )
@@ -51,12 +51,15 @@ def checkpoint_of(model: ForeignModel) -> dict[str, Any]:
 
 
 def classes_of(model: ForeignModel) -> tuple[tuple[str, ...], str]:
-    """The names of a model's classes, as far as their number tells them, and the data set that has them."""
+    """Return a model's class names and their data set, found by the number of classes.
+
+    If no known data set has this number of classes, the names are numbers.
+    """
     count = model.network.num_classes
     if model.is_imagenet and count == 1000:
         return tuple(ResNeXt50_32X4D_Weights.IMAGENET1K_V1.meta["categories"]), "imagefolder"
     if not model.is_imagenet and model.source not in ("torchvision", "timm"):
-        # These systems train on CIFAR alone.
+        # These systems train on CIFAR only.
         for data, names in CLASSES.items():
             if count == len(names):
                 return names, data

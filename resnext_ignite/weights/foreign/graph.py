@@ -1,6 +1,6 @@
-"""A ResNeXt as a graph of layers, without names: its geometry checked, and its weights named as this project does.
+"""A ResNeXt as a graph of layers without names: checks its geometry, and gives its weights this project's names.
 
-For the formats that hold the network itself; those that name their weights are renamed in `keys.py`.
+Formats that hold the network itself need this. `keys.py` renames the weights of formats that hold names.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.weights.foreign.keys import Weights
 
 EPS = 1e-5
-"""Of every BatchNorm here: torch's default."""
+"""The epsilon of every BatchNorm in this project: torch's default."""
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A BatchNorm in evaluation: (x - mean) / sqrt(var + eps) * weight + bias, each (C,)."""
+    """A BatchNorm in evaluation: (x - mean) / sqrt(var + eps) * weight + bias; each tensor is (C,)."""
 
     mean: Tensor
     var: Tensor
@@ -30,21 +30,22 @@ class Norm:
 
 
 def no_norm(channels: int) -> Norm:
-    """The one that changes nothing."""
+    """Return the BatchNorm that changes nothing."""
     zeros, ones = torch.zeros(channels), torch.ones(channels)
     return Norm(zeros, ones, ones, zeros, 0.0)
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution and the BatchNorm behind it, which is None where it was merged into the convolution.
+    """A convolution and the BatchNorm after it.
 
     Args:
         where: its place in the file, for errors.
         weight: (out, in / groups, kernel, kernel).
         bias: (out,), or None.
         geometry: kernel, stride and padding, each (height, width).
-        groups: of the channels.
+        groups: number of channel groups.
+        norm: the BatchNorm; None: it was merged into the convolution.
     """
 
     where: str
@@ -57,7 +58,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Block:
-    """A branch and its shortcut, which is None for the identity; their sum is rectified."""
+    """A branch and its shortcut (None: the identity). A ReLU follows their sum."""
 
     where: str
     branch: tuple[Convolution, ...]
@@ -75,13 +76,13 @@ class Classifier:
 def weights_of(
     stem: Convolution, blocks: list[Block], classifier: Classifier, *, is_pooled: bool, file: Path
 ) -> Weights:
-    """The weights under this project's names. A stage begins with each block whose shortcut is a convolution.
+    """Return the weights under this project's names. Each block whose shortcut is a convolution begins a stage.
 
     Args:
         is_pooled: whether a max pooling follows the stem.
 
     Raises:
-        CheckpointError: a layer computes what none of a ResNeXt's does; the line names it.
+        CheckpointError: a layer does not fit a ResNeXt; the message names the layer.
     """
     weights: Weights = {}
     side = stem.weight.shape[-1]
@@ -151,5 +152,5 @@ def _sizes(geometry: tuple[tuple[int, int], ...]) -> str:
 
 
 def with_our_eps(var: Tensor, eps: float) -> Tensor:
-    """The variance that with this project's eps is what it was with another."""
+    """Return a variance that gives the same BatchNorm with this project's eps as `var` does with `eps`."""
     return (var.double() + (eps - EPS)).float()

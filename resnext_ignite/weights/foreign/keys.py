@@ -1,4 +1,4 @@
-"""The names that other code gives the same weights, and this project's names for them, both ways."""
+"""Maps the names that other systems give their weights to this project's names, and back."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 Weights = dict[str, Tensor]
 Statistics = tuple[float, float, float]
-"""Of red, green and blue."""
+"""One value each for red, green and blue."""
 _PREFIXES = ("module.", "_orig_mod.")
 
 
 def without_prefixes(weights: Mapping[str, Tensor]) -> Weights:
-    """Names without what DataParallel, DistributedDataParallel and torch.compile put before them all."""
+    """Remove the prefixes that DataParallel, DistributedDataParallel and torch.compile add to all names."""
     plain = dict(weights)
     for _ in range(len(_PREFIXES)):
         for prefix in _PREFIXES:
@@ -27,12 +27,13 @@ def without_prefixes(weights: Mapping[str, Tensor]) -> Weights:
 
 @dataclass(frozen=True)
 class Naming:
-    """One way to name a ResNeXt's weights.
+    """A naming scheme for the weights of a ResNeXt.
 
     Args:
-        marker: a name that only this way has, by which files are recognised.
-        rules: patterns of its names, each with this project's name for them.
-        back: patterns of this project's names, each with its own; none where nothing is written that way.
+        marker: a name that only this scheme has; it identifies files.
+        rules: patterns of the scheme's names, each with its replacement: this project's name.
+        back: patterns of this project's names, each with its replacement: the scheme's name. Empty: this project writes
+            no files with this scheme.
     """
 
     marker: str
@@ -40,11 +41,11 @@ class Naming:
     back: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = ()
 
     def to_ours(self, name: str) -> str | None:
-        """This project's name; None where no rule fits."""
+        """Return this project's name for a weight; None: no rule matches."""
         return _renamed(name, self.rules)
 
     def from_ours(self, name: str) -> str | None:
-        """Its name for a weight of this project's; None where no rule fits."""
+        """Return the scheme's name for a weight of this project; None: no rule matches."""
         return _renamed(name, self.back)
 
 
@@ -57,7 +58,7 @@ def _renamed(name: str, rules: tuple[tuple[str, str | Callable[[re.Match[str]], 
 
 
 _OURS = r"((?:conv1|bn1|fc)\.\w+|layer\d+\.\d+\.(?:conv[123]|bn[123]|downsample\.[01])\.\w+)"
-# Of a block: ResNeXt.pytorch's name for each of this project's.
+# This project's names in a block, and ResNeXt.pytorch's.
 _PARTS = {
     "conv1": "conv_reduce",
     "bn1": "bn_reduce",
@@ -69,7 +70,7 @@ _PARTS = {
     "downsample.1": "shortcut.shortcut_bn",
 }
 _FROM_PARTS = {theirs: ours for ours, theirs in _PARTS.items()}
-# weiaicunzai/pytorch-cifar100: the places in each block's Sequential.
+# weiaicunzai/pytorch-cifar100: positions in each block's Sequential, and this project's names.
 _SPLIT_PARTS = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7": "bn3"}
 
 TORCHVISION = Naming("layer1.0.conv2.weight", ((_OURS, r"\1"),), ((_OURS, r"\1"),))
@@ -135,7 +136,7 @@ MXNET = Naming(
 )
 _GLUON_PARTS = {"gamma": "weight", "beta": "bias"}
 _GLUON_VALUE = r"(weight|bias|gamma|beta|running_mean|running_var)"
-# gluoncv/model_zoo/resnext.py: its blocks' Sequential has the places of pytorch-cifar100's.
+# gluoncv/model_zoo/resnext.py: the positions in a block's Sequential are those of pytorch-cifar100.
 GLUONCV = Naming(
     "features.4.0.body.3.weight",
     (
@@ -155,11 +156,14 @@ GLUONCV = Naming(
 
 
 def spread_first_convolutions(weights: Weights) -> None:
-    """Make the first 1x1 of each block, which pytorch-cifar100 groups too, the same function without groups."""
+    """Replace the first 1x1 of each block, in place, by an equal convolution without groups.
+
+    pytorch-cifar100 groups this convolution too. The new weights are zero between the groups.
+    """
     for name in [name for name in weights if name.startswith("layer") and name.endswith(".conv1.weight")]:
         block = name.removesuffix("conv1.weight")
         shortcut, last = weights.get(f"{block}downsample.0.weight"), weights.get(f"{block}conv3.weight")
-        # Without a convolution in its shortcut a block puts out as many channels as it takes.
+        # A block without a convolution in its shortcut has as many output channels as input channels.
         in_channels = 0 if last is None else last.shape[0] if shortcut is None else shortcut.shape[1]
         width = weights[name].shape[1]
         if width and in_channels % width == 0 and weights[name].shape[0] % (in_channels // width) == 0:
@@ -167,7 +171,7 @@ def spread_first_convolutions(weights: Weights) -> None:
 
 
 def _without_groups(weight: Tensor, in_channels: int) -> Tensor:
-    # (out, in / groups, 1, 1) -> (out, in, 1, 1), zero between the groups.
+    # (out, in / groups, 1, 1) -> (out, in, 1, 1)
     whole = torch.zeros(weight.shape[0], in_channels, *weight.shape[2:], dtype=weight.dtype)
     width = weight.shape[1]
     groups = in_channels // width

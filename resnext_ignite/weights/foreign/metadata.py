@@ -1,6 +1,6 @@
-"""What a safetensors file of this project's states beside the weights: all of a checkpoint that is not a tensor.
+"""Writes and reads the metadata of this project's safetensors files: everything about a model except its tensors.
 
-Strings, as the format has them, both ways; without the paths of the machine that trained.
+The format allows only strings. Paths of the machine that trained the model are left out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class _Stated(BaseModel):
 
 
 def public_values(config: Config) -> Values:
-    """All values of a config by dotted path that others may see: what lay where on this machine is no one's concern."""
+    """Return a config's values by dotted path, without local paths.
+
+    `data.root` is left out, and `model.pretrained` is reduced to its last part.
+    """
     values = flatten(config)
     del values["data.root"]
     if values["model.pretrained"] is not None:
@@ -43,7 +46,7 @@ def public_values(config: Config) -> Values:
 
 
 def as_strings(metadata: ModelMetadata) -> dict[str, str]:
-    """The metadata of a model as a safetensors file holds it; `model_name` and `format` are for other readers."""
+    """Return a model's metadata as a safetensors file holds it; `model_name` and `format` are for other programs."""
     stated = {
         "classes": metadata.classes,
         "mean": metadata.mean,
@@ -64,10 +67,10 @@ def as_strings(metadata: ModelMetadata) -> dict[str, str]:
 
 
 def metadata_in(file: Path) -> dict[str, Any] | None:
-    """A checkpoint's content but for the weights, of a safetensors file; None where it is not one of this project's.
+    """Return the content of a checkpoint, without the weights, from a safetensors file; None: not this project's file.
 
     Raises:
-        CheckpointError: it is of another version, or states what cannot be.
+        CheckpointError: the metadata is of another version, or a value is missing or invalid.
     """
     with safe_open(file, "pt") as content:
         strings = content.metadata() or {}
@@ -85,10 +88,10 @@ def metadata_in(file: Path) -> dict[str, Any] | None:
 
 
 def network_from_metadata(stated: dict[str, Any], file: Path) -> Network:
-    """The network that a file states.
+    """Return the network that a file's metadata states.
 
     Raises:
-        CheckpointError: there is none such, or it has another number of classes than the file names.
+        CheckpointError: the config is invalid, or its number of classes differs from the number of class names.
     """
     model = config_of_checkpoint(file, stated).model
     if model.num_classes != len(stated["classes"]):

@@ -1,4 +1,4 @@
-"""MXNet's .params files, read without MXNet: apache/mxnet src/ndarray/ndarray.cc, NDArray::Save and ::Load."""
+"""Reads MXNet's .params files without MXNet: apache/mxnet src/ndarray/ndarray.cc, NDArray::Save and ::Load."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 from resnext_ignite.weights.foreign.binary import Cursor, content_of, float_tensor
 from resnext_ignite.weights.foreign.signatures import MXNET
 
-# The first number of an array: the format's versions 1 to 3; before these it was the count of dimensions.
+# The first number of an array is the format's version, 1 to 3. In older files it is the number of dimensions.
 _V1, _V2, _V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
 _DTYPES = ("<f4", "<f8", "<f2", "u1", "<i4", "i1", "<i8")
 _MOST_DIMENSIONS = 32
-# What the shortest array takes: its first number and an empty shape.
+# Bytes of the shortest array: in an older file, a number of dimensions of 0.
 _LEAST_ARRAY = 4
 
 
 def load_params(file: Path) -> dict[str, Tensor]:
-    """The arrays in a file by their names, in float32, without `arg:` and `aux:`.
+    """Return the arrays in a file by name, in float32; the names come without `arg:` and `aux:`.
 
     Raises:
-        CheckpointError: it is damaged, or holds arrays without names.
+        CheckpointError: the file is damaged; an array is sparse, empty or without a name; or two have the same name.
     """
     cursor = Cursor(content_of(file), file)
     if bytes(cursor.take(len(MXNET))) != MXNET:
@@ -48,10 +48,10 @@ def _array(cursor: Cursor) -> Tensor | None:
         shape = cursor.integers("q", _dimensions(cursor, cursor.integer("i")))
     else:
         shape = cursor.integers("I", _dimensions(cursor, version))
-    # An array without a shape is none, but for version 3, to which it is a single number.
+    # An empty shape means that there is no array; in version 3 it means a single number.
     if not shape and version != _V3:
         return None
-    cursor.take(8)  # the device, which is not ours
+    cursor.take(8)  # the device, which does not matter here
     kind = cursor.integer("i")
     if not 0 <= kind < len(_DTYPES):
         raise cursor.failure(f"an array of type {kind}; 0 to {len(_DTYPES) - 1} are known")

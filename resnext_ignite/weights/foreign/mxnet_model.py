@@ -1,4 +1,4 @@
-"""What MXNet's symbol zoo adds to a ResNeXt: another eps in each BatchNorm, and one of the images themselves."""
+"""Adapts ResNeXts of MXNet's symbol zoo: they have another eps in each BatchNorm, and a BatchNorm of the images."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.weights.foreign.graph import with_our_eps
 from resnext_ignite.weights.foreign.keys import Statistics, Weights
 
-# Of every BatchNorm in the symbol zoo's ResNeXt, the one of the pictures too.
+# The epsilon of every BatchNorm in the symbol zoo's ResNeXt, including that of the images.
 _EPS = 2e-5
 
 
 def adapt_symbol_zoo(weights: Weights) -> None:
-    """Make the variances, which were trained with another eps, those that give the same with this project's."""
+    """Change the variances in place, so that this project's eps gives the same BatchNorm as the symbol zoo's eps."""
     for name in weights:
         if name.endswith("running_var") and not name.startswith("bn_data"):
             weights[name] = with_our_eps(weights[name], _EPS)
 
 
 def statistics_of_data(weights: Weights, file: Path) -> tuple[Statistics, Statistics] | None:
-    """Take out the BatchNorm of the pictures, as their mean and std, 0 to 1; None where there is none.
+    """Remove the images' BatchNorm from the weights, and return it as mean and std for values from 0 to 1.
 
-    With gamma 1 (fix_gamma, whatever the file holds): (x - m) / s + b = (x - (m - b * s)) / s, x from 0 to 255.
+    None: there is no such BatchNorm. Its gamma is 1 (fix_gamma), whatever the file holds:
+    (x - m) / s + b = (x - (m - b * s)) / s, with x from 0 to 255.
 
     Raises:
-        CheckpointError: a part of it is missing, or gives no std.
+        CheckpointError: a part of the BatchNorm is missing, or its mean or std is not valid.
     """
     parts = {name: weights.pop(f"bn_data.{name}", None) for name in ("weight", "bias", "running_mean", "running_var")}
     if all(value is None for value in parts.values()):

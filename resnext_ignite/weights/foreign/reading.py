@@ -1,6 +1,6 @@
-"""Reading checkpoints of other systems: the system recognised, the weights renamed and fitted to a network.
+"""Reads checkpoints of other systems: recognises the system, renames the weights and fits them to a network.
 
-Nothing in a file is run, and a weight that does not fit is named.
+No code in a file is run. Errors name the weight that does not fit.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from resnext_ignite.weights.foreign.systems import SYSTEMS, ForeignModel
 
 
 def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
-    """The model in a file that another system wrote, or that this project exported as safetensors.
+    """Read the model in a file that another system wrote, or that this project exported as safetensors.
 
     Args:
-        source: one of SYSTEMS; "auto": told by the file.
+        source: one of SYSTEMS; "auto": recognised from the file.
 
     Raises:
-        CheckpointError: it cannot be read, is of no system known here or of several, or does not fit a ResNeXt.
+        CheckpointError: the file cannot be read, its system is unknown, or its weights do not fit a ResNeXt.
     """
     if source == "auto" and file.suffix == ".safetensors":
         weights, _ = state_of(load_tensors(file), file)
@@ -46,7 +46,7 @@ def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
             return ForeignModel(OWN, network, fitted(weights, network, file), stated["mean"], stated["std"], stated)
     if source == "auto":
         source = format_of(file) or source
-    # Readers of binary formats load only where such a file is opened: Caffe's needs protobuf.
+    # Import the reader of a binary format only if such a file is opened: Caffe's reader needs protobuf.
     if source == "torch7":
         from resnext_ignite.weights.foreign.torch7_model import read_torch7
 
@@ -59,17 +59,17 @@ def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
         source, renamed = renamed_weights(file, source)
     system = SYSTEMS[source]
     system.adapt(renamed)
-    # Before the network is recognised, since what tells them is no part of it.
+    # Do this before `recognise`, because it removes MXNet's BatchNorm of the images, which is not part of the network.
     mean, std = system.statistics(renamed, file) or (system.mean, system.std)
     network = recognise(renamed, file)
     return ForeignModel(source, network, fitted(renamed, network, file), mean, std)
 
 
 def format_of(file: Path) -> str | None:
-    """The system whose files hold a network, where it is one of those, by how it begins or is called.
+    """Return "torch7" or "caffe", recognised from a file's first bytes or suffix; None: a file of named weights.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     if file.suffix == ".safetensors":
         return None
@@ -86,10 +86,10 @@ def format_of(file: Path) -> str | None:
 
 
 def renamed_weights(file: Path, source: str) -> tuple[str, dict[str, Tensor]]:
-    """The system that wrote a file of named weights, and these under this project's names.
+    """Return the system that wrote a file of named weights, and the weights under this project's names.
 
     Raises:
-        CheckpointError: it cannot be read, or a weight has a name that the system does not give.
+        CheckpointError: the file cannot be read, or holds a name that the system does not use.
     """
     weights, wrapped = state_of(load_tensors(file), file)
     if source == "auto":
@@ -105,10 +105,10 @@ def renamed_weights(file: Path, source: str) -> tuple[str, dict[str, Tensor]]:
 
 
 def load_tensors(file: Path) -> Any:
-    """What a .safetensors file holds, one of MXNet's, or one that torch.save wrote; nothing in it is run.
+    """Load a file of safetensors, of MXNet or of torch.save, without running code from it.
 
     Raises:
-        CheckpointError: it cannot be read, or holds more than tensors and plain values.
+        CheckpointError: the file cannot be read, or holds more than tensors and plain values.
     """
     try:
         if file.suffix == ".safetensors":
@@ -134,13 +134,13 @@ def load_tensors(file: Path) -> Any:
 
 
 def state_of(content: Any, file: Path) -> tuple[dict[str, Tensor], bool]:
-    """The weights in a file's content, without the prefixes of wrappers, and whether a dictionary held them.
+    """Return the weights in a file's content, without wrappers' prefixes, and whether an outer dictionary held them.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are no weights, or one is not a tensor.
     """
     wrapped = False
-    # timm prefers its moving average, as its own loading does.
+    # The moving average comes first, as in timm's own loading.
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content, wrapped = content[key], True
@@ -154,13 +154,16 @@ def state_of(content: Any, file: Path) -> tuple[dict[str, Tensor], bool]:
 
 
 def recognise_system(weights: Mapping[str, Tensor], *, wrapped: bool, file: Path) -> str:
-    """The system that names its weights so.
+    """Return the system that gives its weights these names.
+
+    Args:
+        wrapped: whether an outer dictionary held the weights.
 
     Raises:
-        CheckpointError: none does.
+        CheckpointError: no known system does.
     """
     if RESNEXT_PYTORCH.marker in weights:
-        # Both name alike; only pytorch-classification keeps more than the weights in its files.
+        # Both use the same names. Only pytorch-classification stores more than the weights in its files.
         return "pytorch-classification" if wrapped else "resnext.pytorch"
     if PYTORCH_CIFAR100.marker in weights:
         return "pytorch-cifar100"

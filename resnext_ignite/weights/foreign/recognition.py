@@ -1,4 +1,4 @@
-"""Which network some weights are of, read off their shapes, and whether they fit it."""
+"""Recognises a network by the shapes of its weights, and checks that all weights fit it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from resnext_ignite.models import create_model
 from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.runtime.model_names import depth_of
 
-# As the config key model.num_classes has it.
+# The limit of the config key `model.num_classes`.
 _MOST_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network's name, the channels after its stem, and its classes."""
+    """A network's name, its number of channels after the stem, and its number of classes."""
 
     name: str
     stem_channels: int
@@ -26,10 +26,10 @@ class Network:
 
 
 def recognise(weights: dict[str, Tensor], file: object) -> Network:
-    """The network of weights that have this project's names.
+    """Return the network of weights that have this project's names.
 
     Raises:
-        CheckpointError: none that this project has; the line names the first weight that says so.
+        CheckpointError: this project has no such network; the message names the weight or the stages that do not fit.
     """
     stem = _shape(weights, "conv1.weight", 4, file)
     grouped = _shape(weights, "layer1.0.conv2.weight", 4, file)
@@ -39,7 +39,7 @@ def recognise(weights: dict[str, Tensor], file: object) -> Network:
     if stem[2] not in (3, 7):
         raise CheckpointError(f"{file}: conv1.weight: a stem of {stem[2]}x{stem[3]}, where a ResNeXt has 3x3 or 7x7")
     cardinality, rest = divmod(grouped[0], grouped[1])
-    # The least that gives so many channels a group: the grammar rounds them down.
+    # The smallest base width with this group width, because `Architecture.group_width` rounds down.
     base_width = -(-64 * grouped[1] // stem[0])
     if rest:
         raise CheckpointError(
@@ -74,10 +74,10 @@ def _blocks(weights: dict[str, Tensor]) -> tuple[int, ...]:
 
 
 def fitted(weights: dict[str, Tensor], network: Network, file: object) -> dict[str, Tensor]:
-    """The weights in the network's own order, in float32 where they are floats; batch counters that miss are zero.
+    """Return copies of the weights in the network's order: in float32, batch counters in int64 (zero if missing).
 
     Raises:
-        CheckpointError: a weight is missing, too many, or of another shape; the line names the first.
+        CheckpointError: a weight is missing, unknown or of another shape; the message names the first.
     """
     try:
         with torch.device("meta"):

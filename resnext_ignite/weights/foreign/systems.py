@@ -1,4 +1,4 @@
-"""The systems whose checkpoints are read, and what was read of one."""
+"""The systems whose checkpoints this project reads, and the model that was read from one."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from resnext_ignite.weights.foreign.recognition import Network
 
 @dataclass(frozen=True)
 class System:
-    """A system whose checkpoints are read.
+    """A system whose checkpoints this project reads.
 
     Args:
-        naming: of its weights; None: they have no names, and the network in its files is followed.
-        mean, std: by which it normalised pictures, 0 to 1.
-        is_imagenet: trained on pictures of 224 pixels; None: where the stem is 7x7.
-        adapt: makes of renamed weights, in place, those of this project's network.
-        statistics: takes mean and std from renamed weights, instead of the above; its second argument is named in
-            errors.
+        naming: names of its weights; None: they have no names, and the reader follows the network in the file.
+        mean, std: its normalisation, for values from 0 to 1.
+        is_imagenet: whether its models are trained on images of 224 pixels; None: those with a 7x7 stem.
+        adapt: changes renamed weights, in place, to those of this project's network.
+        statistics: takes renamed weights and the file (for errors); returns the mean and std that replace those above,
+            or None.
     """
 
     naming: Naming | None
@@ -49,27 +49,27 @@ class System:
 
 
 def _cifars_behind_a_small_stem(weights: Weights, file: Path) -> tuple[Statistics, Statistics] | None:
-    # facebookresearch/ResNeXt has a 3x3 stem for CIFAR alone, as others do.
+    # facebookresearch/ResNeXt and other systems use a 3x3 stem for CIFAR only.
     return (cifar.MEAN, cifar.STD) if weights["conv1.weight"].shape[-1] == 3 else None
 
 
 SYSTEMS = {
-    # train.py there: the same statistics for CIFAR-10 and CIFAR-100.
+    # Its train.py uses the same statistics for CIFAR-10 and CIFAR-100.
     "resnext.pytorch": System(RESNEXT_PYTORCH, cifar.MEAN, cifar.STD),
-    # cifar.py there: ResNeXt.pytorch's network and names, in a dictionary, with other statistics.
+    # Its cifar.py uses ResNeXt.pytorch's network and names, stores them in a dictionary, and has other statistics.
     "pytorch-classification": System(RESNEXT_PYTORCH, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    # conf/global_settings.py there.
+    # The statistics are from its conf/global_settings.py.
     "pytorch-cifar100": System(
         PYTORCH_CIFAR100,
         (0.5070751592, 0.4865488733, 0.4409178434),
         (0.2673342859, 0.2564384629, 0.2761504713),
         adapt=spread_first_convolutions,
     ),
-    # Their own have a 7x7 stem; under their names, CIFAR's come as `convert --to` writes them.
+    # torchvision's and timm's own models have a 7x7 stem. CIFAR models with their names come from `convert --to`.
     "torchvision": System(
         TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem
     ),
-    # The tv_, fb_ssl_ and fb_swsl_ weights too.
+    # This includes the tv_, fb_ssl_ and fb_swsl_ weights.
     "timm": System(TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
     "torch7": System(None, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
     "caffe": System(None, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
@@ -88,9 +88,9 @@ TARGETS = {"torchvision": TORCHVISION, "timm": TORCHVISION, "resnext.pytorch": R
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """What was read: the weights under this project's names, their network, and how pictures were normalised.
+    """A model that was read from a file: its weights under this project's names, its network and its normalisation.
 
-    `stated` is the rest of a checkpoint, where a file of this project's own says it (`stated.py`).
+    `stated` is the rest of a checkpoint, from a safetensors file of this project (`metadata.py`); else None.
     """
 
     source: str
@@ -102,7 +102,7 @@ class ForeignModel:
 
     @property
     def is_imagenet(self) -> bool:
-        """Whether it was trained on pictures of 224 pixels; False where the file itself states a size."""
+        """Whether the model was trained on images of 224 pixels; False if the file itself states a size."""
         if self.stated is not None:
             return False
         told = SYSTEMS[self.source].is_imagenet
@@ -110,10 +110,10 @@ class ForeignModel:
 
 
 def renamed_for(target: str, weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """A model's weights under another system's names.
+    """Return a model's weights under another system's names.
 
     Raises:
-        CheckpointError: that system has no such network; the line names the first weight that says so.
+        CheckpointError: that system has no such network; the message names the first weight that it lacks.
     """
     renamed = {}
     for name, value in weights.items():

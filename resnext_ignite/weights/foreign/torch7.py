@@ -1,6 +1,6 @@
-"""Torch7's binary files, read without Torch: torch/torch7 File.lua, Tensor.c and Storage.c. Functions are not run.
+"""Reads Torch7's binary files without Torch (torch/torch7: File.lua, Tensor.c, Storage.c). Functions are not run.
 
-What a file holds comes out as Python's values; `torch7_model.py` finds a ResNeXt in it.
+The content becomes Python values; `torch7_model.py` finds the ResNeXt in them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.weights.foreign.binary import Cursor, content_of, float_tensor
 
 _NIL, _NUMBER, _STRING, _TABLE, _OBJECT, _BOOLEAN, _FUNCTION = range(7)
-# Later functions, which may contain themselves.
+# Types of functions that may contain themselves, in files of later versions.
 _RECURSIVE_FUNCTIONS = (7, 8)
-# A table or an object, the first of its file.
+# NumPy's types, by the class name without `torch.`, `Cuda` and `Tensor` or `Storage`.
 _DTYPES = {
     "": "<f4",  # CudaTensor
     "Float": "<f4",
@@ -40,7 +40,7 @@ _MOST_DIMENSIONS = 32
 
 @dataclass(frozen=True)
 class Storage:
-    """Numbers in a row, still in the file's bytes."""
+    """Consecutive numbers; the data is a view of the file's bytes."""
 
     dtype: np.dtype[Any]
     data: memoryview
@@ -51,7 +51,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Array:
-    """A view of a storage; `offset` and `strides` count numbers."""
+    """A view of a storage; the units of `offset` and `strides` are numbers, not bytes."""
 
     storage: Storage | None
     offset: int
@@ -59,16 +59,16 @@ class Array:
     strides: tuple[int, ...]
 
     def tensor(self, where: str) -> Tensor:
-        """A copy in float32.
+        """Return a copy in float32.
 
         Raises:
-            CheckpointError: the view leaves the storage, or repeats numbers; `where` begins the line.
+            CheckpointError: the view leaves the storage, or has more numbers than it; `where` begins the message.
         """
         count = math.prod(self.sizes) if self.sizes else 0
         last = self.offset + sum((size - 1) * step for size, step in zip(self.sizes, self.strides, strict=True))
         if self.storage is None or count == 0:
             return float_tensor(b"", np.dtype("<f4"), (0,))
-        # Not by the bytes alone: a stride of 0 would make any size of any storage.
+        # Check the count too: with a stride of 0, a small storage could give a tensor of any size.
         if min(*self.strides, self.offset) < 0 or max(last + 1, count) > len(self.storage):
             raise CheckpointError(
                 f"{where}: sizes {self.sizes} with strides {self.strides} from {self.offset} "
@@ -82,17 +82,17 @@ class Array:
 
 @dataclass(frozen=True)
 class Object:
-    """An object of another class: the class's name without its package, and its fields."""
+    """An object of any other class: the name of its class, without the package, and its fields."""
 
     kind: str
     fields: dict[Any, Any] = field(default_factory=dict)
 
 
 def load_t7(file: Path) -> Any:
-    """What a file holds: None, numbers, strings, dicts (tables), Array, Storage, Object; None for a function.
+    """Load a file's content: None, bool, float, str, dict (a table), Array, Storage or Object; None for a function.
 
     Raises:
-        CheckpointError: it is damaged, or of another format.
+        CheckpointError: the file is damaged, or of another format.
     """
     return _Reader(Cursor(content_of(file), file)).value(0)
 
@@ -100,7 +100,7 @@ def load_t7(file: Path) -> Any:
 class _Reader:
     def __init__(self, cursor: Cursor) -> None:
         self.cursor = cursor
-        # Tables and objects by their number in the file: what is met again is not written again.
+        # Tables and objects by their number: Torch7 writes each one once, and later only its number.
         self.known: dict[int, Any] = {}
 
     def value(self, depth: int) -> Any:
@@ -124,7 +124,7 @@ class _Reader:
             return self.known[number]
         if kind == _TABLE:
             table: dict[Any, Any] = {}
-            # Before its content, which may contain it.
+            # Register the table before its content is read, because it may contain itself.
             self.known[number] = table
             self._fill(table, depth)
             return table
@@ -134,7 +134,7 @@ class _Reader:
         return self._drop_function(depth)
 
     def _fill(self, table: dict[Any, Any], depth: int) -> None:
-        # A key and a value take a type each.
+        # An entry takes at least 8 bytes: the types of its key and of its value.
         for _ in range(self.cursor.count("i", 8)):
             key, value = self.value(depth + 1), self.value(depth + 1)
             if isinstance(key, str | float | bool):
@@ -170,7 +170,7 @@ class _Reader:
         if not 0 <= dimensions <= _MOST_DIMENSIONS:
             raise self.cursor.failure(f"{name} of {dimensions} dimensions; damaged")
         sizes, strides = self.cursor.integers("q", dimensions), self.cursor.integers("q", dimensions)
-        # Lua counts from 1.
+        # Lua's offsets begin at 1.
         offset = self.cursor.integer("q") - 1
         if any(size < 0 for size in sizes):
             raise self.cursor.failure(f"{name} of sizes {sizes}; damaged")

@@ -1,7 +1,7 @@
-"""The ResNeXt in a Torch7 file: facebookresearch/ResNeXt's and fb.resnet.torch's models, by nn's or cudnn's modules.
+"""Reads the ResNeXt in a Torch7 file: a model of facebookresearch/ResNeXt or fb.resnet.torch, with nn or cudnn modules.
 
-The bottlenecks `resnext_C` and `resnet`. Models with the split form (`resnext_B`), or whose shortcuts are padded with
-zeros (type A), are refused.
+It accepts the bottlenecks `resnext_C` and `resnet`. It refuses the split form (`resnext_B`) and shortcuts padded with
+zeros (type A).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from resnext_ignite.weights.foreign.torch7 import Array, Object, load_t7
 
 _CONVOLUTIONS = ("SpatialConvolution", "SpatialConvolutionMM")
 _SOFTMAX = ("SoftMax", "LogSoftMax")
-# Far over what any network has; a module that contains itself has more.
+# Both limits are far above any network's. Only a damaged file, or a module that contains itself, exceeds them.
 _MOST_LAYERS = 10_000
 _DEEPEST = 100
 
 
 def read_torch7(file: Path) -> Weights:
-    """The weights of a .t7 file's model under this project's names.
+    """Return the weights of a .t7 file's model under this project's names.
 
     Raises:
-        CheckpointError: it is damaged, holds no model, or one that is no ResNeXt; the line names the place.
+        CheckpointError: the file is damaged, or holds no model of a ResNeXt; the message names the place.
     """
     content = load_t7(file)
     if isinstance(content, dict):
@@ -39,7 +39,7 @@ def read_torch7(file: Path) -> Weights:
 
 
 class _Model:
-    """The layers of a model in order, without the Sequentials around them, taken one after the other."""
+    """The layers of a model in order, without containers; `weights` consumes them one after the other."""
 
     def __init__(self, model: Object, file: Path) -> None:
         self.file = file
@@ -56,7 +56,7 @@ class _Model:
         if not isinstance(module, Object):
             raise self.failure(where, "no module")
         if module.kind == "DataParallelTable":
-            # All its modules are replicas of one.
+            # Its modules are replicas of one network.
             inner = self._modules(module, where)[:1] or [module.fields.get("impl")]
             yield from self._flat(inner[0], where, depth + 1)
         elif module.kind == "Sequential":
@@ -127,7 +127,7 @@ class _Model:
         groups = self._whole(layer, "groups", where, 1)
         outputs, inputs = self._whole(layer, "nOutputPlane", where), self._whole(layer, "nInputPlane", where)
         weight = self._tensor(layer, "weight", where)
-        # SpatialConvolutionMM keeps (out, in * height * width).
+        # SpatialConvolutionMM stores its weight as (out, in * height * width).
         shape = (outputs, inputs // groups if groups > 0 else 0, *kernel)
         if min(shape) < 1 or weight.numel() != shape[0] * shape[1] * shape[2] * shape[3]:
             raise self.failure(where, f"weight: {weight.numel()} numbers, not those of {shape}")

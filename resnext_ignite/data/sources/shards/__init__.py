@@ -1,4 +1,4 @@
-"""Pictures in tar shards, as WebDataset writes them: `<split>/shards.json`, and where each picture lies in them."""
+"""Images in tar shards of WebDataset's layout: the list `<split>/shards.json`, and the place of each image."""
 
 from resnext_ignite.data.sources.shards.index import ShardIndex, index_shards, shard_classes
 from resnext_ignite.data.sources.shards.listing import LIST_NAME, Shard, ShardList, read_shard_list

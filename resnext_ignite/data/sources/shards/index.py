@@ -1,4 +1,4 @@
-"""Which pictures lie in the shards of a split: found once, kept, and read back while no shard has changed."""
+"""The index of the images in the shards of a split: built once, cached on disk, and used while no shard has changed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 _VERSION = 1
-# Fewer pictures are found faster than a person would notice.
+# Indexing fewer images takes no noticeable time.
 _WORTH_KEEPING = 5_000
 _PARTS = ("firsts", "offsets", "sizes", "labels")
 _LONGEST_LABEL = 20
@@ -31,12 +31,12 @@ _LONGEST_LABEL = 20
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The pictures of a split, as they lie in its shards.
+    """The images of a split, in the order of its shards.
 
     Args:
-        paths: N pictures' files.
+        paths: N image files.
         labels: int64 (N,).
-        classes: the names that labels stand for.
+        classes: the names of the labels.
     """
 
     paths: Members
@@ -45,16 +45,17 @@ class ShardIndex:
 
 
 def index_shards(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ShardIndex:
-    """The pictures in the shards of `root/split`.
+    """Index the images in the shards of `root/split`.
 
-    Where many lie is kept in the user's cache folder (`XDG_CACHE_HOME`), with the size, times and sha256 of each shard.
+    The index of a large split is cached in the user's cache folder (`XDG_CACHE_HOME`), with the size, times and sha256
+    of each shard.
 
     Args:
-        classes: the classes there may be (those of the training split); None: those that `shards.json` lists.
+        classes: the allowed classes (those of the training split); None: those that `shards.json` lists.
 
     Raises:
-        DataError: `shards.json` or a shard is missing, damaged or cut short, or has a class that training does not
-            know; the line names it.
+        DataError: `shards.json` or a shard is missing, damaged or truncated, or has a class that is not in `classes`;
+            the message names it.
     """
     folder = root / split
     listed = read_shard_list(folder / LIST_NAME)
@@ -78,12 +79,20 @@ def index_shards(root: Path, split: str, classes: tuple[str, ...] | None = None)
 
 
 def shard_classes(root: Path, split: str) -> tuple[str, ...]:
-    """The classes that `shards.json` of `root/split` lists, without a look at the shards; raises as `index_shards`."""
+    """Return the classes that `shards.json` of `root/split` lists, without reading the shards.
+
+    Raises:
+        DataError: as `read_shard_list`.
+    """
     return read_shard_list(root / split / LIST_NAME).classes
 
 
 def _state_of(folder: Path, listed: ShardList) -> tuple[float, str]:
-    """When a shard was last changed, and all that would tell other pictures from these; sizes are checked."""
+    """Return the time of the last change of any shard (seconds), and a hash of all that determines the index.
+
+    Raises:
+        DataError: a shard is missing, or its size is not the listed one.
+    """
     stats = []
     for shard in listed.shards:
         path = folder / shard.name
@@ -97,7 +106,7 @@ def _state_of(folder: Path, listed: ShardList) -> tuple[float, str]:
                 f"{path}: {fault}: {stat.st_size} bytes, where {LIST_NAME} has {shard.bytes}; pack or copy it again"
             )
         stats.append(stat)
-    # The time of change besides that of modification, which copying programs set back.
+    # Use ctime besides mtime: copying programs restore mtime.
     times = [(stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
     text = json.dumps([_VERSION, os.fsdecode(folder.resolve()), IMG_EXTENSIONS, listed.model_dump(), times])
     return max(stat.st_ctime_ns for stat in stats) / 1e9, hashlib.sha256(os.fsencode(text)).hexdigest()
@@ -118,12 +127,16 @@ def _walk(folder: Path, listed: ShardList) -> list[Array]:
             )
         firsts.append(firsts[-1] + len(found))
         rows.append(found)
-    # (N, 3) -> (3, N): each column an array of its own, as it is kept.
+    # (N, 3) -> (3, N): the cache stores each column as a contiguous array.
     return [np.array(firsts, np.int64), *np.ascontiguousarray(np.concatenate(rows).T)]
 
 
 def _samples(tar: Tar, first: int, classes: int) -> Iterator[tuple[int, int, int]]:
-    """Offset, size and label of each picture of a shard; names are checked to count on from `first`."""
+    """Yield offset, size and label of each image of a shard; check that the names count up from `first`.
+
+    Raises:
+        DataError: a member is missing or out of order, or a label is not an integer from 0 to `classes` - 1.
+    """
     members = tar.members()
     for number, one in enumerate(members, start=first):
         pair = (one, next(members, one))

@@ -1,4 +1,4 @@
-"""`<split>/shards.json`: what the tar shards beside it hold, as the packer writes it and training reads it."""
+"""`<split>/shards.json`: the list of the tar shards in its folder. The packer writes it; training reads it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIST_NAME = "shards.json"
 
 
 class Shard(BaseModel):
-    """A shard: its file's name, size and sha256 in hexadecimal, and how many pictures it holds."""
+    """A shard: the name of its file, its size in bytes, its number of images, and its sha256 in hexadecimal."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -25,7 +25,7 @@ class Shard(BaseModel):
 
 
 class ShardList(BaseModel):
-    """The shards of a split in their order, and the classes that labels stand for."""
+    """The shards of a split in order, and the names of the labels."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -38,7 +38,7 @@ def read_shard_list(path: Path) -> ShardList:
     """Read a `shards.json`.
 
     Raises:
-        DataError: it is missing, damaged, or of another format; the line names it.
+        DataError: it is missing, damaged, of another format, or has a name twice; the message names it.
     """
     try:
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The pictures' files in shards: each is read where it lies, by any process, in any order."""
+"""The image files inside shards: any process can read each of them directly, in any order."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from resnext_ignite.data.sources.shards.tar import BLOCK, header_name
 
-# Descriptors that each process holds open.
+# Shards that each process keeps open.
 _OPEN = 32
-# What is read ahead at once must not push out what is being read.
+# Part of the machine's memory for one read-ahead: it must not evict the shards that are being read.
 _MEMORY_FRACTION = 0.125
 
 
@@ -31,13 +31,13 @@ class _Descriptor:
 
 
 class OpenFiles:
-    """Files that are read in parts: each is opened when it is first needed, and few are open at a time.
+    """Files that are read in parts. Each is opened at its first use; only a few stay open.
 
-    Forked processes may share one: no place in a file is remembered.
+    Forked processes can share an instance: no read depends on the descriptor's position.
 
     Args:
         paths: the files.
-        sizes: of each, in bytes.
+        sizes: size of each file in bytes.
     """
 
     def __init__(self, paths: list[str], sizes: list[int]) -> None:
@@ -45,8 +45,13 @@ class OpenFiles:
         self._descriptor = functools.lru_cache(_OPEN)(lambda file: _Descriptor(paths[file]))
 
     def read(self, file: int, offset: int, size: int) -> bytes:
-        """Raises OSError or EOFError."""
-        # Held by its name while it is read: another thread may have it closed.
+        """Read `size` bytes at `offset` of a file, given by its number.
+
+        Raises:
+            OSError: the file cannot be read.
+            EOFError: the file is too short.
+        """
+        # This reference keeps the descriptor open during the read: another thread may evict it from the cache.
         descriptor = self._descriptor(file)
         content = os.pread(descriptor.number, size, offset)
         if len(content) < size:
@@ -54,7 +59,7 @@ class OpenFiles:
         return content
 
     def read_ahead(self, files: Iterable[int]) -> None:
-        """Have the system read whole files into its memory, as far as there is room; no error says that it did not."""
+        """Request that the system read whole files into its page cache, as far as memory allows. Ignore errors."""
         room = _MEMORY_FRACTION * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         for file in files:
             room -= self.sizes[file]
@@ -63,13 +68,13 @@ class OpenFiles:
             try:
                 os.posix_fadvise(self._descriptor(file).number, 0, 0, os.POSIX_FADV_WILLNEED)
             except OSError:
-                # What is wrong with it will be said of a picture.
+                # The read of an image will report the error.
                 return
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """One picture's file in a shard."""
+    """One image file in a shard. `offset` and `size` are in bytes."""
 
     files: OpenFiles
     shard: int
@@ -93,14 +98,14 @@ class _Stored:
 
 @dataclass(frozen=True)
 class Members:
-    """The pictures' files in shards, in arrays that workers share untouched.
+    """The image files in shards, as arrays that forked workers share without a copy.
 
     Args:
         files: the S shards.
-        firsts: int64 (S + 1,), the first picture of each, and what would be a next one's.
-        offsets, sizes: int64 (N,), where each picture begins in its shard, and its length, in bytes.
-        digest: of all shards.
-        chosen: int64 (n,), which of the pictures these are, in this order; None: all.
+        firsts: int64 (S + 1,), the number of each shard's first image, then the number of all images N.
+        offsets, sizes: int64 (N,), the start of each image in its shard and its length, in bytes.
+        digest: hash of the hashes of all shards.
+        chosen: int64 (n,), the images that belong to this object, in this order; None: all.
     """
 
     files: OpenFiles
@@ -119,19 +124,19 @@ class Members:
         return _Stored(self.files, shard, int(self.offsets[number]), int(self.sizes[number]))
 
     def take(self, positions: NDArray[np.int64]) -> Members:
-        """Some of them, int64 (n,), sharing the arrays."""
+        """Return the images at some positions, int64 (n,); they share the arrays."""
         return replace(self, chosen=positions if self.chosen is None else self.chosen[positions])
 
     def shards(self) -> Tensor:
-        """The number of each picture's shard: int64 (n,)."""
+        """Return the number of each image's shard: int64 (n,)."""
         numbers = np.arange(len(self)) if self.chosen is None else self.chosen
         return torch.from_numpy(np.searchsorted(self.firsts, numbers, side="right") - 1)
 
     def identity(self) -> str:
-        """The hash of the shards' own hashes, and of which pictures these are."""
+        """Return a text with a hash of the shards' own hashes and of `chosen`."""
         chosen = b"" if self.chosen is None else self.chosen.tobytes()
         return f"sha256 of shards {hashlib.sha256(self.digest.encode() + chosen).hexdigest()[:16]}"
 
     def read_ahead(self, groups: Sequence[int]) -> None:
-        """Have the system read shards into its memory."""
+        """Request that the system read shards into its page cache; `groups` are their numbers."""
         self.files.read_ahead(groups)

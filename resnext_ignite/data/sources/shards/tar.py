@@ -1,6 +1,6 @@
-"""Where the files lie in a plain tar archive: a walk along its headers (POSIX.1-1988 ustar), strict about each.
+"""The places of the files in a plain tar archive, from its headers (POSIX.1-1988 ustar). Each header is checked.
 
-The standard library's takes a damaged header for the end of the archive; here it is an error.
+The standard library's tarfile takes a damaged header for the end of the archive; here it is an error.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from resnext_ignite.runtime.errors import DataError, data_error
 
 BLOCK = 512
 _END = bytes(BLOCK)
-# Of small members, as labels are, one read fetches several blocks.
+# Smallest read in bytes: it covers several blocks, because members such as labels are small.
 _AHEAD = 8 * BLOCK
 _PLAIN, _EXTENDED = (b"0", b"\0"), (b"x", b"g")
-# Of what an extended header (POSIX.1-2001 pax) says, all but this leaves a member what and where it is.
+# Keys of an extended header (POSIX.1-2001 pax) that change the name, size or kind of a member. Other keys are ignored.
 _DECISIVE = (b" path=", b" size=", b" linkpath=", b" GNU.sparse")
 
 
 class Member(NamedTuple):
-    """A file in an archive: its name, where its bytes begin, and how many they are."""
+    """A file in an archive: its name, and the offset and number of its bytes."""
 
     name: str
     offset: int
@@ -32,13 +32,13 @@ class Member(NamedTuple):
 
 
 def header_name(header: bytes) -> str:
-    """The name that a member's header (512 bytes) gives it."""
+    """Return the name in a member's header (512 bytes)."""
     name, prefix = (os.fsdecode(part.split(b"\0")[0]) for part in (header[:100], header[345:500]))
     return f"{prefix}/{name}" if prefix else name
 
 
 class Tar:
-    """An archive that is read in parts; to be closed as a file is.
+    """An archive that is read in parts. Use it as a context manager, which closes the file.
 
     Raises:
         DataError: it cannot be opened.
@@ -52,7 +52,7 @@ class Tar:
         self.path, self.bytes = path, os.fstat(self._file.fileno()).st_size
         self._start, self._held = 0, b""
         with contextlib.suppress(OSError):
-            # Where a read takes long, one pass over all bytes takes less time than a read of each header.
+            # On slow storage, one pass over all bytes takes less time than a separate read of each header.
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def __enter__(self) -> Tar:
@@ -64,10 +64,10 @@ class Tar:
         self._file.close()
 
     def read(self, offset: int, length: int) -> bytes:
-        """Some bytes.
+        """Read `length` bytes at `offset`.
 
         Raises:
-            DataError: there are not so many, or they cannot be read.
+            DataError: the archive is too short, or cannot be read.
         """
         if not self._start <= offset <= offset + length <= self._start + len(self._held):
             if offset + length > self.bytes:
@@ -79,10 +79,10 @@ class Tar:
         return self._held[offset - self._start : offset - self._start + length]
 
     def members(self) -> Iterator[Member]:
-        """All files, as they lie.
+        """Yield all files, in the order of the archive.
 
         Raises:
-            DataError: a header is damaged or of something else than a file, or the end is missing.
+            DataError: a header is damaged, a member is no plain file, or the end of the archive is missing.
         """
         offset = 0
         while (header := self.read(offset, BLOCK)) != _END:
@@ -91,7 +91,7 @@ class Tar:
                 size, checksum = (int(part.strip(b"\0 "), 8) for part in (header[124:136], header[148:156]))
             except ValueError:
                 size, checksum = -1, -1
-            # The checksum counts its own place as blanks.
+            # The checksum counts its own eight bytes as spaces.
             if size < 0 or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
                 raise DataError(f"{self.path}: damaged: no header at byte {offset}; pack or copy it again")
             offset += BLOCK

@@ -1,6 +1,6 @@
-"""The floors under the time of an image, as in docs/performance.md: operations and bytes, over measured rates.
+"""Table of docs/benchmarks.md: lower bounds of the training time per image, from operations and bytes over the rates.
 
-Usage: python docs/performance.py
+Usage: python docs/benchmarks.py
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ MODELS = {
     "resnext101_32x4d": (224, 1000, 64),
     "resnext101_64x4d": (224, 1000, 64),
 }
-# bf16 products/s and bytes/s: two cores of the CPU of the page's figures, as it measured them; an H200, as sustained.
+# bf16 operations/s and bytes/s. CPU: two cores of the page's CPU, as measured there; H200: sustained rates.
 RATES = {"CPU": (844e9, 75e9), "H200": (790e12, 4.3e12)}
 
 
 def floors(cost: Cost, flop_per_s: float, bytes_per_s: float) -> tuple[float, float]:
-    """Seconds of training on an image in bf16: its operations', and its bytes'."""
+    """Return two lower bounds of the seconds to train on one image in bf16: from its operations, and from its bytes."""
     return cost.training_flop / flop_per_s, cost.least_training_bytes(2) / bytes_per_s
 
 
 def table() -> str:
-    """Markdown: each model's cost, and images/s that no training in bf16 passes; in bold the bound that holds."""
+    """Return a Markdown table: each model's cost per image and the upper bounds of its images/s in bf16.
+
+    The tighter of the two bounds is bold.
+    """
     lines = [
         "| model, picture | GFLOP | MB | " + " | ".join(f"{m}: by operations | by bytes" for m in RATES) + " |",
         "|" + "---|" * (3 + 2 * len(RATES)),
