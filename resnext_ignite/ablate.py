@@ -32,12 +32,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.ablate",
         description="Train a recipe and its variants over several seeds, and compare their last-epoch errors.",
-        epilog="The same command again goes on where it was stopped. Plans: configs/ablations/.",
+        epilog="Run the same command again to continue after a stop. Plans: configs/ablations/.",
     )
     parser.add_argument("plan", metavar="PLAN.yaml", help="recipe, seeds and variants, as in configs/ablations/")
     parser.add_argument("--output-dir", metavar="DIR", required=True, help="where the runs and the results go")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--verbose", action="store_true", help="tell of each run all that train tells")
+    parser.add_argument("--verbose", action="store_true", help="print the full log of each run, as train does")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config values for all variants")
     return parser.parse_intermixed_args(arguments)
 
@@ -56,7 +56,7 @@ def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
     missing = [run for run in plan.runs if results[run.folder].state == "unfinished"]
     done = len(results) - len(missing)
     if done:
-        print(f"{done} of {len(results)} runs are there already", file=sys.stderr)
+        print(f"{done} of {len(results)} runs are finished already", file=sys.stderr)
     with note_stop_signals() as stop, keep_data_loaded(), _quiet(not verbose):
         try:
             for run in missing:
@@ -70,8 +70,8 @@ def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
                     raise PreemptedError(signal)
         except (PreemptedError, KeyboardInterrupt) as error:
             raise PreemptedError(
-                f"stopped by {stop() or error}: {done} of {len(results)} runs are made, and what was saved of the next "
-                "is kept; the same command goes on"
+                f"stopped by {stop() or error}: {done} of {len(results)} runs are done, and checkpoints of the next "
+                "are kept; run the same command again to continue"
             ) from None
     write_results(plan, list(results.values()), output_dir)
     return list(results.values())

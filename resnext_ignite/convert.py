@@ -63,13 +63,23 @@ def main(arguments: list[str]) -> int:
     """Run the command; raise ResnextError for an error that the user can fix."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.convert",
-        description="Convert checkpoints of other systems for this project, or its checkpoints for them.",
+        description="Convert a checkpoint of another system to this project, or one of this project to another system.",
     )
     parser.add_argument(
-        "--from", dest="source", type=_name, choices=_SYSTEMS, default="auto", help="default: recognised from the file"
+        "--from",
+        dest="source",
+        type=_name,
+        choices=_SYSTEMS,
+        default="auto",
+        help="system that wrote the checkpoint; default: recognised from it",
     )
     parser.add_argument(
-        "--to", dest="target", type=_name, choices=_TARGETS, default="resnext_ignite", help="default: resnext_ignite"
+        "--to",
+        dest="target",
+        type=_name,
+        choices=_TARGETS,
+        default="resnext_ignite",
+        help="system to write for; default: resnext_ignite",
     )
     parser.add_argument("--checkpoint", required=True, metavar="FILE|RUN", help="the checkpoint to read")
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
@@ -77,7 +87,9 @@ def main(arguments: list[str]) -> int:
     output = Path(parsed.output)
     check_place("--output", output, new=True)
     if parsed.target != "resnext_ignite" and parsed.source != "auto":
-        raise ConfigError(f"--from {parsed.source}: with --to {parsed.target} a checkpoint of this project is read")
+        raise ConfigError(
+            f"--from {parsed.source}: with --to {parsed.target} a checkpoint of this project is read; leave out --from"
+        )
     print(convert(Path(parsed.checkpoint), output, parsed.source, parsed.target))
     return 0
 

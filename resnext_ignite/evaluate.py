@@ -76,11 +76,11 @@ def evaluate(
     set_up_console()
     refused = [override for override in overrides if not override.startswith(_ALLOWED)]
     if refused:
-        raise ConfigError(f"{refused[0]}: an evaluation takes {', '.join(_ALLOWED)} only")
+        raise ConfigError(f"{refused[0]}: cannot be overridden in an evaluation; only {', '.join(_ALLOWED)} can")
     model, metadata = open_model(checkpoint)
     config = metadata.config
     if config.evaluation.image_size and any(override.startswith("data.image_size=") for override in overrides):
-        raise ConfigError("data.image_size: this run is evaluated at evaluation.image_size; set that")
+        raise ConfigError("data.image_size: this run sets evaluation.image_size; override that key instead")
     if config.train.device == "cuda" and not torch.cuda.is_available():
         config = with_values(config, {"train.device": "cpu"})
     # Drop what concerns training only: `progressive_from` would restrict the image size. An evaluation skips no image.
@@ -88,7 +88,7 @@ def evaluate(
     fixed = {"data.on_error": "fail", "logging.mistakes": keep_mistakes}
     config = with_values(override_config(config, overrides), fixed)
     if views != "one" and config.evaluation.flip_tta:
-        log.info(f"evaluation.flip_tta: left out, since --views {views} is a mean already")
+        log.info(f"evaluation.flip_tta: ignored, because --views {views} already averages over views")
         config = with_values(config, {"evaluation.flip_tta": False})
     if config.evaluation.image_size:
         # `--split train`: the training images take the evaluation size too.
@@ -116,9 +116,9 @@ def _check_classes(checkpoint: Path, own: tuple[str, ...], found: tuple[str, ...
         return
     if foreign and len(own) == len(found):
         # The file of another system stores no class names. The folders of ImageNet are not named as its classes.
-        log.info(f"the {len(own)} classes of {checkpoint} are taken to be the data's, in their order")
+        log.info(f"{checkpoint}: assuming that its {len(own)} classes are those of the data, in the same order")
         return
-    raise CheckpointError(f"{checkpoint}: knows the classes {_shortened(own)}, the data has {_shortened(found)}")
+    raise CheckpointError(f"{checkpoint}: has the classes {_shortened(own)}, but the data has {_shortened(found)}")
 
 
 def _loader(
@@ -133,9 +133,7 @@ def _loader(
         return build_eval_loader(config, data, split, device, ranks)
     files = data.splits.get(split)
     if not isinstance(files, ImageFiles) or files.crop_ratio == 1:
-        raise ConfigError(
-            "--views ten-crop: the data leaves no room for crops; it takes a folder and data.eval_crop < 1"
-        )
+        raise ConfigError("--views ten-crop: needs data of image files or shards, and data.eval_crop < 1")
     crops = [replace(data, splits={split: replace(files, anchor=anchor)}) for anchor in FIVE_CROPS]
     return CropsLoader([build_eval_loader(config, crop, split, device, ranks) for crop in crops])
 
@@ -188,12 +186,12 @@ def main(arguments: list[str]) -> int:
         "--views",
         choices=("one", "flip", "ten-crop"),
         default="one",
-        help="average over mirror images, or over ten crops; such figures are not the run's (default: one)",
+        help="average over mirror images or ten crops; the metrics then differ from the run's (default: one)",
     )
     parser.add_argument("--confusion", metavar="FILE.png", help="draw the confusion matrix")
     parser.add_argument("--mistakes", metavar="FILE.png", help=f"draw the worst mistakes, at most {_MISTAKES}")
-    parser.add_argument("--calibration", metavar="FILE.png", help="draw accuracy over confidence")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config values, as data.root=FOLDER")
+    parser.add_argument("--calibration", metavar="FILE.png", help="plot accuracy against confidence")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config values, for example data.root=FOLDER")
     parsed = parser.parse_intermixed_args(arguments)
     pictures = {name: Path(vars(parsed)[name]) for name in _PICTURES if vars(parsed)[name]}
     for name, path in pictures.items():

@@ -34,9 +34,9 @@ def export(checkpoint: Path, format: str, output: Path, *, uint8: bool, fold: bo
     if difference is None:
         told.append("read back equal")
     else:
-        told.append(f"largest difference {difference:.1e} of the larger of 1 and the largest logit")
+        told.append(f"largest logit difference {difference:.1e}, relative to max(1, largest logit)")
     if metadata.source is not None:
-        told.append(f"size, normalisation and classes not stated by the checkpoint but {metadata.source}'s")
+        told.append(f"the checkpoint states no size, normalisation or classes; those of {metadata.source} are used")
     return f"{output}: {', '.join(told)}; model card: {card}"
 
 
@@ -59,11 +59,9 @@ def check_options(format: str, output: Path, *, changed: bool) -> None:
         raise ConfigError(f"--output {output}: a file of {format} ends in {_SUFFIXES[format]}")
     check_place("--output", output, new=True)
     if card.exists():
-        raise ConfigError(
-            f"--output {output}: {card} is there already, where the model card goes; choose another folder"
-        )
+        raise ConfigError(f"--output {output}: the model card {card} exists already; choose another folder")
     if format == "safetensors" and changed:
-        raise ConfigError("--uint8, --no-fold: a file of weights has no network; leave them out with safetensors")
+        raise ConfigError("--uint8, --no-fold: a safetensors file holds no network; leave these options out")
     if format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
             if importlib.util.find_spec(name) is None:
@@ -75,11 +73,15 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.export", description="Write a model as ONNX, torch.export or safetensors."
     )
-    parser.add_argument("--checkpoint", required=True, metavar="FILE|RUN", help="ours, or another system's")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="FILE|RUN", help="a checkpoint of this project or of another system"
+    )
     parser.add_argument("--format", required=True, choices=tuple(_SUFFIXES))
     parser.add_argument("--output", required=True, metavar="FILE", help="README.md is written beside it")
-    parser.add_argument("--uint8", action="store_true", help="take pictures as they are, 0 to 255: normalise inside")
-    parser.add_argument("--no-fold", action="store_true", help="leave BatchNorm apart from the convolutions")
+    parser.add_argument(
+        "--uint8", action="store_true", help="take uint8 images, 0 to 255, and normalise inside the model"
+    )
+    parser.add_argument("--no-fold", action="store_true", help="do not fold BatchNorm into the convolutions")
     parsed = parser.parse_args(arguments)
     output = Path(parsed.output)
     check_options(parsed.format, output, changed=parsed.uint8 or parsed.no_fold)

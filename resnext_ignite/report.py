@@ -66,7 +66,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     rows = [["run", "state", "model", "data", "epoch", "split", "last error %", "(best, epoch)", "images/s", "minutes"]]
     flip = any(run["last_error_flip"] is not None for run in runs)
     if flip:
-        rows[0].append("with mirror images %")
+        rows[0].append("last error with flips %")
     for run in runs:
         rows.append(
             [
@@ -98,11 +98,11 @@ def differences(runs: list[dict[str, Any]]) -> list[str]:
 def main(arguments: list[str]) -> int:
     """Run the command; raise ResnextError for an error that the user can correct."""
     parser = argparse.ArgumentParser(
-        prog="python -m resnext_ignite.report", description="A table of runs, and their curves in one picture."
+        prog="python -m resnext_ignite.report", description="Print a table of runs, and draw their curves in one plot."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--output", metavar="FILE.png", help="default: RUN/curves.png; of several runs: curves.png")
-    parser.add_argument("--html", metavar="FILE.html", help="write a page too: one file, to look at or to send")
+    parser.add_argument("--html", metavar="FILE.html", help="also write a self-contained HTML page")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parsed = parser.parse_args(arguments)
     for option in ("output", "html"):

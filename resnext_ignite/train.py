@@ -59,7 +59,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     stop = StopAgreement(ranks, config.train.max_hours)
     run_folder = open_run(output_dir, config, ranks, resume=resume)
     with stop_on_signals(stop) as begin, run_folder as opened, name_failures(ranks):
-        log.info(f"{ranks.placement()}, {config.train.batch_size // ranks.world_size} images each an iteration")
+        log.info(f"{ranks.placement()}, {config.train.batch_size // ranks.world_size} images per rank and iteration")
         device = devices.resolve_device(opened.config.train.device, local_rank)
         loaders = build_loaders(with_normalisation(opened.config), device, ranks)
         opened.check_data(loaders.data.contents)
@@ -107,7 +107,7 @@ def resolve_config(config: Config, data: Data, device: torch.device) -> Config:
     from resnext_ignite.runtime.devices import resolve_precision
 
     if len(data.classes) < 2:
-        raise DataError(f"{config.data.root}: a single class, {data.classes[0]}; there is nothing to tell apart")
+        raise DataError(f"{config.data.root}: a single class, {data.classes[0]}; training needs at least two classes")
     if config.model.num_classes not in (None, len(data.classes)):
         raise ConfigError(f"model.num_classes: {config.model.num_classes}, but the data has {len(data.classes)}")
     deterministic = config.train.deterministic
@@ -129,19 +129,19 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line; exit with code 2 if it is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.train",
-        description="Train a ResNeXt as a config says.",
-        epilog="All keys, with unit and default: --help-config.",
+        description="Train a ResNeXt with the settings of a config file.",
+        epilog="--help-config lists all config keys with units and defaults.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML config, as in configs/; with --resume: RUN/config.yaml")
     parser.add_argument("--output-dir", metavar="DIR", help="run folder (default: runs/<config name>/<date-time>)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output-dir")
     parser.add_argument("--nproc-per-node", type=int, metavar="N", help="spawn N ranks on this machine")
-    parser.add_argument("--backend", choices=("nccl", "gloo"), help="of torch.distributed (default: by device)")
+    parser.add_argument("--backend", choices=("nccl", "gloo"), help="torch.distributed backend (default: by device)")
     parser.add_argument("--help-config", action="store_true", help="print the reference of all config keys")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config values, as train.epochs=5")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config values, for example train.epochs=5")
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.resume and not parsed.output_dir:
-        raise ConfigError("--resume: say which run with --output-dir RUN")
+        raise ConfigError("--resume: name the run with --output-dir RUN")
     if parsed.nproc_per_node is not None and parsed.nproc_per_node < 1:
         raise ConfigError(f"--nproc-per-node: {parsed.nproc_per_node}; at least 1")
     return parsed
@@ -168,7 +168,7 @@ def main(arguments: list[str]) -> int:
     if path is None and parsed.resume and (Path(parsed.output_dir) / "config.yaml").exists():
         path = Path(parsed.output_dir) / "config.yaml"
     if path is None:
-        raise ConfigError("--config FILE: say what to train, as in --config configs/quickstart.yaml")
+        raise ConfigError("--config FILE: missing; for example --config configs/quickstart.yaml")
     config = load_config(path, parsed.overrides)
     check_batch_size(config, parsed.nproc_per_node or launched_world_size())
     output_dir = Path(parsed.output_dir) if parsed.output_dir else default_output_dir(Path(path))

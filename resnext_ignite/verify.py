@@ -191,7 +191,7 @@ def find_leftovers(folder: Path) -> list[str]:
     found = []
     for name in sorted(path.name for path in folder.iterdir()):
         if name.startswith(".") and name.endswith(".tmp"):
-            found.append(f"{name}: of a save that was killed, or is under way")
+            found.append(f"{name}: from a save that was killed, or is still running")
         elif name.endswith(".sha256") and not (folder / name.removesuffix(".sha256")).exists():
             found.append(f"{name}: without its checkpoint")
         elif name.endswith(".pt.damaged"):
@@ -223,14 +223,14 @@ def resume_line(run: CheckedRun) -> str:
         return f"resumes from {point.path} (iteration {point.iteration} of {point.iterations})"
     if run.candidate is not None:
         return f"{run.path}: cannot be resumed: {run.candidate.path.name} would be used, and is {run.candidate.state}"
-    reason = "all checkpoints are damaged" if run.files else "no checkpoint is there"
+    reason = "all checkpoints are damaged" if run.files else "there is no checkpoint"
     return f"{run.path}: cannot be resumed: {reason}"
 
 
 def as_text(run: CheckedRun) -> str:
     """Return the table of a run, its leftover files, and the line about a resume."""
     parts = [table(run.files)] if run.files else []
-    return "\n".join([*parts, *(f"no checkpoint: {line}" for line in run.remains), resume_line(run)])
+    return "\n".join([*parts, *(f"not a checkpoint: {line}" for line in run.remains), resume_line(run)])
 
 
 def as_json(run: CheckedRun) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def main(arguments: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.verify",
-        description="Check every checkpoint of a run, and say which can be resumed. Safe beside a training process.",
+        description="Check every checkpoint of a run, and report which runs can be resumed. Safe while a run trains.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or checkpoint file")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

@@ -108,7 +108,7 @@ def test_the_same_command_again_only_tells(whole: Path, capsys: pytest.CaptureFi
     assert ablate_tiny(whole, "--json") == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == results_in(whole)
-    assert captured.err == "4 of 4 runs are there already\n"
+    assert captured.err == "4 of 4 runs are finished already\n"
     assert [(whole / "out" / folder / "metrics.jsonl").stat() for folder in FOLDERS] == before
 
 
@@ -264,7 +264,7 @@ def test_a_run_that_diverges_counts_as_failed(tmp_path: Path, capsys: pytest.Cap
     assert "| Smoothed, 0.1 | 0 (2 failed) |" in captured.out
     # It would fail again: it is not begun again.
     assert ablate_tiny(tmp_path, "train.epochs=3", text=text) == 0
-    assert capsys.readouterr().err == "4 of 4 runs are there already\n"
+    assert capsys.readouterr().err == "4 of 4 runs are finished already\n"
 
 
 def completed(variant: str, **errors: float) -> list[Result]:
@@ -319,7 +319,7 @@ def test_the_table_by_hand() -> None:
     assert lines[5:] == [
         "",
         "± is the standard error of the mean over seeds; differences are taken seed by seed.",
-        "`*`: a difference of more than twice its standard error; with few seeds a hint, no proof.",
+        "`*`: a difference of more than twice its standard error; with few seeds a hint, not a proof.",
     ]
 
 
@@ -336,7 +336,7 @@ def test_one_seed_shows_no_standard_error() -> None:
         (PLAN.replace("[1, 2]", "[]"), ":4: seeds: []; at least one seed, as [1, 2, 3]"),
         (PLAN.replace("seeds: [1, 2]", ""), ": seeds: None; at least one seed, as [1, 2, 3]"),
         (PLAN.replace("[1, 2]", "[1, true]"), ":4: seeds.1: True; an integer from 0 to 2147483647"),
-        (PLAN.replace("[1, 2]", "[1, 1]"), ":4: seeds.1: 1 stands here a second time"),
+        (PLAN.replace("[1, 2]", "[1, 1]"), ":4: seeds.1: 1 is listed twice; remove one"),
         (PLAN.replace("{optimizer.lr: 0.05}", "{seed: 3}"), ":3: overrides.seed: the plan's seeds are the runs'"),
         (PLAN.replace("train.label_smoothing: 0.1", "seed: 3"), ":7: variants.Smoothed, 0.1.seed: the plan's seeds"),
         (PLAN.replace("optimizer.lr", "optimizer.rl"), ":3: optimizer.rl: unknown key (did you mean 'optimizer.lr'?)"),
@@ -349,13 +349,13 @@ def test_one_seed_shows_no_standard_error() -> None:
         (PLAN.replace("{train.label_smoothing: 0.1}", "3"), ":7: variants.Smoothed, 0.1: 3; keys with values"),
         (
             PLAN.replace("Smoothed, 0.1", "As-it IS"),
-            ":7: variants.As-it IS: its runs' folder, as-it-is, is that of 'as",
+            ":7: variants.As-it IS: has the same run folder as-it-is as 'as",
         ),
         (PLAN.replace("Smoothed, 0.1", "(+)"), ":7: variants.(+): a name of letters and digits"),
-        (PLAN.replace("Smoothed, 0.1", "as it is"), ":7: variants.as it is: the key stands here a second time"),
+        (PLAN.replace("Smoothed, 0.1", "as it is"), ":7: variants.as it is: the key is listed twice; remove one"),
         (
             PLAN.replace("variants:", "baseline: x\nvariants:"),
-            ":5: baseline: 'x' is no variant; one of as it is, Smooth",
+            ":5: baseline: 'x' is not a variant; choose one of as it is, Smooth",
         ),
         (PLAN.replace("quickstart", "none"), "configs/none.yaml: No such file or directory"),
         (PLAN.replace("config:", "overridez:"), ":2: overridez: unknown key (did you mean 'overrides'?)"),
@@ -368,7 +368,7 @@ def test_one_seed_shows_no_standard_error() -> None:
             PLAN.replace("train.label_smoothing: 0.1", "evaluation.patience: 3"),
             ":7: variants.Smoothed, 0.1: evaluation.patience would cut",
         ),
-        ("seeds: [1]\nvariants: {a: {}}\n", ": config: None; a config's file, beside the plan or relative to it"),
+        ("seeds: [1]\nvariants: {a: {}}\n", ": config: None; a config file, relative to the plan's folder"),
         (f"config: {ROOT / 'configs/quickstart.yaml'}\nseeds: [1]\n", ": variants: at least one, as in "),
         ("- 1\n", ": a config is keys with values, not [1]"),
     ],
@@ -403,7 +403,7 @@ def test_an_abandoned_run_is_no_result(tmp_path: Path, capsys: pytest.CaptureFix
     # Once is enough.
     capsys.readouterr()
     assert ablate_tiny(tmp_path, "train.epochs=2", text=text) == 0
-    assert "2 of 2 runs are there already" in capsys.readouterr().err
+    assert "2 of 2 runs are finished already" in capsys.readouterr().err
 
 
 def test_runs_on_other_data_are_not_compared(whole: Path) -> None:

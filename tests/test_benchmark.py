@@ -167,7 +167,7 @@ def test_each_contender_has_a_process_of_its_own_and_its_error_is_told() -> None
     with in_processes({"a": partial(_turn_of, 1.5), "broken": _broken}) as contenders:
         assert list(contenders) == ["a"]
         assert contenders.failed == {"broken": "ValueError: cannot be built"}
-    refused = pytest.raises(RuntimeError, match=r"no contender can take part: .*cannot be built")
+    refused = pytest.raises(RuntimeError, match=r"all contenders failed: .*cannot be built")
     with refused, in_processes({"broken": _broken}):
         pass
 
@@ -203,15 +203,15 @@ def test_a_measurement_goes_on_where_it_was_cut(
     assert list(json.loads(file.read_text())["suites"]) == ["data"]
     # Nothing of another machine is gone on with.
     file.write_text(json.dumps({**results, "machine": {**results["machine"], "cpu": "another"}}))
-    with pytest.raises(ConfigError, match=r"^--continue: .*b\.json is of cpu another, and this is "):
+    with pytest.raises(ConfigError, match=r"^--continue: .*b\.json: cpu was another, and is "):
         benchmark.main(["--json", str(file), "--continue"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("--continue",), "--continue: say with --json FILE.json what to go on with"),
-        (("--json", "b.txt"), "--json b.txt: a file that ends in .json; the picture stands beside it"),
+        (("--continue",), "--continue: name the file to continue with --json FILE.json"),
+        (("--json", "b.txt"), "--json b.txt: the name must end in .json; the plot is written beside it"),
         (("--device", "cuda"), "--device cuda: this machine has no GPU that torch can use; leave it out"),
     ],
 )

@@ -69,7 +69,7 @@ def test_the_last_override_wins(tmp_path: Path) -> None:
         ("train:\n", ":1: train: a section of keys, not null"),
         ("optimizer: {lr: .inf}\n", ':1: optimizer.lr: input should be a valid number, not ".inf"'),
         ("optimizer: {lr: 1e999}\n", ":1: optimizer.lr: input should be a finite number, not Infinity"),
-        ("seed: 1\nseed: 2\n", ":2: seed: the key stands here a second time"),
+        ("seed: 1\nseed: 2\n", ":2: seed: the key is listed twice; remove one"),
         ("seed: !!python/name:os.system\n", ":1: YAML tags are not read (tag:yaml.org,2002:python/name:os.system)"),
         ("seed: &a 1\n", ":1: anchors and aliases are not read"),
         ("seed: *a\n", ":1: anchors and aliases are not read"),

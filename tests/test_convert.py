@@ -307,7 +307,7 @@ def test_another_systems_file_is_used_as_it_is(
     with torch.no_grad():
         right = sum(int((model(batch.images).argmax(1) == batch.labels).sum()) for batch in loader)
     assert (metrics["images"], metrics["correct"]) == (12, right)
-    with pytest.raises(CheckpointError, match="knows the classes 0, 1, the data has disk, ring"):
+    with pytest.raises(CheckpointError, match="has the classes 0, 1, but the data has disk, ring"):
         evaluate.evaluate(file, "test", ["data.name=shapes"])
 
     assert predict.main(["--checkpoint", str(file), str(picture_folder / "test/dark/00.png")]) == 0
@@ -327,7 +327,7 @@ def seed_weights() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (lambda w: {"w": torch.zeros(1)}, "w: no system known here names a ResNeXt's weights so; say --from"),
+        (lambda w: {"w": torch.zeros(1)}, "w: no known system gives this name to a weight of a ResNeXt; set --from"),
         (
             lambda w: {**w, "extra.weight": torch.zeros(1)},
             "extra.weight: resnext.pytorch has no such weight in a ResNeXt",
@@ -377,7 +377,7 @@ def test_hostile_and_damaged_files_are_refused(tmp_path: Path) -> None:
 
 def test_a_wrong_command_line_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "there").touch()
-    with pytest.raises(ConfigError, match="is there already; choose another name"):
+    with pytest.raises(ConfigError, match="exists already; choose another name"):
         convert.main(["--checkpoint", "x", "--output", str(tmp_path / "there")])
     with pytest.raises(ConfigError, match=r"--from resnext\.pytorch: with --to timm a checkpoint of this"):
         convert.main(["--checkpoint", "x", "--output", "y", "--from", "resnext.pytorch", "--to", "timm"])

@@ -415,7 +415,7 @@ def test_with_only_train_the_held_out_images_are_evaluated(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("values", "ranks", "line"),
     [
-        ({"train.batch_size": 8}, 3, "cannot be shared by 3 ranks of 1 micro-batches; 6 or 9 can"),
+        ({"train.batch_size": 8}, 3, "cannot be shared by 3 ranks with 1 micro-batches; 6 or 9 can"),
         (
             {"train.batch_size": 16, "train.ghost_batch": 8},
             4,

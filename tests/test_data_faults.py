@@ -130,7 +130,10 @@ def test_a_picture_without_read_permission_is_named(tmp_path: Path, root: Path) 
     ("change", "line"),
     [
         (lambda root: (root / "train/none").mkdir(), "train/none: a class without a picture"),
-        (lambda root: (root / "train/far").symlink_to("/nowhere"), "train/far: a link to /nowhere, which is not there"),
+        (
+            lambda root: (root / "train/far").symlink_to("/nowhere"),
+            "train/far: a link to /nowhere, which does not exist; remove it",
+        ),
         (lambda root: (root / "test/cat").mkdir(), "test/cat: not a class of the training images"),
     ],
     ids=["empty", "dangling", "unknown"],

@@ -110,7 +110,9 @@ def test_a_run_without_one_is_evaluated_as_it_was_trained(picture_folder: Path, 
 
 
 def test_a_size_that_would_not_be_used_is_refused(run: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.image_size: this run is evaluated at evaluation.image_size; set that"):
+    with pytest.raises(
+        ConfigError, match=r"data.image_size: this run sets evaluation.image_size; override that key instead"
+    ):
         evaluate.evaluate(run, "test", ["data.image_size=24"])
 
 

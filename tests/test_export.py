@@ -88,7 +88,7 @@ def test_onnx(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     file = tmp_path / "model.onnx"
     run_export(finished_run, "onnx", file)
     out = capsys.readouterr().out
-    told = r": opset 18, largest difference \d\.\de-\d\d of the larger of 1 and the largest logit; model card: "
+    told = r": opset 18, largest logit difference \d\.\de-\d\d, relative to max(1, largest logit); model card: "
     assert re.fullmatch(re.escape(str(file)) + told + re.escape(str(tmp_path / "README.md")) + "\n", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.onnx"]
     model, metadata = load_model(finished_run)
@@ -111,7 +111,7 @@ def test_onnx(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_onnx_of_pictures_as_they_are(foreign_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "model.onnx"
     run_export(foreign_file, "onnx", file, "--uint8", "--no-fold")
-    assert "size, normalisation and classes not stated by the checkpoint but torchvision's" in capsys.readouterr().out
+    assert "the checkpoint states no size, normalisation or classes; those of torchvision are used" in capsys.readouterr().out
     assert_same_logits(onnx_logits(file), *open_model(foreign_file), uint8=True)
     graph = onnx.load(file).graph
     assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
@@ -228,7 +228,7 @@ def test_the_card_says_what_the_checkpoint_does(averaged_run: Path, tmp_path: Pa
     assert yaml.safe_load(head) == {"pipeline_tag": "image-classification", "tags": ["resnext", "safetensors"]}
     assert "# license: is missing; yours to choose" in head
     # Counted by hand in test_summary.py.
-    assert "10 classes, 15,348 parameters, 2,063,616 multiply-adds a picture of 32x32" in text
+    assert "10 classes, 15,348 parameters, 2,063,616 multiply-adds for an image of 32x32" in text
     last = load_model(averaged_run)[1].errors["last"]
     wrong = last["images"] - last["correct"]
     assert f"test split: {100 * wrong / 37:.2f} % ({wrong} wrong of 37 images)" in text
@@ -249,8 +249,13 @@ def test_the_card_says_what_the_checkpoint_does(averaged_run: Path, tmp_path: Pa
     [
         (3, 3, "test", "of the last of 3 epochs; they were not chosen"),
         (2, 1, "test", "of epoch 2 of 3 planned; they were not chosen"),
-        (2, 2, "test", "of epoch 2 of 3 planned, the lowest error up to there: chosen on the test split itself, so"),
-        (2, 2, "val", "of epoch 2 of 3 planned, the lowest error up to there: chosen on held-out training images"),
+        (2, 2, "test", "of epoch 2 of 3 planned, which had the lowest error up to then on the test split itself, so"),
+        (
+            2,
+            2,
+            "val",
+            "of epoch 2 of 3 planned, which had the lowest error up to then on held-out training images",
+        ),
         (None, None, "test", "of iteration 12, were not evaluated"),
     ],
 )
@@ -274,7 +279,7 @@ def test_the_card_says_which_epoch_it_is(
 def test_the_card_of_another_systems_model_claims_nothing(foreign_file: Path, tmp_path: Path) -> None:
     run_export(foreign_file, "safetensors", tmp_path / "model.safetensors")
     card = (tmp_path / "README.md").read_text()
-    assert "Taken by the names of its weights for a model of torchvision." in card
+    assert "Converted from a checkpoint of torchvision." in card
     assert "## Errors\n\nNot known." in card
     assert "## Recipe\n\nNot known." in card
     assert "datasets" not in card
@@ -318,8 +323,11 @@ def test_without_its_card_no_model_is_left(finished_run: Path, tmp_path: Path, m
     ("arguments", "line"),
     [
         (("onnx", "model.pt"), "--output {folder}/model.pt: a file of onnx ends in .onnx"),
-        (("onnx", "there.onnx"), "--output {folder}/there.onnx: is there already; choose another name"),
-        (("onnx", "none/m.onnx"), "--output {folder}/none/m.onnx: there is no folder {folder}/none; make it first"),
+        (("onnx", "there.onnx"), "--output {folder}/there.onnx: exists already; choose another name"),
+        (
+            ("onnx", "none/m.onnx"),
+            "--output {folder}/none/m.onnx: the folder {folder}/none does not exist; create it first",
+        ),
         (("torch-export", "card/m.pt2"), "--output {folder}/card/m.pt2: {folder}/card/README.md is there already"),
         (("safetensors", "m.safetensors", "--uint8"), "--uint8, --no-fold: a file of weights has no network"),
     ],

@@ -445,7 +445,7 @@ def test_a_full_disk_at_what_a_run_can_do_without_is_a_warning(tmp_path: Path) -
         outcome = Command(folder, *WITH_EVENTS, *DRAWN, patch=patch).wait()
         assert outcome.code == 0, outcome.stderr
         for what in ("best.pt", "curves.png", "evaluation.json", "mistakes.png", "TensorBoard's events"):
-            assert f"{what} could not be written (No space left on device); training goes on" in outcome.stderr
+            assert f"{what} could not be written (No space left on device); training continues" in outcome.stderr
         assert "Traceback" not in outcome.stderr
         names = sorted(path.name for path in (folder / "checkpoints").glob("*.pt"))
         assert names == ["final.pt", "iteration_00000011.pt", "iteration_00000012.pt"]

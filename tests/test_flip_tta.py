@@ -127,7 +127,7 @@ def test_report_says_them_apart(
     page = ["--html", str(tmp_path / "page.html"), "--output", str(tmp_path / "curves.png")]
     assert report.main([str(finished_run), str(flipped_run), *page]) == 0
     head, *rows = capsys.readouterr().out.splitlines()[:3]
-    assert head.rstrip().endswith("with mirror images %")
+    assert head.rstrip().endswith("last error with flips %")
     assert [row.split()[-1] for row in rows] == ["-", f"{last['top1_error_flip']:.2f}"]
     shown = (tmp_path / "page.html").read_text()
     assert shown.count("With mirror images: ") == 1

@@ -104,7 +104,7 @@ def test_an_end_that_a_restart_would_not_cure_is_not_repeated(
     word = json.loads((tmp_path / "attempt_0/1/error.json").read_text())
     assert (word["message"], word["exit_code"]) == ("why", kind.exit_code)
     for attempt in ("attempt_1", "attempt_2"):
-        with pytest.raises(kind, match=r"^not started again by torchrun: why$") as caught:
+        with pytest.raises(kind, match=r"^restart by torchrun refused: why$") as caught:
             end(tmp_path / attempt, RankError("was begun"), monkeypatch)
         assert not caught.value.quiet
 
@@ -166,7 +166,7 @@ def test_torchrun_brings_a_run_back_whose_rank_was_killed(tmp_path: Path) -> Non
     assert whole.returncode == 0, whole.stderr
     assert digest(tmp_path / "run") == digest(tmp_path / "whole")
     assert "2 ranks (" in whole.stderr
-    assert "8 images each an iteration" in whole.stderr
+    assert "8 images per rank and iteration" in whole.stderr
 
 
 @pytest.mark.slow
@@ -198,7 +198,7 @@ def test_torchrun_does_not_repeat_what_a_restart_does_not_cure(
     assert f"exitcode  : {code} " in ended.stderr
     if code != 2:
         assert ended.stderr.count("epoch 1/3 iteration 1 ") == 1
-        assert f"not started again by torchrun: {line}" in ended.stderr
+        assert f"restart by torchrun refused: {line}" in ended.stderr
         assert RunFolder(tmp_path / "run").read_status()["exit_code"] == code
 
 

@@ -229,7 +229,7 @@ class RawT7(T7):
         (t7_tensor((4,), (1,), 1, 2**40), f"a count of {2**40}, where"),
         (struct.pack("<iii", 3, 900, 2**31 - 1), f"a count of {2**31 - 1}, where"),
         (struct.pack("<ii", 2, -5), "a count of -5, where"),
-        (struct.pack("<i", 77), "a value of type 77, which Torch7 has not"),
+        (struct.pack("<i", 77), "a value of the unknown type 77"),
         (b"".join(struct.pack("<iii", 3, number, 1) for number in range(900, 1200)), "nested over 200 deep"),
     ],
 )
@@ -306,9 +306,7 @@ def test_what_is_no_resnext_of_caffe_is_named(tmp_path: Path) -> None:
         changed(0, field(6, b"\x01"), field(6, b"\x02")),
         "layer layer 1: kernel, stride and padding 3x3, 2x2, 1x1, where",
     )
-    refused(
-        changed(8, field(5, 4), field(5, 2)), "layer layer 9: 2 groups of 2 are not the 8 channels that it puts out"
-    )
+    refused(changed(8, field(5, 4), field(5, 2)), "layer layer 9: 2 groups of 2 do not match its 8 output channels")
     refused(with_field(model, 3, 123, field(1, 0.1)), "layer layer 4 (ReLU): a slope of 0.1 below 0")
     refused(with_field(model, 0, 106, field(18, b"\x02")), "layer layer 1 (Convolution): a dilated convolution")
     refused(with_field(model, 18, 110, field(2, struct.pack("<2f", 1, 2))), "layer layer 19 (Eltwise): a weighted sum")
@@ -327,7 +325,7 @@ def test_what_is_no_resnext_of_caffe_is_named(tmp_path: Path) -> None:
     refused(field(1, "x") + field(100, net.layers[0]), "no stem, or no classifier")
     net = CaffeNet(model)
     net.layers[2] = net.layers[1]
-    refused(net.content(), "layer layer 2 (BatchNorm): a second one for the same convolution")
+    refused(net.content(), "layer layer 2 (BatchNorm): a second BatchNorm for the same convolution")
     # The stride of the second stage, on the first 1x1 as in the original ResNets.
     net = CaffeNet(model)
     first = next(index for index, made in enumerate(net.layers) if field(6, b"\x02") in made) - 4

@@ -169,7 +169,7 @@ def test_two_machines_train_one_run_and_survive_a_killed_rank(tmp_path: Path, ma
     ends = [machine.wait() for machine in machines[:2]]
     assert [code for code, _ in ends] == [0, 0], ends
     log = ends[0][1]
-    assert log.count("2 ranks (alpha: 1, beta: 1; gloo), 8 images each an iteration") == 2
+    assert log.count("2 ranks (alpha: 1, beta: 1; gloo), 8 images per rank and iteration") == 2
     assert "rank 1 is gone" in log
     assert "resuming" in log
     told = errors_told(folder)
@@ -188,7 +188,7 @@ def test_a_cut_link_ends_all_machines(tmp_path: Path, machines: list[Machine]) -
     wait_for(lambda: "error: " in machines[1].output.read_text(), timeout + 10)
     code, log = machines[0].wait(30)
     assert code == 1
-    assert "error: rank 1 hangs (distributed.timeout_s is over); go on with --resume" in log
+    assert "error: rank 1 hangs (no answer within distributed.timeout_s); continue with --resume" in log
     assert "exitcode  : 8 " in log
     assert RunFolder(folder).read_status()["exit_code"] == 8
     # Of the machine behind the cut only the rank ends by itself: its torchrun waits for an answer of the other's.
@@ -206,8 +206,8 @@ def test_two_of_three_machines_go_on_without_the_third(tmp_path: Path, machines:
     ends = [machine.wait() for machine in machines[:2]]
     assert [code for code, _ in ends] == [0, 0], ends
     log = ends[0][1]
-    assert "3 ranks (alpha: 1, beta: 1, gamma: 1; gloo), 4 images each an iteration" in log
-    assert "2 ranks (alpha: 1, beta: 1; gloo), 6 images each an iteration" in log
+    assert "3 ranks (alpha: 1, beta: 1, gamma: 1; gloo), 4 images per rank and iteration" in log
+    assert "2 ranks (alpha: 1, beta: 1; gloo), 6 images per rank and iteration" in log
     assert "resuming" in log
     assert RunFolder(folder).read_status()["state"] == "completed"
     told = errors_told(folder)
@@ -247,7 +247,7 @@ def test_what_a_restart_does_not_cure_is_repeated_on_no_machine(
     ends = [machine.wait() for machine in machines[:2]]
     assert [code for code, _ in ends] == [1, 1], ends
     for _, log in ends:
-        assert f"not started again by torchrun: {line}" in log
+        assert f"restart by torchrun refused: {line}" in log
     # torchrun's own summary, on the machine that ends first: the other may find store or rendezvous gone.
     assert any(f"exitcode  : {code} " in log for _, log in ends), ends
     assert ends[0][1].count("epoch 1/3 iteration 1 ") == 1

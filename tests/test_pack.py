@@ -215,9 +215,9 @@ def of_another_format(folder: Path) -> None:
     ("damage", "words"),
     [
         (damage_a_byte, r"train/000001.tar: is damaged: its sha256 is not that of shards.json"),
-        (cut, r"train/000001.tar: cut short: 5000 bytes, where shards.json has \d+"),
+        (cut, r"train/000001.tar: cut short: 5000 bytes, but shards.json lists \d+"),
         (lose, r"train/000001.tar: No such file or directory; shards.json lists it"),
-        (miscount, r"train/000000.tar: holds 5 images, where shards.json has 6"),
+        (miscount, r"train/000000.tar: holds 5 images, but shards.json lists 6"),
         (lose_the_manifest, r"val/shards.json: is not there: .*its packing was stopped"),
         (break_the_manifest, r"val/shards.json: classes: .*at least 1"),
         (of_another_format, r"val/shards.json: format: Input should be 1"),

@@ -37,7 +37,7 @@ def test_pretrained_weights_start_a_model(finished_run: Path) -> None:
             create_model("cifar_resnext11_2x16d", 10, stem_channels=8), "cifar_resnext11_2x16d", str(finished_run)
         )
     for source, line in [
-        ("ResNeXt999", "'ResNeXt999' is no file or run folder, and torchvision's weights are named as torchvision:"),
+        ("ResNeXt999", "'ResNeXt999' is not a file or run folder; weights of torchvision are named as in torchvision:"),
         ("torchvision:IMAGENET1K_V2", "torchvision has no cifar_resnext11_2x8d"),
     ]:
         with pytest.raises(CheckpointError, match=line):

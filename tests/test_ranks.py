@@ -60,8 +60,8 @@ def hang(engine: Engine) -> None:
     [
         (raise_a_bug, 8, "error: rank {} failed: RuntimeError: a bug: cannot restore the gloo, timed out"),
         (raise_an_error, 3, "error: {}cat.jpg: not a picture"),
-        (kill_oneself, 8, "error: rank {} was killed by SIGKILL; go on with --resume"),
-        (hang, 8, "error: rank {} hangs (distributed.timeout_s is over); go on with --resume"),
+        (kill_oneself, 8, "error: rank {} was killed by SIGKILL; continue with --resume"),
+        (hang, 8, "error: rank {} hangs (no answer within distributed.timeout_s); continue with --resume"),
     ],
     ids=["raises", "fails", "killed", "hangs"],
 )
@@ -108,7 +108,7 @@ def test_ranks_do_not_outlive_the_process_that_started_them(tmp_path: Path) -> N
     status = RunFolder(tmp_path / "run").read_status()
     assert (status["state"], status["exit_code"]) == ("failed", 8)
     saved = load_checkpoint(iteration_checkpoints(tmp_path / "run/checkpoints")[0])["trainer"]["iteration"]
-    expected = f"what started the ranks of a machine is gone: saved at iteration {saved}; continue with --resume"
+    expected = f"the launcher of the ranks of a machine has died: saved at iteration {saved}; continue with --resume"
     assert status["reason"] == expected
 
 
@@ -120,7 +120,7 @@ def test_a_parent_that_ends_slowly_is_not_taken_for_a_stop(tmp_path: Path) -> No
     outcome = Command(tmp_path / "run", *OFTEN, ranks=2, patch=lambda: at_iteration(6, on_rank(1, tell))).wait()
     assert (outcome.code, outcome.left) == (8, []), outcome.stderr
     (line,) = outcome.errors
-    assert line.startswith("error: what started the ranks of a machine is gone: saved at iteration ")
+    assert line.startswith("error: the launcher of the ranks of a machine has died: saved at iteration ")
     status = RunFolder(tmp_path / "run").read_status()
     assert (status["state"], status["exit_code"]) == ("failed", 8)
 

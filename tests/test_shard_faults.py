@@ -50,11 +50,11 @@ def first_shard(content: dict[str, Any]) -> dict[str, Any]:
         (lambda path: path.write_text("[]"), r"shards\.json: .*object"),
         (lambda path: edit(path, lambda c: c.update(format=2)), r"shards\.json: format: Input should be 1"),
         (lambda path: edit(path, lambda c: c.pop("classes")), r"shards\.json: classes: Field required"),
-        (lambda path: edit(path, lambda c: c.update(classes=["a", "a"])), r"shards\.json: classes: 'a' stands there 2"),
+        (lambda path: edit(path, lambda c: c.update(classes=["a", "a"])), r"shards\.json: classes: 'a' is listed 2"),
         (lambda path: edit(path, lambda c: c.update(shards=[])), r"shards\.json: shards: Tuple should have at least 1"),
         (
             lambda path: edit(path, lambda c: c["shards"].append(c["shards"][0])),
-            r"shards: '000000\.tar' stands there 2",
+            r"shards: '000000\.tar' is listed 2",
         ),
         (lambda path: edit(path, lambda c: first_shard(c).pop("bytes")), r"shards\.json: shards\.0\.bytes: Field req"),
         (lambda path: edit(path, lambda c: first_shard(c).update(bytes="9")), r"shards\.json: shards\.0\.bytes: .*int"),

@@ -163,7 +163,7 @@ def test_a_part_of_the_pictures_is_the_part_that_folders_give(root: Path, pictur
 def test_shards_that_are_sorted_by_class_are_warned_of(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    line = "the shards are sorted by class, and only the images of 2 at a time are shuffled"
+    line = "the shards are sorted by class, and the images of only 2 shards are shuffled together"
     batches(shard_config(root, **{"data.shuffle_shards": 8}), 1)
     assert line[:20] not in caplog.text
     batches(shard_config(root, **{"data.shuffle_shards": 2}), 1)

@@ -184,7 +184,7 @@ def test_an_error_of_storage_ends_a_run_with_6_and_loses_nothing(
         assert str(folder) in line
         assert RunFolder(folder).read_status().get("state") in (None, "failed")
     else:
-        assert f"could not be written ({reason}); training goes on" in outcome.stderr
+        assert f"could not be written ({reason}); training continues" in outcome.stderr
     assert_newest_is_there(folder, calls.saved())
     assert train_tiny(folder, *VALUES, resume=True) == 0
     assert digest(folder) == expected

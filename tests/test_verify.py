@@ -222,10 +222,10 @@ def test_what_is_left_over_is_mentioned(run: Path, capsys: pytest.CaptureFixture
     for name in (".final.pt.tmp", "iteration_00000004.pt.sha256", "iteration_00000004.pt.damaged"):
         (folder / name).write_bytes(b"")
     assert verify.main([str(run)]) == 0
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("no checkpoint: ")] == [
-        "no checkpoint: .final.pt.tmp: of a save that was killed, or is under way",
-        "no checkpoint: iteration_00000004.pt.damaged: set aside by a resume",
-        "no checkpoint: iteration_00000004.pt.sha256: without its checkpoint",
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("not a checkpoint: ")] == [
+        "not a checkpoint: .final.pt.tmp: from a save that was killed, or is still running",
+        "not a checkpoint: iteration_00000004.pt.damaged: set aside by a resume",
+        "not a checkpoint: iteration_00000004.pt.sha256: without its checkpoint",
     ]
 
 
@@ -237,7 +237,7 @@ def test_what_is_no_run_or_has_no_checkpoint(tmp_path: Path, run: Path, capsys: 
     # Before anything is checked: that may take a while.
     assert capsys.readouterr().out == ""
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(CheckpointError, match="cannot be resumed: no checkpoint is there"):
+    with pytest.raises(CheckpointError, match="cannot be resumed: there is no checkpoint"):
         verify.main([str(run)])
 
 

@@ -52,7 +52,7 @@ def test_a_killed_worker_ends_the_run(tmp_path: Path, picture_folder: Path, rank
     outcome = Command(tmp_path / "run", *values, ranks=ranks, patch=patch).wait()
     assert_one_line(outcome, "a data worker (pid " if ranks == 1 else "rank 1: a data worker (pid ")
     assert outcome.errors[0].endswith(
-        ") was killed by SIGKILL, as when memory runs out; lower data.workers or give the machine more memory"
+        ") was killed by SIGKILL, probably out of memory; lower data.workers or give the machine more memory"
     )
     # At the next batch, though that one had been made.
     assert "iteration 2 " in outcome.stderr
@@ -65,7 +65,7 @@ def test_a_worker_that_leaves_while_it_is_waited_for_ends_the_run(tmp_path: Path
 
     outcome = Command(tmp_path / "run", *on(picture_folder, *IN_WORKERS), patch=patch).wait()
     assert_one_line(outcome, "a data worker (pid ")
-    assert outcome.errors[0].endswith(") left with exit code 7; try data.workers=0")
+    assert outcome.errors[0].endswith(") exited with code 7; try data.workers=0")
 
 
 def test_a_worker_killed_during_a_save_does_not_harm_it(tmp_path: Path, picture_folder: Path, whole: Path) -> None:

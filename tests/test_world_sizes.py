@@ -87,7 +87,7 @@ def run_logged(
     outcome = Command(folder, *OFTEN, *values, resume=resume, ranks=ranks, patch=note_too).wait()
     assert outcome.code == (0 if stop_at is None else 75), outcome.stderr
     assert f"{ranks} rank" in outcome.stderr
-    assert f"{16 // ranks} images each an iteration" in outcome.stderr
+    assert f"{16 // ranks} images per rank and iteration" in outcome.stderr
 
 
 # BatchNorm takes its statistics over the share of one rank of four, on any number of ranks.

@@ -63,7 +63,7 @@ def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
     reader.lay(base, ("overrides",), reader.mapping("overrides"))
     given = list(overrides)
     if any(override.partition("=")[0] == "seed" for override in given):
-        raise ConfigError(f"{COMMAND_LINE}: seed: the plan's seeds are the runs'; leave it out")
+        raise ConfigError(f"{COMMAND_LINE}: seed: the plan sets the seeds; leave it out")
     base.override(given)
     # An error of all variants is reported for the recipe, not for the first variant.
     base.config(str(path))
@@ -75,11 +75,11 @@ def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
         config = source.config(str(path))
         same = next((other for other, known in configs.items() if known == config), None)
         if same is not None:
-            reader.refuse(("variants", name), f"changes nothing: its config is that of '{same}'")
+            reader.refuse(("variants", name), f"has the same config as '{same}'; change a value or remove it")
         for key in ("train.max_hours", "evaluation.patience", "evaluation.target_error"):
             section, _, field = key.partition(".")
             if getattr(getattr(config, section), field):
-                reader.refuse(("variants", name), f"{key} would cut a run short; an ablation compares whole ones")
+                reader.refuse(("variants", name), f"{key} may end a run early, before its last epoch; leave it out")
         try:
             check_batch_size(config, world_size=1)
         except ConfigError as error:
@@ -116,7 +116,7 @@ class _Reader:
     def recipe(self) -> ConfigSource:
         config = self.source.values.get("config")
         if not isinstance(config, str):
-            self.refuse(("config",), f"{config!r}; a config's file, beside the plan or relative to it")
+            self.refuse(("config",), f"{config!r}; a config file, relative to the plan's folder")
         return read_source(self.path.parent / Path(config).expanduser(), f"{self.path}: config")
 
     def mapping(self, key: str) -> dict[str, Any]:
@@ -130,10 +130,10 @@ class _Reader:
     def lay(self, source: ConfigSource, place: tuple[str, ...], values: dict[str, Any]) -> None:
         for key, value in values.items():
             if key == "seed":
-                self.refuse((*place, key), "the plan's seeds are the runs'; leave it out")
+                self.refuse((*place, key), "the plan sets the seeds; leave it out")
             # A whole section as the value would replace all of the recipe's section.
             if not DOTTED_KEY.fullmatch(key) or (isinstance(value, dict) and "." not in key):
-                self.refuse((*place, key), "a config's key with its value, as train.epochs: 4")
+                self.refuse((*place, key), "write a config key with its value, as train.epochs: 4")
             source.put(tuple(key.split(".")), value, self.source.places[(*place, key)])
 
     def seeds(self) -> tuple[int, ...]:
@@ -144,21 +144,21 @@ class _Reader:
             if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
                 self.refuse(("seeds", str(number)), f"{seed!r}; an integer from 0 to {2**31 - 1}")
             if seed in seeds[:number]:
-                self.refuse(("seeds", str(number)), f"{seed} stands here a second time")
+                self.refuse(("seeds", str(number)), f"{seed} is listed twice; remove one")
         return tuple(seeds)
 
     def variants(self) -> dict[str, dict[str, Any]]:
         variants = self.mapping("variants")
         if not variants:
-            self.refuse(("variants",), "at least one, as in 'as in the recipe: {}'")
+            self.refuse(("variants",), "name at least one variant, as in 'baseline: {}'")
         folders: dict[str, str] = {}
         for name, values in variants.items():
             place = ("variants", name)
             folder = slug(name)
             if not folder or len(name) > _LONGEST_NAME:
-                self.refuse(place, f"a name of letters and digits, of at most {_LONGEST_NAME}: runs are kept under it")
+                self.refuse(place, f"use letters and digits, at most {_LONGEST_NAME}: it names the run folders")
             if folder in folders:
-                self.refuse(place, f"its runs' folder, {folder}, is that of '{folders[folder]}'; name it otherwise")
+                self.refuse(place, f"has the same run folder {folder} as '{folders[folder]}'; rename it")
             folders[folder] = name
             if values is not None and not isinstance(values, dict):
                 self.refuse(place, f"{values!r}; keys with values, or {{}}")
@@ -168,5 +168,5 @@ class _Reader:
         first = next(iter(variants))
         baseline = self.source.values.get("baseline", first)
         if baseline not in variants:
-            self.refuse(("baseline",), f"{baseline!r} is no variant; one of {', '.join(variants)}")
+            self.refuse(("baseline",), f"{baseline!r} is not a variant; choose one of {', '.join(variants)}")
         return str(baseline)

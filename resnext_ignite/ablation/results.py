@@ -99,7 +99,7 @@ def table(rows: Sequence[Row], baseline: str) -> str:
     lines = markdown(cells, align=True)
     notes = ["", "± is the standard error of the mean over seeds; differences are taken seed by seed."]
     if any(row.exceeds for row in rows):
-        notes.append("`*`: a difference of more than twice its standard error; with few seeds a hint, no proof.")
+        notes.append("`*`: a difference of more than twice its standard error; with few seeds a hint, not a proof.")
     return "\n".join([*lines, *notes]) + "\n"
 
 

@@ -60,7 +60,7 @@ def write_results(plan: Plan, results: Sequence[Result], folder: Path) -> None:
     """Write `ablation.md`, `ablation.json` and `ablation.png`, each atomically."""
     rows = compare(results, plan.variants, plan.baseline)
     save_figure(draw_ablation(results, rows, plan.baseline), folder / "ablation.png")
-    page = f"# {plan.name}\n\n{table(rows, plan.baseline)}\n![The same as a picture](ablation.png)\n"
+    page = f"# {plan.name}\n\n{table(rows, plan.baseline)}\n![The same as a plot](ablation.png)\n"
     text = json.dumps(as_json(results, rows, plan.baseline), indent=2) + "\n"
     write_durably(folder / "ablation.md", page)
     write_durably(folder / "ablation.json", text)

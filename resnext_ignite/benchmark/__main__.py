@@ -123,32 +123,32 @@ def parts(photographs: Path = Path()) -> dict[str, Callable[[], dict[str, Any]]]
 def main(arguments: list[str]) -> int:
     """Run the command; raise ResnextError for an error that the user can correct."""
     parser = argparse.ArgumentParser(
-        prog="python -m resnext_ignite.benchmark", description="Measure side by side, in turns; medians and ratios."
+        prog="python -m resnext_ignite.benchmark", description="Time contenders in turns; print medians and ratios."
     )
     parser.add_argument(
         "--suite",
         nargs="+",
         choices=(*SUITES, *_ON_REQUEST, "all"),
         default=["all"],
-        help="default: all, which is without the last three",
+        help="default: all, without folders, photographs and export",
     )
     parser.add_argument(
         "--json",
         metavar="FILE.json",
         type=Path,
-        help="write the machine, every sample and all ratios; and a picture of them, FILE.png",
+        help="write the machine, every sample and all ratios, and plot them in FILE.png",
     )
-    parser.add_argument("--photographs", metavar="FOLDER", type=Path, help="JPEG files, for the suite of this name")
-    parser.add_argument("--continue", action="store_true", dest="go_on", help="leave out what FILE.json has already")
+    parser.add_argument("--photographs", metavar="FOLDER", type=Path, help="JPEG files for the suite photographs")
+    parser.add_argument("--continue", action="store_true", dest="go_on", help="skip the suites that FILE.json holds")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU, if any")
     parsed = parser.parse_args(arguments)
     wanted = SUITES if "all" in parsed.suite else parsed.suite
     if parsed.go_on and parsed.json is None:
-        raise ConfigError("--continue: say with --json FILE.json what to go on with")
+        raise ConfigError("--continue: name the file to continue with --json FILE.json")
     if parsed.json is not None and parsed.json.suffix != ".json":
-        raise ConfigError(f"--json {parsed.json}: a file that ends in .json; the picture stands beside it")
+        raise ConfigError(f"--json {parsed.json}: the name must end in .json; the plot is written beside it")
     if "photographs" in wanted and parsed.photographs is None:
-        raise ConfigError("--suite photographs: say where some are with --photographs FOLDER")
+        raise ConfigError("--suite photographs: name a folder of JPEG files with --photographs FOLDER")
     choose_device(parsed.device)
     measured = parts(parsed.photographs or Path())
     if "export" in wanted and "export" not in measured:
@@ -192,7 +192,7 @@ def continued(path: Path, results: dict[str, Any]) -> dict[str, Any]:
     differs = [key for key in now if key != "date" and then.get(key) != now[key]]
     if differs:
         key = differs[0]
-        raise ConfigError(f"--continue: {path} is of {key} {then.get(key)}, and this is {now[key]}; take another file")
+        raise ConfigError(f"--continue: {path}: {key} was {then.get(key)}, and is {now[key]}; name another file")
     return before
 
 

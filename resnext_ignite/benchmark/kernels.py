@@ -143,5 +143,5 @@ def check(shape: GroupedShape, arithmetic: Arithmetic, images: int = 2) -> dict[
         pairs = zip(results(module, arithmetic.dtype), expected, strict=True)
         errors[way] = max(float((mine.double() - exact).norm() / exact.norm()) for mine, exact in pairs)
         if not errors[way] <= _TOLERANCE:
-            raise ValueError(f"{describe(shape)}, {way}: off by {errors[way]:.3g} of the exact result")
+            raise ValueError(f"{describe(shape)}, {way}: relative error {errors[way]:.3g} against float64")
     return errors

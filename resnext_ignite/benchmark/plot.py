@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 # Suites that are drawn as bars, with their titles. Of the others, only growth is drawn.
 _BARS = {
-    "data": "input, pictures of CIFAR",
+    "data": "input, CIFAR images",
     "train": "training",
     "eval": "evaluation",
-    "photographs": "from photographs",
-    "folders": "opening a folder of pictures",
+    "photographs": "from JPEG files",
+    "folders": "listing a folder of images",
     "export": "exported",
 }
 _OURS, _THEIRS = "tab:blue", "0.65"
@@ -75,4 +75,4 @@ def _draw_growth(all_axes: Any, tables: dict[str, dict[str, dict[str, float]]]) 
         axes.set_title(what, fontsize=9)
         axes.tick_params(labelsize=7)
     all_axes[0].legend(fontsize=7)
-    all_axes[0].set_ylabel("times the first", fontsize=8)
+    all_axes[0].set_ylabel("relative to the first size", fontsize=8)

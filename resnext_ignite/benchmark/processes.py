@@ -69,9 +69,9 @@ def in_processes(makers: Mapping[str, Callable[[], Turn]]) -> Iterator[Contender
             except Exception as error:
                 pool.shutdown()
                 contenders.failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                log.warning(f"{name} takes no part: {contenders.failed[name]}")
+                log.warning(f"{name} is left out: {contenders.failed[name]}")
         if not contenders:
-            raise RuntimeError(f"no contender can take part: {contenders.failed}")
+            raise RuntimeError(f"all contenders failed: {contenders.failed}")
         yield contenders
 
 

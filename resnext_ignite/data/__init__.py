@@ -92,7 +92,7 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
     check_batch_size(config, ranks.world_size)
     if config.augment.crop_padding >= data.image_size:
         raise ConfigError(
-            f"augment.crop_padding: {config.augment.crop_padding} pixels; less than the image's {data.image_size}"
+            f"augment.crop_padding: {config.augment.crop_padding} pixels; must be below the size {data.image_size}"
         )
     if isinstance(split, Images):
         split = split.to(device)
@@ -128,7 +128,7 @@ def _warn_of_sorted_shards(labels: torch.Tensor, shards: torch.Tensor, window: i
     alike, by_chance = (labels[1:] == labels[:-1]).float().mean(), (frequencies**2).sum()
     if window <= int(shards.max()) and alike > (1 + by_chance) / 2:
         log.warning(
-            f"the shards are sorted by class, and only the images of {window} at a time are shuffled: "
+            f"the shards are sorted by class, and the images of only {window} shards are shuffled together: "
             "pack them in random order, or raise data.shuffle_shards"
         )
 

@@ -188,8 +188,8 @@ class EvalLoader:
         unreadable = int((split.labels == UNREADABLE).sum())
         if unreadable:
             raise DataError(
-                f"{unreadable} of {len(split)} pictures cannot be read, and an evaluation skips none; "
-                "data.on_error=fail names the first"
+                f"{unreadable} of {len(split)} images cannot be read, and an evaluation must not skip any; "
+                "set data.on_error=fail to see the first"
             )
         self.split, self.augment, self.device, self.batch_size = split, augment, device, batch_size
         self.share = rank_slice(len(split), rank, world_size)

@@ -132,11 +132,11 @@ class TrainOrder:
     ) -> None:
         if batch_size % (world_size * accumulate):
             raise ValueError(
-                f"a batch of {batch_size} images cannot be shared evenly by {world_size} ranks of {accumulate} "
+                f"a batch of {batch_size} images does not divide evenly over {world_size} ranks with {accumulate} "
                 "micro-batches"
             )
         if count < batch_size:
-            raise ValueError(f"{count} training images hold no batch of {batch_size}")
+            raise ValueError(f"{count} training images are fewer than a batch of {batch_size}")
         self.seed, self.count, self.batch_size, self.device = seed, count, batch_size, device
         self.accumulate, self.share = accumulate, rank_slice(batch_size // accumulate, rank, world_size)
         self.iterations_per_epoch = count // batch_size

@@ -115,10 +115,10 @@ def _load_folder(config: Config, root: Path, sizes: dict[str, int], splits: tupl
     there = {name for name in ("train", "val", "test") if (root / name).is_dir()}
     if not there:
         kind = "a set of shards" if in_shards else "an imagefolder"
-        raise DataError(f"{root}: not {kind}: neither train/, val/ nor test/ is there; set data.root")
+        raise DataError(f"{root}: not {kind}: it has no train/, val/ or test/ folder; set data.root")
     both = {"val", "test"} <= there
     if both and config.data.val_size:
-        raise ConfigError(f"data.val_size: {root} has a val/ folder to choose on already; set it to 0")
+        raise ConfigError(f"data.val_size: {root} already has a val/ folder; set data.val_size to 0")
     # If only one of val/ and test/ exists, it is the test split.
     found_in = {"train": "train", "val": "val" if both else "", "test": "test" if "test" in there else "val"}
     found_in = {split: folder for split, folder in found_in.items() if folder in there}
@@ -157,7 +157,7 @@ def _decoded(files: Split, config: Config, split: str, ranks: Ranks) -> Split:
     if not isinstance(files, ImageFiles) or config.data.in_memory is False or (crops and not config.data.in_memory):
         return files
     if crops:
-        raise ConfigError("data.in_memory: a random-resized crop reads the files; set one of the two to false")
+        raise ConfigError("data.in_memory: augment.random_resized_crop needs the files; set one of the two to false")
     whole = config.data.in_memory is True
     skips = split == "train" and config.data.on_error == "skip"
     fill = color_to_uint8(config.data.mean or folders.MEAN) if skips else None

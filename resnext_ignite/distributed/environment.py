@@ -97,7 +97,7 @@ def refuse_restart_after(exit_code: int, message: str) -> None:
     """
     kind = _FINAL.get(exit_code)
     if kind is not None:
-        error = kind(f"not started again by torchrun: {message}")
+        error = kind(f"restart by torchrun refused: {message}")
         error.quiet = int(os.environ.get("LOCAL_RANK", "0")) != 0
         raise error
 

@@ -165,7 +165,7 @@ def _named(error: BaseException, ranks: Ranks) -> ResnextError:
         # The process that held the store is gone: rank 0, or the launcher.
         if loss:
             known = RankError(
-                "lost contact with the other ranks: rank 0, its launcher or the link to it is gone; go on with --resume"
+                "lost contact with the other ranks: rank 0, its launcher or the link to it is gone; continue with --resume"
             )
         known.quiet = False
         return known
@@ -178,8 +178,8 @@ def _loss(error: BaseException, board: FailureBoard, ranks: Ranks) -> ResnextErr
         silent = board.silent(ranks.world_size)
         who = "rank " + " and ".join(map(str, silent)) if silent else "no rank"
         hangs = "timed out" in str(error).lower()
-        what = "hangs (distributed.timeout_s is over)" if hangs else "is gone: killed, or its machine failed"
-        text = f"{who} {what}; go on with --resume" if silent else "the ranks lost contact with one another"
+        what = "hangs (no answer within distributed.timeout_s)" if hangs else "is gone: killed, or its machine failed"
+        text = f"{who} {what}; continue with --resume" if silent else "the ranks lost contact with one another"
         own = Failure(silent[0] if silent else ranks.rank, RankError.exit_code, text, ranks.rank)
         first = board.post(own)
     known = PreemptedError(first.text) if first.code == PreemptedError.exit_code else RankError(first.text)

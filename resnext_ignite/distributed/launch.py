@@ -65,7 +65,7 @@ def launch(
     launched = by_torchrun() or by_srun()
     if nproc_per_node is not None and launched:
         raise ConfigError(
-            f"--nproc-per-node {nproc_per_node}: a launcher has started {launched_world_size()} ranks already"
+            f"--nproc-per-node {nproc_per_node}: a launcher has started {launched_world_size()} ranks already; remove this option"
         )
     count = nproc_per_node or launched_on_this_machine()
     if not launched and count == 1:
@@ -75,7 +75,7 @@ def launch(
     if 0 < gpus < count:
         # Refuse here, before any rank waits for the others.
         raise ConfigError(
-            f"{count} ranks on a machine where each sees {gpus} GPUs: start a rank a GPU, and let each see all of them "
+            f"{count} ranks on a machine where each sees {gpus} GPUs: start one rank per GPU, and let each rank see all GPUs "
             "(srun --gpus-per-node, not --gpus-per-task), or set train.device=cpu"
         )
     if backend is None:
@@ -180,8 +180,12 @@ def _wait_for_all(ranks: list[mp.Process], board: FailureBoard) -> int:
 def _answer_for(number: int, code: int, board: FailureBoard) -> int:
     """Report the failure of a rank that could not report it itself; return the exit code of the rank."""
     if code < 0 or code == 1:
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed before it began; see above"
-        own = Failure(number, RankError.exit_code, f"rank {number} {how}; go on with --resume", reported_by=-1)
+        how = (
+            f"was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else "failed before it started; see its error above"
+        )
+        own = Failure(number, RankError.exit_code, f"rank {number} {how}; continue with --resume", reported_by=-1)
         if board.post(own) == own:
             report_error(RankError(own.text))
         return own.code

@@ -60,7 +60,7 @@ class Ranks:
         if error is not None:
             raise error
         if failures:
-            raise RankError("another rank could not prepare the data; its line says why")
+            raise RankError("another rank could not prepare the data; its error says why")
 
     def from_rank_zero(self, make: Callable[[], T]) -> T:
         """Call `make` on rank 0, and return its result on every rank.

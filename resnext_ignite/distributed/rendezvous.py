@@ -117,5 +117,5 @@ def _read(store: dist.Store, key: str) -> str | None:
 def _pause(deadline: float, missing: set[int]) -> None:
     # Poll: Python could not run a signal handler during a blocking read of the store.
     if missing and time.monotonic() > deadline:
-        raise RuntimeError(f"rank {' and '.join(map(str, sorted(missing)))} did not come in time")
+        raise RuntimeError(f"rank {' and '.join(map(str, sorted(missing)))} did not connect in time")
     time.sleep(_PAUSE_S)

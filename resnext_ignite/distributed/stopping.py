@@ -152,7 +152,7 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
         if not running:
             exit_during_start(number, frame)
         if stop.ranks.rank == 0:
-            write_from_signal_handler(f"stopped by {describe_signal(number)}: saving, then leaving")
+            write_from_signal_handler(f"stopped by {describe_signal(number)}: saving, then exiting")
 
     before = {number: signal.signal(number, on_signal) for number in ENDING_SIGNALS}
     try:

@@ -33,7 +33,7 @@ def create_model(
     planes = architecture.planes(stem_channels)
     group_widths = tuple(architecture.group_width(stage) for stage in planes)
     if min(group_widths) < 1:
-        raise ValueError(f"stem_channels={stem_channels} leaves the groups of {name} without a channel")
+        raise ValueError(f"stem_channels={stem_channels}: too few for {name}, whose groups would have no channel")
     return ResNeXt(
         layout=architecture.layout,
         blocks=architecture.blocks,
@@ -54,9 +54,9 @@ def build_model(config: Config) -> ResNeXt:
         ValueError: `model.num_classes` or `train.grouped_conv` is not resolved yet.
     """
     if config.model.num_classes is None:
-        raise ValueError("model.num_classes is not settled yet: it comes from the data")
+        raise ValueError("model.num_classes: not resolved yet; it comes from the data")
     if "auto" in config.train.grouped_conv:
-        raise ValueError("train.grouped_conv is not settled yet: it is measured on the device")
+        raise ValueError("train.grouped_conv: not resolved yet; it is measured on the device")
     model = create_model(
         config.model.name,
         config.model.num_classes,

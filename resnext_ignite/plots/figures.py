@@ -111,7 +111,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
     side = min(max(4.5, 0.42 * count + 2.5), 14)
     figure, axes = pyplot().subplots(figsize=(side + 1, side), layout="constrained")
     image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="fraction of the true class")
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if count <= _MOST_NAMED_CLASSES:
@@ -149,7 +149,7 @@ def draw_calibration(bins: Tensor) -> Figure:
     top.set_ylim(0, 1.03)
     top.legend(fontsize=8)
     bottom.bar(centres, images / images.sum(), width=width)
-    bottom.set_ylabel("share of images")
+    bottom.set_ylabel("fraction of images")
     bottom.set_xlabel("confidence")
     bottom.set_xlim(0, 1)
     for axes in (top, bottom):

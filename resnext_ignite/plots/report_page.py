@@ -99,7 +99,7 @@ def _evaluation_of(folder: RunFolder, last: Record) -> tuple[Record | None, str]
     if not evaluation:
         return (
             None,
-            "There is no evaluation.json that can be read: confusion matrix and mistakes are missing.",
+            "There is no readable evaluation.json: confusion matrix and mistakes are missing.",
         )
     if any(evaluation[key] != last[key] for key in ("split", "epoch", "iteration")):
         return None, (

@@ -221,7 +221,7 @@ def newest_resume_point(folder: Path) -> ResumePoint | None:
     if unusable:
         raise CheckpointError(
             f"no checkpoint in {folder} can be used: {'; '.join(map(str, unusable.values()))}; "
-            "restore one, or start anew with another --output-dir"
+            "restore one, or start a new run with another --output-dir"
         )
     return None
 

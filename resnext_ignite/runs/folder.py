@@ -283,7 +283,9 @@ def _refuse_changes(path: Path, changes: dict[str, tuple[Any, Any]]) -> None:
         refused.append("train.epochs")
     if refused:
         listed = ", ".join(f"{key} {changes[key][0]} -> {changes[key][1]}" for key in refused)
-        raise RunFolderError(f"{path}: this config would change the run: {listed}; keep those, or start a new run")
+        raise RunFolderError(
+            f"{path}: this config would change the run: {listed}; keep the old values, or start a new run"
+        )
 
 
 def _write_failure(folder: RunFolder, error: BaseException) -> None:

@@ -67,5 +67,5 @@ class EvaluationInDetail(BaseModel):
         labels = [label for cell in self.confusion for label in cell[:2]]
         labels += [label for mistake in self.mistakes for label in (mistake.label, mistake.predicted)]
         if any(not 0 <= label < len(self.classes) for label in labels):
-            raise ValueError("a label of no class")
+            raise ValueError("a label is not an index of `classes`")
         return self

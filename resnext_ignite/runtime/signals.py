@@ -28,7 +28,7 @@ ENDING_SIGNALS = (*STOP_SIGNALS, PARENT_GONE)
 
 def describe_signal(number: int) -> str:
     """Return the text for a signal in messages that begin with 'stopped by'."""
-    return "the end of what started it" if number == PARENT_GONE else signal.Signals(number).name
+    return "the end of its parent process" if number == PARENT_GONE else signal.Signals(number).name
 
 
 def exit_during_start(number: int, frame: object) -> None:

@@ -135,11 +135,11 @@ def check_place(option: str, path: Path, *, new: bool = False) -> None:
     """
     try:
         if not path.parent.is_dir():
-            raise ConfigError(f"{option} {path}: there is no folder {path.parent}; make it first")
+            raise ConfigError(f"{option} {path}: the folder {path.parent} does not exist; create it first")
         if new and path.is_file():
-            raise ConfigError(f"{option} {path}: is there already; choose another name")
+            raise ConfigError(f"{option} {path}: exists already; choose another name")
         if path.exists() and not path.is_file():
-            raise ConfigError(f"{option} {path}: is there already, and is no file; choose another name")
+            raise ConfigError(f"{option} {path}: exists already, and is not a file; choose another name")
     except OSError as error:
         # For example, a name that is too long.
         raise ConfigError(f"{option} {path}: {error.strerror or error}") from None
@@ -151,7 +151,7 @@ def warn_on_failure(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        log.warning(f"{what} could not be written ({error.strerror or error}); training goes on")
+        log.warning(f"{what} could not be written ({error.strerror or error}); training continues")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -230,7 +230,7 @@ def build_trainer(config: Config, model: nn.Module, optimizer: torch.optim.Optim
 def build_evaluator(config: Config, model: nn.Module, device: torch.device, ranks: Ranks) -> Engine:
     """Return the evaluator of a config whose number of classes and precision are resolved."""
     if config.model.num_classes is None:
-        raise ValueError("model.num_classes is not settled yet: it comes from the data")
+        raise ValueError("model.num_classes is not resolved yet: resolve it from the data first")
     return create_evaluator(
         model,
         device,

@@ -49,7 +49,7 @@ def tuned(config: Config, data: Data, device: torch.device, ranks: Ranks) -> Con
             batch = evaluation.batch_size
             values["evaluation.inference"] = choose_inference(model, data.evaluation_size, batch, in_all, arithmetic)
         for key, value in values.items():
-            log.info(f"measured: {key}={value if isinstance(value, str) else ', '.join(value)}")
+            log.info(f"measured as fastest: {key}={value if isinstance(value, str) else ', '.join(value)}")
         return values
 
     return with_values(config, ranks.from_rank_zero(measure))

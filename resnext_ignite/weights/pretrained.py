@@ -75,7 +75,7 @@ def _checkpoint(source: str) -> dict[str, Any]:
     path = Path(source).expanduser()
     if not path.exists():
         raise CheckpointError(
-            f"model.pretrained: '{source}' is no file or run folder, and torchvision's weights are named as "
+            f"model.pretrained: '{source}' is not a file or run folder; weights of torchvision are named as in "
             f"{_TORCHVISION}IMAGENET1K_V2"
         )
     file = find_checkpoint(path)

@@ -57,7 +57,7 @@ def open_rgb(source: ImagePath) -> Image.Image:
         pixels = picture.width * picture.height
         # PIL only warns at this limit, and raises at twice as many pixels.
         if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{pixels} pixels are more than a picture should have ({Image.MAX_IMAGE_PIXELS})")
+            raise ValueError(f"{pixels} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS}")
         # In place: otherwise it copies an image that is upright already.
         ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode in _SIXTEEN_BITS:

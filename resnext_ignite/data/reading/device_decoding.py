@@ -192,7 +192,7 @@ class DeviceDecoding:
         if not reasons and not self._warned:
             # Warn once: a few such files do no harm, and one example is enough to find the cause of many.
             path = files.paths[int(position)]
-            log.warning("data.decode: the device refuses %s; it is decoded without it, as others like it are", path)
+            log.warning("data.decode: the device cannot decode %s; the CPU decodes this file and others like it", path)
             self._warned = True
         return pixels[0], reasons.get(0)
 

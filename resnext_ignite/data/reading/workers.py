@@ -26,8 +26,8 @@ _SHM_FULL = "/dev/shm is full: enlarge it (docker run --shm-size=8g) or set data
 # torch raises a plain RuntimeError with one of these texts if the process has no file descriptor left for a batch.
 _NO_DESCRIPTOR = re.compile(r"Too many open files|items of ancdata")
 _ADVICE = {
-    signal.SIGKILL: "as when memory runs out; lower data.workers or give the machine more memory",
-    signal.SIGBUS: "as when /dev/shm is full; enlarge it (docker run --shm-size=8g) or set data.workers=0",
+    signal.SIGKILL: "probably out of memory; lower data.workers or give the machine more memory",
+    signal.SIGBUS: "probably because /dev/shm is full; enlarge it (docker run --shm-size=8g) or set data.workers=0",
 }
 
 
@@ -133,7 +133,7 @@ def _check(workers: list[BaseProcess], patience: float = 0.0) -> None:
     dead.join()
     code = dead.exitcode or 0
     if code >= 0:
-        raise DataError(f"a data worker (pid {dead.pid}) left with exit code {code}; try data.workers=0") from None
+        raise DataError(f"a data worker (pid {dead.pid}) exited with code {code}; try data.workers=0") from None
     killer = signal.Signals(-code)
     advice = _ADVICE.get(killer, "try data.workers=0")
     raise DataError(f"a data worker (pid {dead.pid}) was killed by {killer.name}, {advice}") from None

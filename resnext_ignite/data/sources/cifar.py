@@ -74,9 +74,9 @@ def _prepare(dataset: type[CIFAR10], root: Path, *, download: bool) -> None:
         _download(dataset, root)
     elif there:
         missing = next(path for path, _ in files if not path.exists())
-        raise DataError(f"{missing}: not there, nor is {archive}; set data.download=true, or put {dataset.url} there")
+        raise DataError(f"{missing}: missing, and so is {archive}; set data.download=true, or put {dataset.url} there")
     else:
-        raise DataError(f"{archive}: not there; set data.download=true, or put {dataset.url} there")
+        raise DataError(f"{archive}: missing; set data.download=true, or put {dataset.url} there")
     try:
         extract_archive(str(archive), str(root))
     except (OSError, EOFError, tarfile.TarError) as error:

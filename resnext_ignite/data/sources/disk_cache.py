@@ -80,7 +80,7 @@ def _keep(path: Path, state: str, arrays: dict[str, Array]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, save({**arrays, "seal": seal}))
     except OSError as error:
-        log.debug(f"the list of pictures is not kept: {error}")
+        log.debug(f"cannot cache the index of the images: {error}")
 
 
 def _seal(state: str, arrays: Sequence[Array]) -> str:

@@ -90,7 +90,7 @@ def _class_folders(folder: Path, split: str) -> list[str]:
     for entry in entries:
         if entry.is_symlink() and not os.path.exists(entry.path):
             # The link may have pointed to a class folder.
-            raise DataError(f"{entry.path}: a link to {os.readlink(entry.path)}, which is not there")
+            raise DataError(f"{entry.path}: a link to {os.readlink(entry.path)}, which does not exist; remove it")
     if not found:
         raise DataError(f"{folder}: holds no class folder; an imagefolder holds {split}/<class>/*.jpg")
     return found
@@ -103,7 +103,7 @@ def _list_files(folder: Path, split: str, classes: list[str]) -> list[Array]:
         entries = _entries(folder / name, split)
         files = sorted(entry.name for entry in entries if entry.name.lower().endswith(IMG_EXTENSIONS))
         if not files:
-            raise DataError(f"{folder / name}: a class without a picture ({' '.join(IMG_EXTENSIONS)})")
+            raise DataError(f"{folder / name}: a class without an image ({' '.join(IMG_EXTENSIONS)})")
         names += [f"{name}/{file}" for file in files]
         counts.append(len(files))
     paths = Paths.of(names)
@@ -123,7 +123,7 @@ def _state_of(folder: Path, classes: list[str]) -> tuple[float, str]:
     try:
         stats = [os.stat(folder / name) for name in classes]
     except OSError as error:
-        raise data_error(error.filename, error, "it was there a moment ago") from None
+        raise data_error(error.filename, error, "the folder changed while it was read; run again") from None
     # Use ctime besides mtime: copying programs restore mtime.
     folders = [
         (name, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in zip(classes, stats, strict=True)

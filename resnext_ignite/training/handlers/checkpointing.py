@@ -243,7 +243,7 @@ class SaveCheckpoints:
         path = self.folder / "best.pt"
         content = load_checkpoint(path)
         if self.best.best is None or content["trainer"]["iteration"] != self.best.best["iteration"]:
-            raise CheckpointError(f"{path} is not of the best evaluation")
+            raise CheckpointError(f"{path} does not hold the weights of the best evaluation")
         return content
 
     def best_weights(self) -> dict[str, torch.Tensor] | None:
@@ -253,7 +253,7 @@ class SaveCheckpoints:
             try:
                 content = self._read_best()
             except CheckpointError as error:
-                log.warning(f"{error}; the test split is read with the last weights")
+                log.warning(f"{error}; the test split is evaluated with the last weights")
                 return None
             weights: dict[str, torch.Tensor] = content["ema"] or content["model"]
             return weights

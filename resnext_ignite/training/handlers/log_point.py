@@ -104,7 +104,7 @@ class LogPoint:
         if unreadable > self.max_skipped:
             raise DataError(
                 f"{unreadable} training images of this epoch cannot be read, more than data.max_skipped "
-                f"{self.max_skipped}; mend those named above, or raise it"
+                f"{self.max_skipped}; repair the files named above, or raise data.max_skipped"
             )
 
     def epoch_metrics(self) -> dict[str, float | None]:

@@ -131,7 +131,7 @@ class AttachedRun:
         outstanding = self.run.state is not None and self.epoch_ends.outstanding(self.run.state, max_epochs)
         if started_at >= epoch_length * max_epochs or self.best.verdict():
             if self._is_finished(started_at):
-                log.info(f"{self.run.folder.path} is finished already; nothing is left to do")
+                log.info(f"{self.run.folder.path} is already finished; nothing to do")
                 return self.state.ranks.from_rank_zero(lambda: self.run.folder.read_metrics()[-1])
             # The run was interrupted after its last iteration was saved: only its final handlers remain.
             self._forget_lost_evaluations()
@@ -172,7 +172,7 @@ class AttachedRun:
             self.state.ranks.gather(None)
             if self.stop.reason == StopReason.ORPHANED:
                 error = OrphanedError(
-                    f"what started the ranks of a machine is gone: saved at iteration {state.iteration}; "
+                    f"the launcher of the ranks of a machine has died: saved at iteration {state.iteration}; "
                     "continue with --resume"
                 )
                 # All ranks raise this error. `name_failures` does not post an error whose `quiet` is set. A posted one

@@ -127,7 +127,7 @@ def write_weights(path: Path, model: nn.Module, metadata: ModelMetadata) -> None
     def check(temporary: Path) -> None:
         found = load(temporary.read_bytes())
         if found.keys() != weights.keys() or not all(torch.equal(found[name], weights[name]) for name in weights):
-            raise CheckpointError(f"{path}: read back with other weights than were written; the storage is failing")
+            raise CheckpointError(f"{path}: the weights read back differ from those written; the storage is failing")
 
     write_durably(path, save(weights, as_strings(metadata)), before_rename=check)
 
@@ -172,8 +172,8 @@ def _checked(
     difference = largest_difference(logits, model, metadata, options)
     if difference > TOLERANCE:
         raise CheckpointError(
-            f"{path}: its logits are {difference:.1e} from the model's, of the larger of 1 and the largest logit; "
-            f"at most {TOLERANCE:.0e} is let pass, and nothing is written: try --no-fold"
+            f"{path}: its logits differ by {difference:.1e} from the model's, relative to max(1, largest logit); "
+            f"at most {TOLERANCE:.0e} is allowed, and nothing is written; try --no-fold"
         )
     return difference
 

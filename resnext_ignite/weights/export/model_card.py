@@ -21,9 +21,9 @@ from resnext_ignite.weights.foreign.metadata import public_values
 _DATA = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
-    "shapes": "`shapes`, pictures that resnext_ignite draws from a seed",
-    "imagefolder": "a folder of pictures; say here which",
-    "shards": "pictures in tar shards; say here which",
+    "shapes": "`shapes`, images that resnext_ignite draws from a random seed",
+    "imagefolder": "a folder of images; name it here",
+    "shards": "images in tar shards; name them here",
 }
 
 
@@ -56,7 +56,7 @@ def model_card(metadata: ModelMetadata, leaving: ExportedModel) -> str:
     if metadata.source is None and metadata.config.data.name.startswith("cifar"):
         head["datasets"] = [metadata.config.data.name]
     parts = [
-        f"---\n# license: is missing; yours to choose, by what the pictures allow\n{_yaml(head)}---",
+        f"---\n# license: missing; choose one that the training images allow\n{_yaml(head)}---",
         f"# {name}",
         _what(metadata),
         "## Errors",
@@ -72,7 +72,7 @@ def model_card(metadata: ModelMetadata, leaving: ExportedModel) -> str:
         "## File",
         _file(leaving),
         "## Licence",
-        "Not stated: whoever publishes these weights says under which licence, here and at `license` above.",
+        "Not stated. State the licence here and at `license` above before you publish these weights.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -85,15 +85,15 @@ def _what(metadata: ModelMetadata) -> str:
         origin = f"Trained with resnext_ignite on {_DATA[metadata.config.data.name]}."
     else:
         origin = (
-            f"Taken by the names of its weights for a model of {metadata.source}. Their file says nothing but the "
-            "network: the size of the pictures and the normalisation below are that system's own, and the names of the "
-            "classes those of the data set that has as many (else numbers). Check them; what the weights were trained "
-            "on is not known."
+            f"Converted from a checkpoint of {metadata.source}. That file states only the "
+            "network: the image size and the normalisation below are that system's defaults, and the names of the "
+            "classes are those of a data set with as many classes, or else numbers. Check them; the training data "
+            "is not known."
         )
     narrow = "" if network.stem_channels == 64 else f", {network.stem_channels} channels after the stem"
     return (
         f"A ResNeXt (arXiv:1611.05431){narrow}: {classes} classes, {cost.parameters:,} parameters, "
-        f"{cost.multiply_adds:,} multiply-adds a picture of {size}x{size}.\n\n{origin}"
+        f"{cost.multiply_adds:,} multiply-adds for an image of {size}x{size}.\n\n{origin}"
     )
 
 
@@ -112,7 +112,7 @@ def _errors(metadata: ModelMetadata) -> str:
         _which_epoch(metadata, of_these["epoch"], chosen=bool(best) and best["iteration"] == metadata.iteration),
     ]
     if metadata.config.train.averages:
-        lines.append("The weights are a moving average over the iterations, and so they were evaluated.")
+        lines.append("The weights are a moving average over the iterations; the errors are those of the average.")
     return "\n\n".join(lines)
 
 
@@ -122,12 +122,10 @@ def _which_epoch(metadata: ModelMetadata, epoch: int, *, chosen: bool) -> str:
         return f"These are the weights of the last of {epochs} epochs; they were not chosen by their error."
     if not chosen:
         return f"These are the weights of epoch {epoch} of {epochs} planned; they were not chosen by their error."
-    best = f"These are the weights of epoch {epoch} of {epochs} planned, the lowest error up to there"
+    best = f"These are the weights of epoch {epoch} of {epochs} planned, which had the lowest error up to then"
     if metadata.selection == "val":
-        return (
-            f"{best}: chosen on held-out training images, which makes the error above look a little better than it is."
-        )
-    return f"{best}: chosen on the {metadata.selection} split itself, so the error above is no result."
+        return f"{best} on held-out training images. Because of this choice, the error above is slightly optimistic."
+    return f"{best} on the {metadata.selection} split itself, so the error above is not a valid test result."
 
 
 def _use(metadata: ModelMetadata, leaving: ExportedModel) -> str:
@@ -149,7 +147,7 @@ def _use(metadata: ModelMetadata, leaving: ExportedModel) -> str:
         logits = f"resnext_ignite.checkpoint.open_model({name})[0](torch.tensor(images))"
     lines = [imports, picture, f"images = {images}", f"logits = {logits}"]
     return (
-        "```python\n" + "\n".join([*lines, "print(int(logits[0].argmax()))  # the class, of the list below"]) + "\n```"
+        "```python\n" + "\n".join([*lines, "print(int(logits[0].argmax()))  # class, as in the list below"]) + "\n```"
     )
 
 
@@ -162,9 +160,9 @@ def _input(metadata: ModelMetadata, options: Options) -> str:
     crop = metadata.config.data.eval_crop
     central = f" of the central square, {crop} of the shorter side" if crop < 1 else " of the central square"
     return (
-        f"{kind}, std {std}; of shape (N, 3, H, W), any N, H and W. Evaluated at {metadata.image_size}x"
-        f"{metadata.image_size}{central}, resized with antialiasing where a picture has another size.\n\n"
-        f"`logits`: float32 (N, {len(metadata.classes)}); a softmax makes probabilities of them."
+        f"{kind}, std {std}; shape (N, 3, H, W), any N, H and W. Evaluated at {metadata.image_size}x"
+        f"{metadata.image_size}{central}, resized with antialiasing if an image has another size.\n\n"
+        f"`logits`: float32 (N, {len(metadata.classes)}); a softmax turns them into probabilities."
     )
 
 
@@ -174,7 +172,7 @@ def _recipe(metadata: ModelMetadata) -> str:
     before = public_values(Config())
     changed = {key: value for key, value in public_values(metadata.config).items() if value != before[key]}
     return (
-        f"What differs from the defaults of resnext_ignite, which `--help-config` lists:\n\n"
+        f"The values that differ from the defaults of resnext_ignite, which `--help-config` lists:\n\n"
         f"```yaml\n{_yaml(nest(changed))}```"
     )
 
@@ -182,13 +180,13 @@ def _recipe(metadata: ModelMetadata) -> str:
 def _file(leaving: ExportedModel) -> str:
     lines = []
     if leaving.difference is None:
-        lines.append("Weights and BatchNorm statistics as they are, under torchvision's names; metadata in the file.")
+        lines.append("Weights and BatchNorm statistics, unchanged, with torchvision's names; metadata in the file.")
     else:
         folded = "folded into the convolutions" if leaving.options.fold else "as it is"
         lines.append(
-            f"BatchNorm {folded}. Checked before it was put here, at two sizes of batches and of pictures: the largest "
-            f"difference of a logit from the model in eager mode was {leaving.difference:.1e} of the larger of 1 and "
-            f"the largest logit (at most {TOLERANCE:.0e} passes)."
+            f"BatchNorm {folded}. Checked before it was saved, with two batch sizes and two image sizes: the largest "
+            f"difference of a logit from the model in eager mode: {leaving.difference:.1e}, over the larger of 1 and "
+            f"the largest logit (at most {TOLERANCE:.0e} is allowed)."
         )
     lines.append("Written by " + ", ".join(f"{name} {version}" for name, version in leaving.versions.items()) + ".")
     return "\n\n".join(lines)

@@ -54,7 +54,7 @@ class Cursor:
             CheckpointError: fewer bytes are left. The methods below raise it for the same reason.
         """
         if not 0 <= size <= self.left:
-            raise self.failure(f"{size} bytes are said to follow, {self.left} do; damaged or cut off")
+            raise self.failure(f"{size} bytes should follow, but only {self.left} do; damaged or cut off")
         self.position += size
         return memoryview(self.content)[self.position - size : self.position]
 
@@ -70,7 +70,7 @@ class Cursor:
         """Read a number of items, each of at least `size` bytes, and check that so many bytes follow."""
         count = self.integer(code)
         if not 0 <= count * size <= self.left:
-            raise self.failure(f"a count of {count}, where {self.left} bytes follow; damaged or cut off")
+            raise self.failure(f"a count of {count}, but only {self.left} bytes follow; damaged or cut off")
         return count
 
     def text(self, code: str) -> str:

@@ -94,9 +94,9 @@ class _Graph:
                 raise self.failure(layer, "a ResNeXt has no such layer")
             bottoms = [self.values.get(text(name), _PICTURE) for name in layer.bottom]
             if len(bottoms) != (2 if kind == "Eltwise" else 1) or not layer.top:
-                raise self.failure(layer, f"of {len(bottoms)} blobs makes {len(layer.top)}")
+                raise self.failure(layer, f"{len(bottoms)} input and {len(layer.top)} output blobs: not a ResNeXt")
             if any(value.is_averaged for value in bottoms) and kind not in (*_PASSING, "InnerProduct"):
-                raise self.failure(layer, "behind an average pooling; in a ResNeXt only the classifier is")
+                raise self.failure(layer, "after an average pooling, where a ResNeXt has only the classifier")
             made = bottoms[0] if kind in _PASSING else follow[kind](layer, *bottoms)
             for top in layer.top:
                 self.values[text(top)] = made
@@ -108,7 +108,7 @@ class _Graph:
 
     def _convolution(self, layer: Any, value: _Value) -> _Value:
         if value.joined or (value.convolutions and not value.is_rectified):
-            raise self.failure(layer, "a convolution of what is not rectified; a ResNeXt has none")
+            raise self.failure(layer, "a convolution without a ReLU before it; a ResNeXt has none")
         parameters = layer.convolution_param
         if any(dilation != 1 for dilation in parameters.dilation):
             raise self.failure(layer, "a dilated convolution; a ResNeXt has none")
@@ -127,7 +127,7 @@ class _Graph:
 
     def _batch_norm(self, layer: Any, value: _Value) -> _Value:
         if self._last(layer, value).norm is not None:
-            raise self.failure(layer, "a second one for the same convolution")
+            raise self.failure(layer, "a second BatchNorm for the same convolution")
         mean, var, factor = (self._blob(layer, number).flatten() for number in range(3))
         if len(factor) != 1:
             raise self.failure(layer, f"a scale factor of {len(factor)} numbers")
@@ -143,7 +143,7 @@ class _Graph:
         last = self._last(layer, value)
         before = last.norm or no_norm(len(last.weight))
         if gamma.shape != before.weight.shape or beta.shape != before.bias.shape:
-            raise self.failure(layer, f"{len(gamma)} channels, {len(before.weight)} before it")
+            raise self.failure(layer, f"{len(gamma)} channels, but the convolution before it has {len(before.weight)}")
         norm = replace(before, weight=before.weight * gamma, bias=before.bias * gamma + beta)
         return _with_norm(value, norm)
 
@@ -179,7 +179,7 @@ class _Graph:
         # ceil_mode false (0) in the forks with pull request 3057. The published ResNeXts are from these forks.
         if padding == (0, 0) or not parameters.HasField("rounding"):
             log.warning(
-                "%s: layer %s: its pooling pads by %d and rounds %s; this project's pads by 1 and rounds down: "
+                "%s: layer %s: its pooling pads by %d and rounds sizes %s; this project's pads by 1 and rounds down: "
                 "logits will differ a little",
                 self.file,
                 text(layer.name),
@@ -192,15 +192,15 @@ class _Graph:
     def _sum(self, layer: Any, first: _Value, second: _Value) -> _Value:
         parameters = layer.eltwise_param
         if parameters.HasField("operation") and parameters.operation != _SUM:
-            raise self.failure(layer, "no sum")
+            raise self.failure(layer, "not a sum; a ResNeXt has only sums")
         if any(coefficient != 1 for coefficient in parameters.coeff):
             raise self.failure(layer, "a weighted sum; a ResNeXt has none")
         shortcut, branch = sorted((first, second), key=lambda value: len(value.convolutions))
         now = len(self.blocks)
         if first.begins != now or second.begins != now or first.joined or second.joined:
-            raise self.failure(layer, "a sum of what does not begin at the block before")
+            raise self.failure(layer, "the inputs of the sum do not begin at the previous block")
         if len(shortcut.convolutions) > 1 or branch.is_rectified or (shortcut.convolutions and shortcut.is_rectified):
-            raise self.failure(layer, "no sum of a branch and a shortcut of at most one convolution")
+            raise self.failure(layer, "not the sum of a branch and a shortcut of at most one convolution")
         projection = shortcut.convolutions[0] if shortcut.convolutions else None
         return _Value(now, joined=Block(f"layer {text(layer.name)}", branch.convolutions, projection))
 

@@ -131,7 +131,7 @@ def _add(
     if is_grouped and layer.weight.shape[1] * layer.groups != layer.weight.shape[0]:
         raise CheckpointError(
             f"{file}: {layer.where}: {layer.groups} groups of {layer.weight.shape[1]} "
-            f"are not the {layer.weight.shape[0]} channels that it puts out"
+            f"do not match its {layer.weight.shape[0]} output channels"
         )
     weights[f"{name}.weight"] = layer.weight
     channels = layer.weight.shape[0]

@@ -36,11 +36,11 @@ def statistics_of_data(weights: Weights, file: Path) -> tuple[Statistics, Statis
         return None
     shift, mean, var = (parts[name] for name in ("bias", "running_mean", "running_var"))
     if shift is None or mean is None or var is None or {shift.shape, mean.shape, var.shape} != {torch.Size([3])}:
-        raise CheckpointError(f"{file}: bn_data: beta, moving_mean and moving_var must be there, of 3 channels each")
+        raise CheckpointError(f"{file}: bn_data: needs beta, moving_mean and moving_var with 3 channels each")
     std = (var.double() + _EPS).sqrt() / 255
     centre = mean.double() / 255 - shift.double() * std
     if not (torch.isfinite(centre).all() and torch.isfinite(std).all() and (std > 0).all()):
-        raise CheckpointError(f"{file}: bn_data: its statistics are not those of pictures: moving_var {var.tolist()}")
+        raise CheckpointError(f"{file}: bn_data: its statistics are not those of images: moving_var {var.tolist()}")
     return _three(centre), _three(std)
 
 

@@ -174,4 +174,4 @@ def recognise_system(weights: Mapping[str, Tensor], *, wrapped: bool, file: Path
     if TORCHVISION.marker in weights:
         return "torchvision"
     first = next(iter(weights))
-    raise CheckpointError(f"{file}: {first}: no system known here names a ResNeXt's weights so; say --from")
+    raise CheckpointError(f"{file}: {first}: no known system gives this name to a weight of a ResNeXt; set --from")

@@ -118,7 +118,7 @@ class _Reader:
         if kind == _FUNCTION:
             return self._drop_function(depth)
         if kind not in (_TABLE, _OBJECT, *_RECURSIVE_FUNCTIONS):
-            raise self.cursor.failure(f"a value of type {kind}, which Torch7 has not; not a .t7 file, or damaged")
+            raise self.cursor.failure(f"a value of the unknown type {kind}; not a .t7 file, or damaged")
         number = self.cursor.integer("i")
         if number in self.known:
             return self.known[number]
@@ -176,5 +176,5 @@ class _Reader:
             raise self.cursor.failure(f"{name} of sizes {sizes}; damaged")
         storage = self.value(depth + 1)
         if storage is not None and not isinstance(storage, Storage):
-            raise self.cursor.failure(f"{name} in what is no storage; damaged")
+            raise self.cursor.failure(f"{name} without a valid storage; damaged")
         return Array(storage, offset, sizes, strides)

@@ -34,7 +34,7 @@ def read_torch7(file: Path) -> Weights:
     if isinstance(content, dict):
         content = content.get("model")
     if not isinstance(content, Object):
-        raise CheckpointError(f"{file}: holds no model of Torch7's, nor a table with one under 'model'")
+        raise CheckpointError(f"{file}: holds no Torch7 model, and no table with one under 'model'")
     return _Model(content, file).weights()
 
 
@@ -118,7 +118,7 @@ class _Model:
         projection = self._convolution(shortcut) if shortcut else None
         for rest in (branch, shortcut):
             if rest:
-                raise self.failure(rest[0][0], f"{rest[0][1].kind}, where a ResNeXt has nothing more")
+                raise self.failure(rest[0][0], f"{rest[0][1].kind}, where the block of a ResNeXt ends")
         return Block(where, (first, second, third), projection)
 
     def _convolution(self, layers: list[tuple[str, Object]]) -> Convolution:

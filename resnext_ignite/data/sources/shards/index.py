@@ -103,7 +103,7 @@ def _state_of(folder: Path, listed: ShardList) -> tuple[float, str]:
         if stat.st_size != shard.bytes:
             fault = "cut short" if stat.st_size < shard.bytes else "too long"
             raise DataError(
-                f"{path}: {fault}: {stat.st_size} bytes, where {LIST_NAME} has {shard.bytes}; pack or copy it again"
+                f"{path}: {fault}: {stat.st_size} bytes, but {LIST_NAME} lists {shard.bytes}; pack or copy it again"
             )
         stats.append(stat)
     # Use ctime besides mtime: copying programs restore mtime.
@@ -115,14 +115,14 @@ def _state_of(folder: Path, listed: ShardList) -> tuple[float, str]:
 def _walk(folder: Path, listed: ShardList) -> list[Array]:
     total = sum(shard.images for shard in listed.shards)
     if total >= _WORTH_KEEPING:
-        log.info(f"{folder}: looking for its {total} images in {len(listed.shards)} shards")
+        log.info(f"{folder}: indexing {total} images in {len(listed.shards)} shards")
     firsts, rows = [0], []
     for shard in listed.shards:
         with Tar(folder / shard.name) as tar:
             found = np.array(list(_samples(tar, firsts[-1], len(listed.classes))), np.int64).reshape(-1, 3)
         if len(found) != shard.images:
             raise DataError(
-                f"{folder / shard.name}: holds {len(found)} images, where {LIST_NAME} has {shard.images}; "
+                f"{folder / shard.name}: holds {len(found)} images, but {LIST_NAME} lists {shard.images}; "
                 "pack or copy it again"
             )
         firsts.append(firsts[-1] + len(found))
@@ -144,7 +144,7 @@ def _samples(tar: Tar, first: int, classes: int) -> Iterator[tuple[int, int, int
         picture = next((member for kind, member in kinds.items() if kind in IMG_EXTENSIONS), None)
         if picture is None or ".cls" not in kinds:
             raise DataError(
-                f"{tar.path}:{one.name}: where {number:08}.cls and its picture ({' '.join(IMG_EXTENSIONS)}) were due; "
+                f"{tar.path}:{one.name}: expected {number:08}.cls and its image ({' '.join(IMG_EXTENSIONS)}); "
                 "pack the data again"
             )
         label = kinds[".cls"]

@@ -43,7 +43,7 @@ def read_shard_list(path: Path) -> ShardList:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{path}: is not there: no set of shards, or its packing was stopped; pack it again") from None
+        raise DataError(f"{path}: missing: no set of shards, or its packing was interrupted; pack it again") from None
     except OSError as error:
         raise data_error(path, error, "check that it can be read") from None
     try:
@@ -55,5 +55,5 @@ def read_shard_list(path: Path) -> ShardList:
     for key, names in (("classes", listed.classes), ("shards", [shard.name for shard in listed.shards])):
         name, times = Counter(names).most_common(1)[0]
         if times > 1:
-            raise DataError(f"{path}: {key}: '{name}' stands there {times} times; pack the data again")
+            raise DataError(f"{path}: {key}: '{name}' is listed {times} times; pack the data again")
     return listed
