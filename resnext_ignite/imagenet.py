@@ -1,6 +1,6 @@
-"""ImageNet from its archives: `python -m resnext_ignite.imagenet --train TAR --val TAR --devkit TAR --output DIR`.
+"""Unpacks ImageNet: `python -m resnext_ignite.imagenet --train TAR --val TAR --devkit TAR --output DIR`.
 
-ILSVRC2012 as it is distributed becomes a folder to train from; run again, it goes on where it was stopped.
+The archives of ILSVRC2012 become a folder to train from. After an interruption, the same command resumes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from pathlib import Path
 from resnext_ignite.packing.options import IMAGES_PER_SHARD, add_arguments, at_least, encoding_of, require, workers_of
 from resnext_ignite.runtime.errors import PreemptedError, run_command
 
-# ILSVRC2012's, of Russakovsky et al., 'ImageNet Large Scale Visual Recognition Challenge', IJCV 2015, table 2.
+# ILSVRC2012: Russakovsky et al., 'ImageNet Large Scale Visual Recognition Challenge', IJCV 2015, table 2.
 _CLASSES, _TRAIN_IMAGES, _VAL_IMAGES = 1000, 1_281_167, 50_000
 
 
 def main(arguments: list[str]) -> int:
-    """The command; raises ResnextError for what a user can mend."""
+    """Run the command; raises ResnextError for errors that the user can correct."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.imagenet",
         description="Unpack ILSVRC2012 into train/<class>/ and val/<class>/. Each source may be a folder of what its "

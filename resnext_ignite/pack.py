@@ -1,6 +1,6 @@
-"""Folders as tar shards: `python -m resnext_ignite.pack FOLDER --output DIR`, and `--check DIR` of what was packed.
+"""Packs folders into tar shards: `python -m resnext_ignite.pack FOLDER --output DIR`; `--check DIR` checks shards.
 
-A few large files that are read from front to back, where a million small ones would be looked up one by one.
+Training then reads a few large files sequentially, and does not open a million small ones one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from resnext_ignite.runtime.errors import ConfigError, run_command
 
 
 def main(arguments: list[str]) -> int:
-    """The command; raises ResnextError for what a user can mend."""
+    """Run the command; raises ResnextError for errors that the user can correct."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.pack",
         description="Pack a folder of pictures (train/<class>/*, val|test/<class>/*) into tar shards.",

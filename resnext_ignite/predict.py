@@ -1,6 +1,7 @@
-"""Name what is in pictures: `python -m resnext_ignite.predict --checkpoint RUN PICTURE_OR_FOLDER ...`.
+"""Predicts the classes of images: `python -m resnext_ignite.predict --checkpoint RUN IMAGE_OR_FOLDER ...`.
 
-They are decoded, cropped and normalised as in an evaluation. One that cannot be read is named, and the others go on.
+Images are decoded, cropped and normalised as in an evaluation. An image that cannot be read does not stop the others;
+the command reports it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _MOST_ON_SHEET = 64
 
 @dataclass(frozen=True)
 class Answer:
-    """A class with its index and probability."""
+    """A predicted class: its name, index and probability (0 to 1)."""
 
     name: str
     index: int
@@ -38,7 +39,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of a picture, best first; none, and the `error`, where it cannot be read."""
+    """The most probable classes of an image, in descending order; none, and an `error`, if it cannot be read."""
 
     file: str
     top: tuple[Answer, ...] = ()
@@ -46,12 +47,12 @@ class Prediction:
 
 
 def find_images(names: Sequence[str]) -> list[str]:
-    """The files that names stand for: files, folders (all pictures in and below them) and patterns, in this order.
+    """Return the files that names stand for, in order: files, folders (all images in and below them) and patterns.
 
-    A name that is nothing of these stays, to be told like a file that cannot be read.
+    A name that is none of these is kept, and later reported as a file that cannot be read.
 
     Raises:
-        DataError: a folder holds no picture, or a pattern matches none; the line names it.
+        DataError: a folder holds no image, or a pattern matches no file; the message names it.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -73,7 +74,7 @@ def find_images(names: Sequence[str]) -> list[str]:
 
 
 def _below(folder: str) -> Iterator[str]:
-    # Links are followed, as in training; a folder that contains itself is entered once.
+    # Follow links, as training does, and enter a folder that contains itself only once.
     seen: set[str] = set()
 
     def fail(error: OSError) -> None:
@@ -86,15 +87,15 @@ def _below(folder: str) -> Iterator[str]:
 
 
 class Predictor:
-    """A checkpoint that answers for pictures, on a GPU where there is one.
+    """Predicts the classes of images with the model of a checkpoint, on a GPU if there is one.
 
     Args:
-        checkpoint: a file, ours or another system's, or a run folder.
-        batch_size: pictures at once.
-        workers: processes that decode; None: as many as there are cores, at most 8, where pictures fill them.
+        checkpoint: a run folder, or a file of this project or of another system.
+        batch_size: images in one forward pass.
+        workers: processes that decode; None: one per core, at most 8, and at least two batches for each.
 
     Raises:
-        CheckpointError: it cannot be used.
+        CheckpointError: the checkpoint cannot be used.
     """
 
     def __init__(self, checkpoint: Path, *, batch_size: int = 32, workers: int | None = None) -> None:
@@ -111,10 +112,14 @@ class Predictor:
         self.network = Inference(model, devices.DTYPES[self.config.train.precision])
 
     def __call__(self, files: Sequence[str], top_k: int = 5) -> Iterator[Prediction]:
-        """Each picture's likeliest classes, in order.
+        """Yield the most probable classes of each image, in the order of `files`.
+
+        Args:
+            files: paths of images.
+            top_k: classes per image.
 
         Raises:
-            DataError: a process that decodes is dead.
+            DataError: a process that decodes died.
         """
         for images, positions, unreadable in self._load(files):
             probabilities = self.network(images).double().softmax(1)
@@ -129,7 +134,7 @@ class Predictor:
                 yield Prediction(files[position], tuple(answers))
 
     def pictures(self, files: Sequence[str]) -> torch.Tensor:
-        """Pictures as the model sees them, before they are normalised: uint8 (n, H, W, 3)."""
+        """Return images as the model receives them, but not normalised: uint8 (n, H, W, 3)."""
         import torch
 
         return torch.cat(
@@ -147,7 +152,7 @@ class Predictor:
         split = ImageFiles(Paths.of(files), count, count, self.metadata.image_size, self.config.data.eval_crop)
         workers = self.workers
         if workers is None:
-            # Processes that would not get two batches each take longer to start than to decode them here.
+            # A process takes longer to start than this one takes to decode two batches.
             workers = min(8, len(os.sched_getaffinity(0)), len(files) // (2 * self.batch_size))
         return ImageLoader(split, self._augment(), self.device, batch_size=self.batch_size, workers=workers)
 
@@ -160,7 +165,7 @@ class Predictor:
 
 
 def table(predictions: Iterable[Prediction], files: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
-    """A line for each picture: its name, then probability and class of each answer, in columns."""
+    """Yield a line for each image, in columns: its name, then the probability and class of each answer."""
     width = max(map(len, files))
     name_width = min(24, max(map(len, classes)))
     for prediction in predictions:
@@ -169,7 +174,7 @@ def table(predictions: Iterable[Prediction], files: Sequence[str], classes: Sequ
 
 
 def as_json(predictions: Iterable[Prediction]) -> str:
-    """{predictions: [{file, top: [{class, index, probability}]}]} in one line."""
+    """Return one line of JSON: {predictions: [{file, top: [{class, index, probability}]}]}."""
     found = [
         {
             "file": prediction.file,
@@ -181,7 +186,7 @@ def as_json(predictions: Iterable[Prediction]) -> str:
 
 
 def write_csv(predictions: Iterable[Prediction]) -> None:
-    """A row for each answer on standard output: file, rank from 1, class, index, probability."""
+    """Write a row for each answer to standard output: file, rank from 1, class, index, probability."""
     writer = csv.writer(sys.stdout)
     writer.writerow(("file", "rank", "class", "index", "probability"))
     for prediction in predictions:
@@ -190,7 +195,7 @@ def write_csv(predictions: Iterable[Prediction]) -> None:
 
 
 def save_sheet(predictor: Predictor, predictions: Sequence[Prediction], path: Path) -> None:
-    """Draw the first pictures as the model sees them, each with its name and its likeliest class."""
+    """Draw the first images as the model receives them, each with its file name and its most probable class."""
     from resnext_ignite.plots.figures import draw_sheet, save_figure
 
     shown = predictions[:_MOST_ON_SHEET]
@@ -199,7 +204,7 @@ def save_sheet(predictor: Predictor, predictions: Sequence[Prediction], path: Pa
 
 
 def _readable(predictions: Iterable[Prediction], broken: list[Prediction], given: str) -> Iterator[Prediction]:
-    # The others are told at once, and kept. `given` is where standard input lies.
+    # Report the others immediately, and add them to `broken`. `given` is the file that holds standard input.
     for prediction in predictions:
         if prediction.error is None:
             yield prediction
@@ -209,7 +214,7 @@ def _readable(predictions: Iterable[Prediction], broken: list[Prediction], given
 
 
 def main(arguments: list[str]) -> int:
-    """The command; raises ResnextError for what a user can mend."""
+    """Run the command; raises ResnextError for errors that the user can correct."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.predict", description="The likeliest classes of pictures, with probabilities."
     )
@@ -238,7 +243,7 @@ def main(arguments: list[str]) -> int:
         if _STANDARD_INPUT in parsed.pictures:
             if sys.stdin is None:
                 raise DataError("-: standard input is closed")
-            # A reader of pictures moves to and fro in them, which a pipe does not allow.
+            # Image readers seek, which a pipe does not allow.
             given.write(sys.stdin.buffer.read())
             given.flush()
         files = find_images([given.name if name == _STANDARD_INPUT else name for name in parsed.pictures])

@@ -1,6 +1,6 @@
-"""What a model is and costs: `python -m resnext_ignite.summary MODEL [MODEL ...]` prints its layers and totals.
+"""Prints a model's layers and costs: `python -m resnext_ignite.summary MODEL [MODEL ...]`.
 
-A MODEL is a name, or a checkpoint. Nothing is computed but shapes, so that any model is told of in seconds.
+A MODEL is a model's name or a checkpoint. Only shapes are computed, so that any model takes seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MARKDOWN_HEAD = (
 
 @dataclass(frozen=True)
 class Summary:
-    """A model, what it is measured at, and its layers."""
+    """A model, the image size in pixels at which its costs are computed, and its layers."""
 
     name: str
     stem_channels: int
@@ -43,22 +43,23 @@ class Summary:
 
     @property
     def architecture(self) -> Architecture:
-        """What its name says."""
+        """The architecture that the name states."""
         return parse_model_name(self.name)
 
 
 def summarize(
     model: str, image_size: int | None = None, classes: int | None = None, stem_channels: int | None = None
 ) -> Summary:
-    """A model by its name, or a checkpoint's.
+    """Summarise a model by its name, or the model of a checkpoint.
 
     Args:
-        image_size, classes, stem_channels: None: the checkpoint's; of a name 224 pixels and 1000 classes in the
-            ImageNet layout, 32 and 10 in the others, and 64 channels.
+        model: a model's name, a checkpoint file or a run folder.
+        image_size, classes, stem_channels: None: those of the checkpoint; for a name, 224 pixels and 1000 classes in
+            the ImageNet layout, 32 pixels and 10 classes in the others, and 64 channels in all.
 
     Raises:
-        ConfigError: neither a name nor a file, or a number out of range.
-        CheckpointError: a file that cannot be used.
+        ConfigError: `model` is neither a name nor a file, or a number is out of range or not for a checkpoint.
+        CheckpointError: the file cannot be used.
     """
     from resnext_ignite.config.files import override_config
     from resnext_ignite.config.schema import Config
@@ -77,7 +78,7 @@ def summarize(
     known |= {key: value for key, value in asked.items() if value is not None}
     config = override_config(Config(), [f"{key}={value}" for key, value in known.items()])
     name, stem = config.model.name, config.model.stem_channels
-    # Both are known by now.
+    # Neither is null by now.
     num_classes, size = config.model.num_classes or 0, config.data.image_size or 0
 
     import torch
@@ -85,7 +86,7 @@ def summarize(
     from resnext_ignite.models import create_model
     from resnext_ignite.models.layers import layers_of
 
-    # On the meta device no weight has a value, and none takes time or memory.
+    # On the meta device, weights have no values, and take neither time nor memory.
     with torch.device("meta"):
         network = create_model(name, num_classes, stem_channels=stem)
     return Summary(name, stem, num_classes, size, layers_of(network, size))
@@ -105,7 +106,7 @@ def _of_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def table(summary: Summary) -> str:
-    """A model's rows as aligned columns, and its totals in lines below."""
+    """Return the rows of a model in aligned columns, and its totals in lines below."""
     layers = summary.layers
     rows = [_HEAD]
     for row in layers.rows:
@@ -126,7 +127,7 @@ def table(summary: Summary) -> str:
 
 
 def configuration_table(summaries: list[Summary]) -> str:
-    """Markdown: a row for each model, as in the README."""
+    """Return a Markdown table with a row for each model, as in the README."""
     rows: list[tuple[str, ...]] = [_MARKDOWN_HEAD]
     for summary in summaries:
         architecture, layers = summary.architecture, summary.layers
@@ -138,7 +139,7 @@ def configuration_table(summaries: list[Summary]) -> str:
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
-    """The same as plain values: bytes, pixels, and multiply-adds of one picture."""
+    """Return a summary as plain values: bytes, pixels, and the multiply-adds of one image."""
     layers = summary.layers
     return {
         "name": summary.name,
@@ -178,7 +179,7 @@ def _by_precision(bytes_: dict[str, int]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; raises ResnextError for what a user can mend."""
+    """Run the command; raises ResnextError for errors that the user can correct."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.summary",
         description="A model's layers, parameters, multiply-adds, memory of activations and receptive field.",

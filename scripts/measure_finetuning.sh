@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# What fine-tuning is worth where pictures are few: a small ResNeXt learns eight classes of CIFAR-10, then cats and trucks
-# from 200 pictures each - before fine-tuning (epoch 0), fine-tuned, and from nothing; five seeds, all 2,000 test pictures.
-# Usage: bash scripts/measure_finetuning.sh PICTURES [OUT]      default OUT: runs/finetuning; the same line again goes on
-#   PICTURES: CIFAR-10 as train|test/<class>/*.jpg. About a quarter of an hour on two CPU cores.
-# PYTHON is one with this package's dependencies: nothing is installed. BASE and TUNE hold KEY=VALUE for the first part
-# and the second, to try the script with less: BASE="train.epochs=1 data.train_size=2000".
+# Measures the gain from fine-tuning where there are few images. A small ResNeXt learns eight classes of CIFAR-10, then
+# cats and trucks from 200 images each. Compares its errors before fine-tuning (epoch 0) and after it, and the errors of
+# training from scratch: five seeds, all 2,000 test images.
+# Usage: bash scripts/measure_finetuning.sh IMAGES [OUT]      default OUT: runs/finetuning; the same line again resumes
+#   IMAGES: CIFAR-10 as train|test/<class>/*.jpg. About a quarter of an hour on two CPU cores.
+# PYTHON: an interpreter with this package's dependencies; nothing is installed. BASE and TUNE: KEY=VALUE overrides for
+# the first and the second part, to test the script in less time: BASE="train.epochs=1 data.train_size=2000".
 set -euo pipefail
 pictures="$(realpath "${1:?PICTURES: a folder that holds train and test}")"
 mkdir -p "${2:-runs/finetuning}"
@@ -19,7 +20,7 @@ python="${PYTHON:-python3}"
 read -ra base <<<"${BASE:-}"
 read -ra tune <<<"${TUNE:-}"
 
-# Links: nothing is copied, and none of the pictures that are left out can be read.
+# Symbolic links: no file is copied, and no run can read the images that are left out.
 for split in train test; do
     mkdir -p "$out/eight/$split" "$out/two/$split"
     for class in "$pictures/$split"/*/; do
@@ -33,7 +34,7 @@ done
 for name in cat truck; do
     ln -sfn "$pictures/test/$name" "$out/two/test/$name"
     mkdir -p "$out/two/train/$name"
-    # The first by name, the same for all seeds.
+    # Take the first ones by name: the same for all seeds.
     find "$pictures/train/$name" -name '*.jpg' | LC_ALL=C sort | awk 'NR <= 200' | while IFS= read -r picture; do
         ln -sf "$picture" "$out/two/train/$name/"
     done

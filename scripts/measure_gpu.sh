@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything that is to be measured on a GPU, at most ten minutes a call: the tests that need one, a short run over NCCL
-# with one rank, and the whole benchmark. FILE.json holds what is measured after each part: --continue goes on there.
+# Makes all measurements that need a GPU, in calls of at most ten minutes: the tests for a GPU, a short run of one rank
+# over NCCL, and the whole benchmark. The benchmark writes FILE.json after each part, and --continue resumes there.
 # Usage: bash scripts/measure_gpu.sh [--continue] [--device cpu] [FILE.json]     default: benchmarks/<GPU>.json
-# PYTHON is one with torch 2.11 and this package's dependencies: nothing is installed, and no network is needed.
-# --device cpu tries the script itself, on a machine without a GPU. Exit code 124: the time is over, --continue.
+# PYTHON: an interpreter with torch 2.11 and this package's dependencies; nothing is installed, no network is needed.
+# --device cpu tests the script itself on a machine without a GPU. Exit code 124: out of time; call it with --continue.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
@@ -34,7 +34,7 @@ fi
 file="${1:-benchmarks/$name.json}"
 log="${file%.json}.log"
 
-# Says how a step ended, and goes on: what it would have shown stands in the log as missing.
+# Run a step, print its exit code, and go on after a failure: the log shows that its result is missing.
 step() {
     local what="$1" code=0
     shift
@@ -47,7 +47,7 @@ if [ "${#continued[@]}" = 0 ]; then
     step "tests on the GPU" timeout 120 "$python" -m pytest -o addopts="" -q -k gpu -rs \
         tests/test_engines.py tests/test_grouped_conv.py tests/test_device_decoding.py
     run="$(mktemp -d)"
-    # As a user would start it; small where there is no GPU.
+    # Started as a user does; a small network and data set without a GPU.
     model=(--config configs/cifar10_resnext29_8x64d.yaml "schedule.milestones=[]")
     [ "$device" = cuda ] || model=(--config configs/quickstart.yaml data.train_size=256 data.test_size=100)
     step "a run of one rank over $backend" timeout 150 \
@@ -60,7 +60,7 @@ code=0
 timeout "$((deadline - $(date +%s)))" "$python" -m resnext_ignite.benchmark --device "$device" --json "$file" \
     "${continued[@]}" 2>&1 | tee -a "$log" || code=$?
 if [ "$code" = 124 ]; then
-    # The part that the time ended is measured by the next call.
+    # The next call measures the interrupted part.
     echo "the time is over: bash scripts/measure_gpu.sh --continue --device $device $file"
 fi
 exit "$code"

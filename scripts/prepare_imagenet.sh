@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ILSVRC2012's three archives as a folder to train from, in an environment of its own; run again, it goes on.
+# Unpacks ILSVRC2012's three archives into a folder to train from, in a separate environment. Run again, it resumes.
 # Usage: bash scripts/prepare_imagenet.sh --train ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar \
 #            --devkit ILSVRC2012_devkit_t12.tar.gz --output DIR [--short-side PIXELS] [--shards]
 set -euo pipefail

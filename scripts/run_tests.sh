@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The test suite in an environment of its own, with coverage, on up to four cores.
+# Runs the test suite with coverage, in a separate environment, on up to four cores.
 # Usage: bash scripts/run_tests.sh [PYTEST ARGUMENTS]     e.g. -m slow, or -n 0 for one process
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A rank for each GPU of this machine, spawned by the train command itself.
+# Trains with one rank per GPU of this machine; the train command itself spawns them.
 # Usage: [RANKS=N] bash scripts/train_spawned.sh --config configs/X.yaml [KEY=VALUE ...]
 set -euo pipefail
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" || gpus=0

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# A rank for each GPU of one or several machines, under torchrun, which starts ranks that died again: three times.
+# Trains with one rank per GPU of one or several machines, under torchrun, which restarts the ranks if one dies, at
+# most three times.
 # Usage, on one machine:
 #   [RANKS=N] bash scripts/train_torchrun.sh --config configs/X.yaml --output-dir RUN [KEY=VALUE ...]
-# On several, the same line on each; HOST is one of them, 29400 a free port there, and RUN a folder that all see:
+# Usage, on several: the same line on each. HOST is one of them, 29400 a free port on it, and RUN a folder on shared
+# storage:
 #   NODES=4 ENDPOINT=HOST:29400 bash scripts/train_torchrun.sh --config configs/X.yaml --output-dir RUN [KEY=VALUE ...]
-# NODES=2:4 begins with what has come after half a minute, two at least, and goes on with as many when one is lost; with
-# HOST all is lost.
+# NODES=2:4 starts with the machines that have joined after half a minute, at least two. If one is lost, the others
+# continue, at least two of them. If HOST is lost, the run ends.
 set -euo pipefail
 gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" || gpus=0
 ranks="${RANKS:-$((gpus > 0 ? gpus : 1))}"
@@ -15,6 +17,6 @@ if [ -n "${ENDPOINT:-}" ]; then
 else
     where=(--standalone)
 fi
-# --resume: from the start where there is nothing yet, else from the last checkpoint.
+# --resume: continue from the last checkpoint; start from scratch if there is none.
 exec python -m torch.distributed.run "${where[@]}" --nproc-per-node "$ranks" --max-restarts 3 \
     -m resnext_ignite.train "$@" --resume

@@ -106,11 +106,15 @@ def test_a_save_that_fails_leaves_the_old_file_good(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("travelled", [False, True])
 def test_a_crash_between_checksum_and_rename_leaves_the_old_file_good(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, travelled: bool
 ) -> None:
     path = tmp_path / "best.pt"
     save_checkpoint(path, {"at": 1})
+    if travelled:
+        # A file that was copied without its checksum.
+        checksum_path(path).unlink()
     rename = Path.replace
 
     def crash(self: Path, target: Path) -> Path:
@@ -126,6 +130,21 @@ def test_a_crash_between_checksum_and_rename_leaves_the_old_file_good(
     save_checkpoint(path, {"at": 3})
     assert load_checkpoint(path)["at"] == 3
     assert len(checksum_path(path).read_text().splitlines()) == 1
+
+
+def test_a_damaged_file_without_a_checksum_gets_none_by_a_save_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "best.pt"
+    save_checkpoint(path, STATE)
+    checksum_path(path).unlink()
+    path.write_bytes(path.read_bytes()[:-100])
+    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, {"at": 2})
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(path)
 
 
 def test_storage_that_lies_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from torch import nn
 
 from resnext_ignite.data import build_train_loader, load_data
 from resnext_ignite.data.images import UNREADABLE
-from resnext_ignite.data.reading import decoding
+from resnext_ignite.data.reading import decoding, workers
 from resnext_ignite.data.sampling import Purpose, permutation
 from resnext_ignite.data.sources import cifar
 from resnext_ignite.data.sources.cifar import prepare_cifar
@@ -429,3 +429,13 @@ def test_too_many_open_files_are_never_blamed_on_the_data(
     monkeypatch.setattr(owner, name, refuse)
     with pytest.raises(DataError, match=r"Too many open files; raise `ulimit -n` or lower data\.workers$"):
         opened(tmp_path)
+
+
+def test_too_many_open_files_are_not_a_full_dev_shm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(size: int) -> None:
+        raise RuntimeError("unable to open shared memory object </torch_1_2_3> in read-write mode: Too many open files")
+
+    monkeypatch.setattr(workers, "get_worker_info", object)
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", refuse)
+    with pytest.raises(DataError, match=r"^data workers: Too many open files; raise `ulimit -n` or lower data\.workers$"):
+        workers.shared_room(2, 8, 8, 3)

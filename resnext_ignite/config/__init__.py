@@ -1,4 +1,4 @@
-"""The config of a run: its keys (`sections`, `schema`), its files (`files`), what a resume may change (`resume`)."""
+"""The config of a run: its keys (`sections`, `schema`), its files (`files`), the changes a resume allows (`resume`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Config", "load_config", "save_config"]
 
 
 def __getattr__(name: str) -> Any:
-    # Only when it is used: code that needs the schema alone does not import the YAML reader.
+    # Import on first use: code that needs only the schema does not import the YAML reader.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{'schema' if name == 'Config' else 'files'}"), name)

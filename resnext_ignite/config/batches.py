@@ -1,4 +1,4 @@
-"""What must divide a batch: ranks, micro-batches, ghost batches, and the pairs of mixup and CutMix."""
+"""The check that a batch divides over ranks, micro-batches, ghost batches, and the pairs of mixup and CutMix."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def check_batch_size(config: Config, world_size: int) -> None:
     """Check that each batch divides evenly over the ranks, micro-batches, ghost batches and mixed pairs.
 
     Raises:
-        ConfigError: it does not; the message names the nearest sizes that do.
+        ConfigError: the batch does not divide; the message names the nearest batch sizes that do.
     """
     train = config.train
     unit = world_size * train.accumulate * max(train.ghost_batch, 1)
     mixed = config.augment.mixup or config.augment.cutmix
     if mixed:
-        # Each image's neighbour is on its own rank and in its own micro-batch.
+        # An image mixes with its neighbour in the same rank's micro-batch, which therefore needs an even size.
         unit = math.lcm(unit, 2 * world_size * train.accumulate)
     if train.batch_size % unit:
         fits = [size for size in (train.batch_size // unit * unit, (train.batch_size // unit + 1) * unit) if size]

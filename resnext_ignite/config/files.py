@@ -1,6 +1,6 @@
-"""Configs as files and command lines: read with the line of every key, and written.
+"""Reads configs from YAML files and the command line, with the line of each key, and writes them as YAML.
 
-The YAML read here is a plain subset: no tags, no aliases, no duplicate keys, and `1e-4` is a number.
+The YAML is a plain subset: no tags, anchors, aliases or duplicate keys. `1e-4` is a number.
 """
 
 from __future__ import annotations
@@ -23,25 +23,28 @@ from resnext_ignite.runtime.storage import write_durably
 
 COMMAND_LINE = "command line"
 _LONGEST_TEXT = 100_000
-# What the system says of something that is no file to read (EIO: of /proc/self/mem). All else is an error of storage.
+# Errors of a path that names no readable file (EIO: /proc/self/mem). All others are storage errors.
 _WRONG_NAME = {
     getattr(errno, name)
     for name in ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ENAMETOOLONG", "ELOOP", "ENXIO", "EINVAL", "EIO")
 }
 _DEEPEST = 8
 DOTTED_KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,7}")
-# No key has a use for these, and where a path or a name is printed they would break the line or steer the terminal.
+# No key needs these characters. In a printed path or name they would break the line or control the terminal.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: PyYAML's own (1.1) read `1e-4` as a string, `010` as 8, `12:30` as 750, `no` as false."""
+    """Resolves scalars by YAML 1.2.
+
+    PyYAML resolves them by YAML 1.1: `1e-4` is a string, `010` is 8, `12:30` is 750, and `no` is false.
+    """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that YAML 1.1 (PyYAML's) or 1.2 (read here) would take for more, as a folder called `1e-4`."""
+    """Quotes a string that YAML 1.1 (PyYAML) or 1.2 (`_Loader`) reads as another type, such as a folder `1e-4`."""
 
 
 _SCALARS = {
@@ -56,14 +59,24 @@ for _kind, (_pattern, _first_letters) in _SCALARS.items():
 
 
 class ConfigSource:
-    """Values by dotted path, each with the place (file and line, or the command line) that says it."""
+    """The nested values of a config, each with the place that sets it: file and line, or the command line."""
 
     def __init__(self) -> None:
         self.values: Values = {}
         self.places: dict[tuple[str, ...], str] = {}
 
     def read(self, text: str, place: str, path: tuple[str, ...] = (), *, lines: bool = True) -> None:
-        """Add what a YAML text says at `path`, over what was there."""
+        """Parse a YAML text and store its value at `path`, in place of the old one.
+
+        Args:
+            text: YAML of the plain subset.
+            place: the file or the command line, for error messages.
+            path: key by key; (): the whole config.
+            lines: name the line in places, too.
+
+        Raises:
+            ConfigError: the text is not in the subset, or is too long.
+        """
 
         def where(mark: Any) -> str:
             return f"{place}:{mark.line + 1}" if lines else place
@@ -80,7 +93,7 @@ class ConfigSource:
         except yaml.YAMLError as error:
             raise ConfigError(f"{place}: not YAML: {' '.join(str(error).split())}") from None
         except (ValueError, OverflowError):
-            # PyYAML lets these through, of `%YAML 1.999...` and of `"\UFFFFFFFF"`.
+            # PyYAML does not catch these errors, which `%YAML 1.999...` and `"\UFFFFFFFF"` cause.
             raise ConfigError(f"{place}: not YAML: a version or a \\U escape with too large a number") from None
         if not path:
             if plain is not None and not isinstance(plain, dict):
@@ -90,7 +103,7 @@ class ConfigSource:
         self.put(path, plain, place)
 
     def put(self, path: tuple[str, ...], value: Any, place: str) -> None:
-        """Lay one value over what was there."""
+        """Set one value, in place of the old one."""
         target: Any = self.values
         for part in path[:-1]:
             if not isinstance(target.get(part), dict):
@@ -100,7 +113,7 @@ class ConfigSource:
         self.places[path] = place
 
     def override(self, overrides: Iterable[str]) -> None:
-        """Lay `KEY=VALUE` overrides over what was there; of two for one key the last wins."""
+        """Apply `KEY=VALUE` overrides in order: the last one for a key wins."""
         for override in overrides:
             key, equals, value = override.partition("=")
             if not equals or not DOTTED_KEY.fullmatch(key):
@@ -108,12 +121,19 @@ class ConfigSource:
             self.read(value, COMMAND_LINE, tuple(key.split(".")), lines=False)
 
     def config(self, fallback: str) -> Config:
-        """The config that the values make; `fallback` is the place of what nobody said."""
+        """Return the validated config.
+
+        Args:
+            fallback: the place to name for an error at a value that nothing sets.
+
+        Raises:
+            ConfigError: a value is wrong, or the config as a file would be too long.
+        """
         try:
             config = config_of(self.values)
         except ValidationError as error:
             raise ConfigError(_first_line(error, self.places, fallback)) from None
-        # The run keeps it as a file, in a longer form than the user's, and must be able to read that.
+        # A run stores its config with all keys, which is longer than the user's file, and must be able to read it.
         if len(dump_config(config)) > _LONGEST_TEXT:
             raise ConfigError(f"{fallback}: longer than a config can be ({_LONGEST_TEXT} characters)")
         return config
@@ -146,7 +166,7 @@ class ConfigSource:
 
 
 def _refuse_extras(text: str, where: Any) -> None:
-    # On events, which are read one by one: aliases that multiply and nesting without end never get built.
+    # Check the stream of events, before any node is built: multiplied aliases and endless nesting cost no memory.
     depth = 0
     documents = 0
     for event in yaml.parse(text, Loader=_Loader):
@@ -166,8 +186,8 @@ def _refuse_extras(text: str, where: Any) -> None:
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Keep a ConfigError of the block to one line that can be printed."""
-    # Paths, keys and values are the user's: none may break or flood the line, or reach the terminal as an escape.
+    """Limit the message of a ConfigError from the block to one printable line of at most 400 characters."""
+    # The user chooses paths, keys and values: they must not break or flood the line, or send escapes to the terminal.
     try:
         yield
     except ConfigError as error:
@@ -178,7 +198,11 @@ def one_line() -> Iterator[None]:
 
 @one_line()
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
-    """Read a config file and lay `KEY=VALUE` overrides over it; of two for one key the last wins.
+    """Read a config file and apply `KEY=VALUE` overrides in order: the last one for a key wins.
+
+    Args:
+        path: None: start from the defaults.
+        overrides: as "train.epochs=5".
 
     Raises:
         ConfigError: one line, `FILE:LINE: key: reason (did you mean 'x'?)`.
@@ -190,7 +214,7 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
 
 @one_line()
 def override_config(config: Config, overrides: Iterable[str]) -> Config:
-    """Lay `KEY=VALUE` overrides over a config; raises as `load_config`."""
+    """Return a config with `KEY=VALUE` overrides applied; raises as `load_config`."""
     source = ConfigSource()
     source.values = config.model_dump(mode="json")
     source.override(overrides)
@@ -198,10 +222,14 @@ def override_config(config: Config, overrides: Iterable[str]) -> Config:
 
 
 def read_source(path: str | Path, option: str = "--config") -> ConfigSource:
-    """What a YAML file says, with the line of each value; `option` is what named it.
+    """Read a YAML file, with the line of each value.
+
+    Args:
+        path: the file.
+        option: the command-line option that names the file, for error messages.
 
     Raises:
-        ConfigError: it cannot be read, or is not of the plain subset.
+        ConfigError: the file cannot be read, or is not in the plain subset of YAML.
     """
     source = ConfigSource()
     source.read(_read_text(Path(path), option), str(path))
@@ -210,7 +238,7 @@ def read_source(path: str | Path, option: str = "--config") -> ConfigSource:
 
 def _read_text(path: Path, option: str) -> str:
     try:
-        # A pipe may keep its reader waiting for ever; a device such as /dev/zero has no end.
+        # A pipe may block its reader for ever. A device such as /dev/zero has no end.
         if path.is_fifo():
             raise ConfigError(f"{path}: is a pipe; {option} takes a YAML file, as in configs/")
         with path.open(encoding="utf-8") as file:
@@ -224,16 +252,16 @@ def _read_text(path: Path, option: str) -> str:
 
 
 def _first_line(error: ValidationError, places: dict[tuple[str, ...], str], fallback: str) -> str:
-    """One line for the first thing that is wrong, in the order in which it stands."""
+    """Describe the first error in one line: `place: key: reason`."""
     first = error.errors(include_url=False)[0]
     parts = [str(part) for part in first["loc"]]
     message = first["msg"].removeprefix("Value error, ")
-    # A check over several keys names its key at the head of its message.
+    # The message of a check over several keys begins with the key to name.
     named = re.match(r"([a-z_]+\.[a-z_0-9]+): ", message)
     if named is not None:
         parts, message = named[1].split("."), message[named.end() :]
     dotted = ".".join(parts)
-    # An empty or a blank key is seen only in quotes.
+    # Without quotes, an empty or blank key is invisible.
     key = dotted if re.fullmatch(r"[\w.]*\w", dotted) else _shown(dotted)
     prefixes = (tuple(parts[:length]) for length in range(len(parts), 0, -1))
     place = next((places[prefix] for prefix in prefixes if prefix in places), fallback)
@@ -261,7 +289,7 @@ def _closest(dotted: str) -> str | None:
     keys = [*Config.model_fields, *flatten(Config())]
     here = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
     anywhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    # One edit of `lr` leaves as little as half of it.
+    # One wrong letter halves the similarity of a key as short as `lr`.
     near = 0.6 if len(word) > 2 else 0.5
     for known, cutoff in ((here, 1.0), (anywhere, 1.0), (here, near), (anywhere, 0.75)):
         found = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
@@ -271,14 +299,14 @@ def _closest(dotted: str) -> str | None:
 
 
 def dump_config(config: Config) -> str:
-    """The config as YAML, every key in the order of its definition."""
+    """Return the config as YAML, with every key, in the order of definition."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the config as YAML, every key; the file is whole or absent.
+    """Write the config as YAML, with every key. The write is atomic.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     write_durably(Path(path), dump_config(config))

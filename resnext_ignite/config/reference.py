@@ -1,4 +1,4 @@
-"""The reference of all config keys, made from the code's own docstrings (`docs/config.md`, `--help-config`)."""
+"""Builds the reference of all config keys from the docstrings in the code (`docs/config.md`, `--help-config`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from resnext_ignite.config.sections import Section
 
 
 def config_reference() -> str:
-    """All keys with type, default and meaning, as Markdown, from the code's own docstrings."""
+    """Return all keys with default, meaning and choices, as Markdown."""
     lines = [
         "# Config reference",
         "",

@@ -1,4 +1,4 @@
-"""What a resumed run may change of its config, and what it takes over from the first start."""
+"""The config keys that a resumed run may change, and those that it takes over from the first start."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from resnext_ignite.config.schema import Config, flatten, with_values
 
-# A run may be continued with other values of these: none changes what an iteration computes from its state, but for
-# `train.epochs`, at whose new number whatever depends on it (learning rate, growing images) is evaluated from there on.
+# A run may resume with new values of these keys. None of them changes what an iteration computes from its state, except
+# `train.epochs`: from the resume on, the learning rate and the growing image size follow the new number of epochs.
 SAFE_ON_RESUME = (
     "train.epochs",
     "train.max_hours",
@@ -31,7 +31,7 @@ SAFE_ON_RESUME = (
     "logging.images",
     "logging.histograms",
 )
-# Left open (null, auto), these are settled by the machine or the data at the first start, and kept from then on.
+# The first start resolves these, where they are open (null, auto), from the machine or the data; a resume keeps them.
 _RESOLVED_AT_START = (
     "model.num_classes",
     "data.image_size",
@@ -46,20 +46,20 @@ _RESOLVED_AT_START = (
 
 
 def adopt_resolved(config: Config, saved: Config) -> Config:
-    """`config`, with what it leaves to the machine or the data taken from a run that settled it already."""
+    """Return `config` with the values that it leaves open (null, auto) taken from the resolved config of a run."""
     now = flatten(config)
     before = flatten(saved)
     return with_values(config, {key: before[key] for key in _RESOLVED_AT_START if now[key] in (None, "auto", ["auto"])})
 
 
 def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, with the saved and the new value."""
+    """Return the keys whose values differ, each with the saved and the new value."""
     before, after = flatten(saved), flatten(config)
     return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
 
 
 def differing_values(configs: Sequence[Config]) -> dict[str, list[Any]]:
-    """Keys whose values are not the same in all configs, with the value in each."""
+    """Return the keys whose values are not the same in all configs, each with its value in every config."""
     values = [flatten(config) for config in configs]
     listed = {key: [value[key] for value in values] for key in values[0]}
     return {key: column for key, column in listed.items() if any(value != column[0] for value in column)}

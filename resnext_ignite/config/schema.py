@@ -1,4 +1,4 @@
-"""The typed, frozen config of a run, and its values as plain ones. Reading files is `config_files.py`'s work."""
+"""The typed, frozen config of a run, and its conversion to and from plain values. `files.py` reads config files."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from resnext_ignite.runtime.model_names import parse_model_name
 
 
 class Config(Section):
-    """A whole run."""
+    """The config of a whole run."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
-    """Key of all randomness: initial weights, order, augmentation, held-out images."""
+    """Seed of the run's randomness: initial weights, order of the images, augmentation, held-out images."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -41,8 +41,8 @@ class Config(Section):
 
     @property
     def image_size(self) -> int:
-        """Height and width in pixels: `data.image_size`, or what stands for null."""
-        # ImageNet layouts were published at 224 pixels, those with a 3x3 stem at 32.
+        """Height and width of the images in pixels: `data.image_size`, or the default that null means."""
+        # The ImageNet layout was published at 224 pixels, those with a 3x3 stem at 32.
         photographs = (
             self.data.name in ("imagefolder", "shards") and parse_model_name(self.model.name).layout == "imagenet"
         )
@@ -113,7 +113,7 @@ Values = dict[str, Any]
 
 
 def flatten(config: Config) -> Values:
-    """All values by dotted path, in the order of their definition, as YAML and JSON can hold them."""
+    """Return all values by dotted path, in the order of definition, as plain YAML and JSON values."""
     flat: Values = {}
     for name, value in config.model_dump(mode="json").items():
         if isinstance(value, dict):
@@ -124,7 +124,7 @@ def flatten(config: Config) -> Values:
 
 
 def nest(flat: Values) -> Values:
-    """The inverse of `flatten`: a section for each first part of a path."""
+    """Return the inverse of `flatten`: a section for each first part of a path."""
     nested: Values = {}
     for path, value in flat.items():
         *sections, key = path.split(".")
@@ -136,7 +136,7 @@ def nest(flat: Values) -> Values:
 
 
 def config_of(nested: Values) -> Config:
-    """The config that nested plain values (of YAML or JSON) describe; what is missing has its default.
+    """Return the config of nested plain values (from YAML or JSON); missing keys take their defaults.
 
     Raises:
         pydantic.ValidationError: a key is unknown, or a value of the wrong type or out of range.
@@ -145,7 +145,7 @@ def config_of(nested: Values) -> Config:
 
 
 def with_values(config: Config, values: Values) -> Config:
-    """A copy of `config` with some values, given by dotted path, replaced and checked.
+    """Return a copy of `config` with some values, given by dotted path, replaced and validated.
 
     Raises:
         pydantic.ValidationError: as `config_of`.
@@ -154,7 +154,7 @@ def with_values(config: Config, values: Values) -> Config:
 
 
 def _with_tuples(value: Any) -> Any:
-    # YAML and JSON have lists where strict, frozen models hold tuples.
+    # YAML and JSON have lists; strict, frozen models need tuples.
     if isinstance(value, dict):
         return {key: _with_tuples(inner) for key, inner in value.items()}
     if isinstance(value, list):

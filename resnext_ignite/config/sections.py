@@ -1,6 +1,6 @@
-"""The sections of a config: every key with its type, unit and default. `schema.py` puts them together.
+"""The sections of a config: every key with its type, unit and default. `schema.py` combines them into `Config`.
 
-Only values live here; nothing imports torch, so that a wrong config is refused at once.
+This module does not import torch, so that a wrong config is refused immediately.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PerChannel = tuple[float, float, float]
 
 
 class Section(BaseModel):
-    """A group of keys: frozen, strict (no string for a number, no boolean for an integer), nothing unknown."""
+    """A group of keys: frozen, strict (no string for a number, no boolean for an integer), without unknown keys."""
 
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
@@ -28,20 +28,21 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The network."""
+    """The network and its initial weights."""
 
     name: str = "cifar_resnext29_8x64d"
-    """`cifar_resnext<9n+2>_<C>x<W>d` or `resnext50|101|152_<C>x<W>d`: depth, cardinality C, base width W."""
+    """Architecture: `cifar_resnext<9n+2>_<C>x<W>d` or `resnext50|101|152_<C>x<W>d`, with depth, cardinality C and base
+    width W. `cifar4_resnext50|101|152_<C>x<W>d` has the four stages of the latter after a 3x3 stem."""
     num_classes: Annotated[int, Field(ge=2, le=100_000)] | None = None
-    """Classes; null: as many as the data has."""
+    """Number of classes; null: that of the data."""
     stem_channels: Annotated[int, Field(ge=1, le=1024)] = 64
-    """Channels after the stem (64 as published; smaller for small machines); all stages scale with it."""
+    """Output channels of the stem: 64 as published, fewer for small machines. All stages scale with it."""
     pretrained: str | None = None
-    """Weights to start from: a checkpoint or run of this project, another system's file that `convert` reads, or
-    torchvision's for this network (`torchvision:IMAGENET1K_V2`); a classifier for other classes is left as
-    initialised."""
+    """Initial weights: a checkpoint file or run folder of this project, another system's file that `convert` reads, or
+    torchvision's weights of this network (`torchvision:IMAGENET1K_V2`). If their number of classes differs, the
+    classifier keeps its random weights. null: all weights are random."""
     zero_init_residual: bool = False
-    """Start the last BatchNorm of each block at zero, so that every block begins as the identity."""
+    """Initialise the last BatchNorm weight of each block to 0, so that every block begins as the identity."""
 
     @field_validator("name")
     @classmethod
@@ -61,84 +62,96 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """The pictures."""
+    """The images: their source, decoding and normalisation."""
 
     name: Literal["cifar10", "cifar100", "imagefolder", "shards", "shapes"] = "shapes"
-    """`shapes` is drawn from a seed, without any file; `imagefolder` reads `root`'s `train/<class>/*` and
-    `val/<class>/*` or `test/<class>/*`; `shards` reads tar files of pictures in `train/` and `val/` or `test/`, and
-    what is said of an `imagefolder` goes for them."""
+    """Data set. `shapes`: images drawn from a fixed seed, without files. `imagefolder`: `train/<class>/*` and
+    `val/<class>/*` or `test/<class>/*` in `root`. `shards`: tar files of images in `train/` and `val/` or `test/`; the
+    keys for an `imagefolder` apply to them too. If both `val/` and `test/` exist, `val/` selects the best weights, and
+    the run evaluates `test/` once, at its end."""
     root: str = "data"
-    """Folder of the data (`~` is expanded); not used by `shapes`."""
+    """Folder of the data; `~` is expanded. `shapes` does not use it."""
     download: bool = True
-    """Download CIFAR where it is missing; false: an archive that lies in `root` is still checked and unpacked."""
+    """Download CIFAR if it is missing; false: never. An archive in `root` is checked and unpacked in either case."""
     val_size: Annotated[int, Field(ge=0)] = 0
-    """Training images held out to choose the best weights (keyed by `seed`); 0: evaluate on the test split."""
+    """Number of training images to hold out, chosen by `seed`, to select the best weights; the run then evaluates the
+    test split once, at its end. 0: none; the run evaluates on the test split."""
     train_size: Annotated[int, Field(ge=1)] | None = None
-    """Use only so many training images, the same ones for every seed (for `shapes`: draw so many); null: all."""
+    """Use only this many training images, the same for every seed (`shapes`: draw this many); null: all."""
     test_size: Annotated[int, Field(ge=1)] | None = None
-    """Use only so many test images; null: all."""
+    """Use only this many test images, the same for every seed (`shapes`: draw this many); null: all."""
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
-    """Height and width in pixels; null: 32, or 224 for an `imagefolder` with an ImageNet layout."""
+    """Height and width of the images in pixels; null: 224 for an `imagefolder` with an ImageNet layout, else 32."""
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """`imagefolder`: side of the central square kept in evaluation, over the shorter side (ImageNet: 0.875)."""
+    """`imagefolder`: side of the central square that evaluation uses, over the shorter side (ImageNet: 0.875)."""
     in_memory: bool | None = None
-    """`imagefolder`: decode once into memory; null: where all pictures have their size already and they fit."""
+    """`imagefolder`: decode each split once and hold it in memory; true excludes `augment.random_resized_crop`. null:
+    only if the split fits, its images have the input size already, and it has no random-resized crops."""
     workers: Annotated[int, Field(ge=0, le=256)] | None = None
-    """Processes a rank that decode an `imagefolder`; null: the cores a rank has, at most 8."""
+    """Decoding processes per rank for an `imagefolder`; 0: the main process; null: one per core, at most 8."""
     decode: Literal["workers", "device"] = "workers"
-    """`imagefolder`: who decodes training JPEGs: the workers, or the GPU (nvJPEG), for which workers only read them,
-    and decode what is no plain JPEG; needs `augment.random_resized_crop`. The same crops, of pixels that differ as
-    decoders do. An evaluation is always decoded by the workers, so that its figures do not depend on this."""
+    """`imagefolder`: decoder of the training JPEGs. `workers`: the worker processes. `device`: the GPU (nvJPEG); the
+    workers then read the files, and decode those that are not plain JPEGs. `device` needs
+    `augment.random_resized_crop`. The crops are the same; the pixels differ as the decoders do. In evaluation the
+    workers always decode, so that the metrics do not depend on this key."""
     on_error: Literal["fail", "skip"] = "fail"
-    """`imagefolder`: end on a training picture that cannot be read (exit 3), or skip it: warned of, not counted."""
+    """`imagefolder`: reaction to a training image that cannot be read. `fail`: end the run (exit code 3). `skip`: warn,
+    and leave it out of the loss and the metrics."""
     max_skipped: Annotated[int, Field(ge=0)] = 100
-    """Pictures an epoch that may be skipped; one more ends the run (exit 3)."""
+    """Unreadable training images per epoch that `on_error=skip` tolerates; one more ends the run (exit code 3)."""
     shuffle_shards: Annotated[int, Field(ge=1)] = 16
-    """`shards`: shards that are read at a time in training, whose images are shuffled together; the shards come in
-    another order each epoch."""
+    """`shards`: number of shards that training reads at a time; their images are shuffled together. The order of the
+    shards changes every epoch."""
     mean: PerChannel | None = None
-    """Mean of red, green and blue, 0 to 1; null: that of `model.pretrained`, else the data set's published one
-    (ImageNet's for a folder)."""
+    """Mean of red, green and blue, on a scale of 0 to 1. null: that of `model.pretrained`; without it, the data set's
+    published mean (for an `imagefolder`, ImageNet's)."""
     std: tuple[Positive, Positive, Positive] | None = None
-    """Standard deviation of red, green and blue, on the same scale."""
+    """Standard deviation of red, green and blue, on the same scale; set with `mean`, or null for both."""
 
 
 def size_step(image_size: int) -> int:
-    """Pixels by which the side of the training images grows, of those that grow to `image_size`."""
+    """Return the step in pixels by which the side of the training images grows to `image_size`."""
     return 16 if image_size >= 128 else 4
 
 
 class AugmentConfig(Section):
-    """What happens to a training image; all of it keyed by (seed, epoch, index)."""
+    """The augmentation of training images. (seed, epoch, index) determines every random draw."""
 
     crop_padding: Annotated[int, Field(ge=0, le=64)] = 4
-    """Pixels added on each side before a random crop of the image's own size; 0: no crop."""
+    """Pixels of padding on each side, before a random crop to the original size; 0: no crop."""
     crop_fill: Literal["zero", "mean", "reflect"] = "zero"
-    """What the padding holds: black, the data's mean colour, or the picture reflected."""
+    """Content of the padding: black (`zero`), the mean colour of the data, or the reflected image."""
     flip: Literal["none", "random", "alternating"] = "random"
-    """Mirror left to right: by chance each epoch, or every second epoch from a random start."""
+    """Mirror left to right. `random`: with probability 0.5 in each epoch. `alternating`: in every second epoch; each
+    image draws at random whether it begins mirrored."""
     trivial: bool = False
-    """TrivialAugment, wide: one of 14 operations of one of 31 strengths a picture (arXiv:2103.10158)."""
+    """Apply TrivialAugment (wide): one of 14 operations at one of 31 strengths per image (arXiv:2103.10158)."""
     cutout: Annotated[int, Field(ge=0, le=512)] = 0
-    """Side in pixels of a square set to the mean colour, its centre anywhere in the image; 0: none."""
+    """Side in pixels of a square that is set to the mean colour; its centre is anywhere in the image. 0: none."""
     erasing: Fraction = 0.0
-    """Probability of a box of 2 to 33 % of the area, of an aspect of 0.3 to 3.3, set to the mean colour
-    (arXiv:1708.04896)."""
+    """Probability of random erasing: a box of 2 to 33 % of the area, with an aspect ratio of 0.3 to 3.3, is set to the
+    mean colour (arXiv:1708.04896)."""
     random_resized_crop: bool = False
-    """`imagefolder`: crop 8 to 100 % of the area at an aspect of 3/4 to 4/3, resized; replaces the padded crop."""
+    """`imagefolder`: crop 8 to 100 % of the area, at an aspect ratio of 3/4 to 4/3, and resize it; replaces the padded
+    crop."""
     color: Fraction = 0.0
-    """Strength of brightness, contrast and saturation jitter, in random order (fb.resnext on ImageNet: 0.4)."""
+    """Strength s of brightness, contrast and saturation jitter, in random order, each with a factor from 1 - s to 1 + s
+    (fb.resnet.torch on ImageNet: 0.4)."""
     lighting: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Standard deviation of the noise along ImageNet's colour axes (AlexNet, section 4.1; fb.resnext: 0.1)."""
+    """Standard deviation of the coefficients of a random shift along the principal axes of ImageNet's colours (AlexNet,
+    section 4.1; fb.resnet.torch: 0.1)."""
     mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Mix each image with its neighbour in the batch by a share drawn from Beta(mixup, mixup); 0: none."""
+    """Mixup's alpha: each image draws lambda from Beta(alpha, alpha) and is mixed with its neighbour in the batch,
+    lambda being its own weight (arXiv:1710.09412). 0: no mixup."""
     cutmix: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Put a box of its neighbour into each image, of a share drawn likewise; with `mixup`, each gets one of them."""
+    """CutMix's alpha: each image draws lambda from Beta(alpha, alpha); a box of its neighbour replaces 1 - lambda of
+    its area (arXiv:1905.04899). 0: no CutMix. With `mixup`, each image gets one of the two at random."""
     progressive_from: Annotated[int, Field(ge=8, le=512, multiple_of=4)] | None = None
-    """Side in pixels of the training images in the first epoch; it grows linearly, in steps of 4 pixels (of 16 where
-    the image size is 128 or more), to `data.image_size`; evaluations have one size; null: training, too."""
+    """Side in pixels of the training images in the first epoch. It grows linearly to `data.image_size`, in steps of 4
+    pixels (16 if the image size is at least 128), and must be a multiple of the step. Evaluation images keep one size.
+    null: training images do, too."""
     progressive_until: Fraction = 0.5
-    """Share of the epochs after which training images have their full size."""
+    """Fraction of the epochs after which training images have their full size."""
 
     @field_validator("mixup", "cutmix")
     @classmethod
@@ -149,45 +162,45 @@ class AugmentConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """The update."""
+    """The optimizer."""
 
     name: Literal["sgd", "muon"] = "sgd"
-    """Stochastic gradient descent with momentum; muon: and for all convolutions but the stem steps that are
-    orthogonalised, a group at a time."""
+    """`sgd`: stochastic gradient descent with momentum. `muon`: the same, but the steps of all convolutions except the
+    stem are orthogonalised, each convolution group alone."""
     lr: Annotated[float, Field(gt=0, le=100)] = 0.1
-    """Learning rate at factor 1 of the schedule, for the whole `train.batch_size`."""
+    """Learning rate at schedule factor 1. It applies to the whole `train.batch_size`, and is not scaled with it."""
     backbone_lr_factor: Annotated[float, Field(gt=0, le=10)] = 1.0
-    """Learning rate of all but the classifier, over `optimizer.lr`: below 1 to keep more of what was learned before."""
+    """Factor on the learning rate of all layers except the classifier; below 1, pretrained weights change less."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum."""
+    """Momentum; with `muon`, of all weights except its convolutions."""
     nesterov: bool = True
-    """Nesterov's form of the momentum."""
+    """Use Nesterov momentum, with `muon` for all weights."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 5e-4
-    """L2 penalty added to the gradient."""
+    """Coefficient of the L2 penalty: the weights times this value are added to the gradient."""
     decay_norm_and_bias: bool = True
-    """Decay BatchNorm weights and all biases too, as published; false: convolutions and classifier weights only."""
+    """Decay BatchNorm weights and all biases too, as published; false: only convolution and classifier weights."""
     muon_lr: Annotated[float, Field(gt=0, le=100)] = 0.05
-    """`muon`: learning rate of its convolutions, at factor 1 of the schedule."""
+    """`muon`: learning rate of its convolutions at schedule factor 1."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """`muon`: momentum of its convolutions; 0.6 for runs of a few epochs, up to 0.95 for long ones."""
     muon_weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """`muon`: share of its convolutions' weights, times their learning rate, by which an update shrinks them; they have
-    no `weight_decay`."""
+    """`muon`: decoupled weight decay of its convolutions, in place of `weight_decay`: each update multiplies their
+    weights by 1 - (learning rate) * (this value)."""
 
 
 class ScheduleConfig(Section):
-    """The learning rate over the run, set anew each iteration."""
+    """The learning-rate schedule. The rate is set before each iteration."""
 
     name: Literal["multistep", "cosine", "triangular", "constant"] = "multistep"
     """Shape of the learning rate after the warm-up."""
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """`multistep`: epochs after which the rate is multiplied by `gamma`, ascending."""
+    """`multistep`: epochs, in ascending order, after which the rate is multiplied by `gamma`."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """`multistep`: factor at each milestone."""
+    """`multistep`: factor on the rate at each milestone."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs over which the rate rises linearly from 0 (`triangular`: to its peak)."""
+    """Epochs of warm-up, in which the rate rises linearly from 0 (`triangular`: to its peak); 0: no warm-up."""
     final_factor: Fraction = 0.0
-    """`cosine`, `triangular`: the rate after the last iteration, over `optimizer.lr`."""
+    """`cosine`, `triangular`: rate after the last iteration, as a fraction of `optimizer.lr`."""
 
     @model_validator(mode="after")
     def _check_milestones(self) -> ScheduleConfig:
@@ -200,56 +213,60 @@ class TrainConfig(Section):
     """The training loop."""
 
     epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 10
-    """Passes over the training images."""
+    """Number of passes over the training images."""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 128
-    """Images an update, over all ranks and micro-batches; an epoch's incomplete last batch is dropped."""
+    """Images per update, over all ranks and micro-batches. The incomplete last batch of an epoch is dropped."""
     accumulate: Annotated[int, Field(ge=1)] = 1
-    """Micro-batches an update."""
+    """Micro-batches per update; their gradients are accumulated."""
     freeze: Literal["none", "stem", "backbone"] = "none"
-    """What keeps the weights and BatchNorm statistics of `model.pretrained`: the stem, or all but the classifier."""
+    """Layers that keep the weights and BatchNorm statistics of `model.pretrained`: the stem, or everything but
+    the classifier (`backbone`)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto: a GPU if there is one."""
+    """Device to train on; auto: a GPU if there is one, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward pass (autocast); auto: bf16 where the machine computes in it, else fp32."""
+    """Arithmetic of the forward pass (autocast); auto: bf16 if the hardware computes in it, else fp32."""
     channels_last: bool = True
-    """Keep images as NHWC in memory, which convolutions prefer."""
+    """Store images and weights as NHWC (channels_last), which suits convolution kernels; false: NCHW."""
     compile: Literal[False, True, "cuda_graphs"] = False
-    """Compile the model with torch.compile; cuda_graphs: and play its kernels back as CUDA graphs (GPUs only)."""
+    """Compile the model with torch.compile; cuda_graphs: also replay its kernels as CUDA graphs (GPU only)."""
     grouped_conv: tuple[GroupedConvImplementation, ...] = ("grouped",)
-    """How each shape of the grouped 3x3 is computed, in the network's order: `grouped`, `split` (a dense convolution a
-    group) or `merged<m>` (m groups in one, filled with zeros); one for all of them, or one for each. auto: the fastest,
-    measured at the first start."""
+    """Implementation of the grouped 3x3 convolution: `grouped` (the library's), `split` (a dense convolution per group)
+    or `merged<m>` (m groups in one, filled with zeros). Give one for all shapes, or one for each shape in the network's
+    order. auto: the fastest for each shape, measured at the first start."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability spread over all classes in the training loss."""
+    """Probability that the targets of the training loss spread evenly over all classes."""
     clip_grad_norm: Annotated[float, Field(ge=0)] = 0.0
-    """Largest norm of the whole gradient; 0: not clipped."""
+    """Largest norm of the whole gradient, to which it is clipped; 0: no clipping."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay an iteration of a moving average of weights and statistics, which is then what is evaluated; 0: none."""
+    """Decay per iteration of a moving average of weights and BatchNorm statistics. Evaluations use the average where
+    there is one. 0: none, unless `ema_horizon` is set."""
     ema_horizon: Annotated[float, Field(gt=0)] | None = None
-    """Epochs that such an average remembers, 1 / (1 - decay) iterations, in place of `ema_decay`; null: none."""
+    """Horizon of the moving average in epochs, equal to 1 / (1 - decay) iterations. It takes the place of `ema_decay`.
+    null: not set."""
     ema_start: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs after which the average begins; until then it is the weights themselves."""
+    """Epochs after which the moving average begins; until then it equals the current weights."""
     ema_reestimate_bn: Annotated[int, Field(ge=0)] = 0
-    """Training batches (the epoch's first, at most all) from which the average's BatchNorm statistics are taken anew
-    before each evaluation; 0: they are averaged as the weights are."""
+    """Number of training batches from which the BatchNorm statistics of the moving average are recomputed before each
+    evaluation: the first ones of the epoch, at most all. 0: the statistics are averaged, as the weights are."""
     lookahead: Annotated[int, Field(ge=0)] = 0
-    """Iterations between two steps of Lookahead's slow weights, from which the others then go on, and on which the last
-    epoch ends; 0: none."""
+    """Iterations between two steps of Lookahead's slow weights (arXiv:1907.08610). Training continues from the slow
+    weights after a step, and ends on them after the last epoch. 0: no Lookahead."""
     lookahead_alpha: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of the way to the weights of the moment that such a step goes."""
+    """Size of a Lookahead step: the fraction of the way from the slow weights to the current weights."""
     sync_bn: bool = False
-    """BatchNorm over all ranks' images (GPUs only)."""
+    """Compute BatchNorm statistics over the images of all ranks (GPU only)."""
     ghost_batch: Annotated[int, Field(ge=0)] = 0
-    """BatchNorm statistics over groups of so many images (the paper's 8 GPUs saw 16 each); 0: a rank's micro-batch."""
+    """Images in a group over which BatchNorm computes its training statistics (on each of the paper's 8 GPUs: 16); 0:
+    the micro-batch of a rank."""
     deterministic: bool | None = None
-    """Bit-identical repeats, at some speed on a GPU; null: true on a CPU, false on a GPU."""
+    """Make repeated runs bit-identical, which is slower on a GPU; null: true on a CPU, false on a GPU."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
-    """Stop, saved and resumable, after so many hours of this process; null: never."""
+    """Stop the process after this many hours, with the run saved and resumable; null: no limit."""
 
     @field_validator("compile", mode="before")
     @classmethod
     def _no_number(cls, value: object) -> object:
-        # Which equals a boolean.
+        # 0 equals false, and 1 equals true: both would pass.
         if isinstance(value, int) and not isinstance(value, bool):
             raise ValueError(f"{value}: false, true or cuda_graphs")
         return value
@@ -272,43 +289,43 @@ class TrainConfig(Section):
 
     @property
     def averages(self) -> bool:
-        """Whether a moving average of the weights is kept, which is then what is evaluated."""
+        """Whether the run has a moving average of the weights, which evaluations then use."""
         return bool(self.ema_decay or self.ema_horizon)
 
 
 class EvaluationConfig(Section):
-    """When to evaluate, and when that ends the run."""
+    """When and how to evaluate, and when the result ends the run."""
 
     every: Annotated[int, Field(ge=1)] = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     early: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
-    """Epochs that are evaluated whatever `every` says; 0: before the first iteration."""
+    """Additional epochs to evaluate, whatever `every` is; 0: before the first iteration."""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 500
-    """Images a rank evaluates at once."""
+    """Images per rank in one forward pass of an evaluation."""
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
-    """Height and width in pixels at which the network is evaluated, and predicts afterwards; null:
-    `data.image_size`."""
+    """Height and width of the images in pixels in evaluations, and in later predictions; null: `data.image_size`."""
     patience: Annotated[int, Field(ge=0)] = 0
-    """Stop after so many evaluations without a lower error; 0: never."""
+    """Stop after this many consecutive evaluations without a lower error; 0: never."""
     min_delta: Annotated[float, Field(ge=0, le=100)] = 0.0
-    """Percentage points by which an error must fall to count as lower."""
+    """Percentage points by which the error must fall to count as lower for `patience`."""
     inference: Literal["plain", "folded", "compiled", "auto"] = "plain"
-    """How logits are computed: as the network is; with BatchNorm folded into the convolutions; folded and compiled;
-    auto: the fastest of them, measured at the start. The faster ones agree to rounding."""
+    """Implementation of the forward pass. `plain`: the network as it is. `folded`: BatchNorm is folded into the
+    convolutions. `compiled`: folded and compiled. auto: the fastest, measured at the first start. All of them agree to
+    rounding."""
     target_error: Annotated[float, Field(ge=0, le=100)] | None = None
-    """Stop once the error, in percent, is at most this; null: never."""
+    """Stop when the error, in percent, is at most this value; null: never."""
     abandon: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[float, Field(ge=0, le=100)]], ...] = ()
-    """Stop after these epochs, which are evaluated whatever `every` says, where the error, in percent, is above theirs:
-    `{5: 60, 20: 15}`, which is kept as pairs."""
+    """Largest error, in percent, by epoch: `{5: 60, 20: 15}` (stored as pairs). If the error after one of these epochs
+    is larger, and it is not the last epoch, the run stops. They are evaluated whatever `every` is."""
     flip_tta: bool = False
-    """Count the errors of the mean probabilities of each picture and its mirror image too, apart from the others."""
+    """Also evaluate the mean of the probabilities of each image and its mirror image, as separate metrics."""
 
     @field_validator("abandon", mode="before")
     @classmethod
     def _as_pairs(cls, limits: object) -> object:
         if not isinstance(limits, dict):
             return limits
-        # A config's keys are texts.
+        # The keys of a YAML mapping are read as strings.
         named = ((str(epoch), error) for epoch, error in limits.items())
         return tuple((int(epoch) if re.fullmatch("[0-9]{1,9}", epoch) else epoch, error) for epoch, error in named)
 
@@ -329,30 +346,30 @@ class CheckpointConfig(Section):
     every_iterations: Annotated[int, Field(ge=0)] = 0
     """Iterations between saves inside an epoch; 0: none."""
     keep: Annotated[int, Field(ge=2)] = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep, besides `best.pt` and `final.pt`."""
 
 
 class DistributedConfig(Section):
-    """Several ranks."""
+    """Training on several ranks."""
 
     timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 600.0
-    """Seconds; a rank that lets the others wait so long has failed, and the run ends with exit code 8."""
+    """Seconds that ranks wait for another one. Then it counts as failed, and the run ends with exit code 8."""
     compress_gradients: bool = False
-    """Let gradients travel between ranks, and be summed, as bf16: half the bytes, 8 bits of each number."""
+    """Exchange and sum the gradients of the ranks in bf16: half the bytes, with 8 significant bits."""
 
 
 class LoggingConfig(Section):
-    """What is written down."""
+    """What a run records."""
 
     every_iterations: Annotated[int, Field(ge=1)] = 50
-    """Iterations between log points (about five seconds at most)."""
+    """Iterations between log points of the training metrics. The console also shows them about every five seconds."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run folder."""
     curves: bool = True
     """Draw `curves.png`: error, loss and learning rate over the epochs."""
     mistakes: Annotated[int, Field(ge=0, le=256)] = 64
-    """Worst mistakes of an evaluation that are kept in `evaluation.json` and drawn in `mistakes.png`; 0: none."""
+    """Number of worst mistakes of an evaluation to store in `evaluation.json` and draw in `mistakes.png`; 0: none."""
     images: Annotated[int, Field(ge=0, le=256)] = 64
-    """Images on a TensorBoard sheet (augmented training images, worst mistakes); 0: no sheets."""
+    """Images on a TensorBoard sheet (augmented training images, worst mistakes); 0: no sheets, no confusion matrix."""
     histograms: bool = False
-    """Histograms of all weights at each evaluation."""
+    """Write TensorBoard histograms of all weights at each evaluation."""

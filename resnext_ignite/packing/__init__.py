@@ -1,1 +1,1 @@
-"""Data sets brought into shape: folders of pictures packed into shards, ImageNet unpacked as it is distributed."""
+"""Prepares data sets: packs folders of images into tar shards, and unpacks ImageNet from its archives."""

@@ -1,4 +1,4 @@
-"""Tar files and folders as what they hold: pictures with plain names. Nothing in them decides where anything goes."""
+"""Reads tar files and folders of images. No path in a tar file decides where a file is written."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ _BLOCK = 512
 
 @contextlib.contextmanager
 def opened(file: Path | IO[bytes], name: str) -> Iterator[tarfile.TarFile]:
-    """A plain tar file; what is wrong with it, here or while it is read, is said with its name.
+    """Open an uncompressed tar file; errors of opening it, or of reading it in the block, become DataErrors.
+
+    Args:
+        file: its path, or its content.
+        name: its name in errors.
 
     Raises:
-        DataError: it is none, or damaged.
+        DataError: the file cannot be read, is damaged, or is not a tar file.
     """
     try:
         source = open(file, "rb") if isinstance(file, Path) else contextlib.nullcontext(file)  # noqa: SIM115
@@ -33,10 +37,11 @@ def opened(file: Path | IO[bytes], name: str) -> Iterator[tarfile.TarFile]:
 
 
 def files_in(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar file that was `opened`, which must end as one does.
+    """Yield the files in a tar file from `opened`, and check that the tar file is complete.
 
     Raises:
-        DataError: it is cut short, or holds a name that leads elsewhere, or something that is neither file nor folder.
+        DataError: the tar file is cut short, or has a member whose path leads out of the folder, or that is neither a
+            file nor a folder.
     """
     for member in archive:
         path = PurePosixPath(member.name)
@@ -46,7 +51,7 @@ def files_in(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
             yield member
         elif not member.isdir():
             raise DataError(f"{name}: {member.name}: is neither a file nor a folder; do not trust this file")
-    # tarfile takes the end of a file, and a header that is none, for the end of the archive.
+    # tarfile takes the end of the file, or an invalid header, for the end of the archive. A whole one ends with zeros.
     content = archive.fileobj
     if content is not None:
         content.seek(archive.offset)
@@ -55,13 +60,13 @@ def files_in(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
 
 
 def content_in(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Of a file in a tar file; raises tarfile.ReadError where that ends before it."""
+    """Return the content of a file in a tar file; raises tarfile.ReadError if the tar file is cut short in it."""
     file = archive.extractfile(member)
     return b"" if file is None else file.read()
 
 
 def entries_of(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name, but for what is hidden; raises DataError."""
+    """Return the entries of a folder, without hidden ones, sorted by name; raises DataError."""
     try:
         with os.scandir(folder) as entries:
             return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)

@@ -1,6 +1,6 @@
-"""What ILSVRC2012's development kit says: the classes, and which of them each validation image shows.
+"""Reads ILSVRC2012's development kit: the classes, and the class of each validation image.
 
-The layout is that of the kit's own readme.txt, section 'Data'.
+The kit's readme.txt describes the layout in its section 'Data'.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FOLDER = "ILSVRC2012_devkit_t12"
 
 @dataclass(frozen=True)
 class Synset:
-    """A class: its name in WordNet (`n01440764`), its words, and how many training images it has."""
+    """A class: its WordNet ID (`n01440764`), its words, and its number of training images."""
 
     wnid: str
     words: str
@@ -31,12 +31,12 @@ class Synset:
 
 @dataclass(frozen=True)
 class Devkit:
-    """The kit's content.
+    """The content of the development kit.
 
     Args:
-        path: where it was read.
-        synsets: the classes by name; those of the hierarchy above them are left out.
-        ground_truth: the class's name of each validation image, in the order of their numbers from 1.
+        path: the archive or folder that it was read from.
+        synsets: the classes by WordNet ID, without the inner nodes of the hierarchy.
+        ground_truth: the WordNet ID of each validation image's class, in the order of the images' numbers from 1.
     """
 
     path: Path
@@ -45,17 +45,17 @@ class Devkit:
 
 
 def read_devkit(path: Path) -> Devkit:
-    """Read the kit, `ILSVRC2012_devkit_t12.tar.gz` or a folder of what it holds.
+    """Read the kit from `ILSVRC2012_devkit_t12.tar.gz`, or from a folder with its contents.
 
     Raises:
-        DataError: it is not the kit, or damaged; the line names what is wrong.
+        DataError: it is not the kit, or is damaged; the message names what is wrong.
     """
     meta, lines = _content(path, META), _content(path, GROUND_TRUTH).decode(errors="replace").split()
     try:
         table = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         ids, synsets = zip(*(_synset(row) for row in table if row["num_children"] == 0), strict=True)
     except Exception as error:
-        # Of a damaged file loadmat says so in many ways.
+        # For a damaged file loadmat raises errors of many types.
         raise DataError(f"{path}: {META} cannot be read: {error}; fetch the development kit again") from None
     by_id = dict(zip(ids, synsets, strict=True))
     ground_truth = []
@@ -72,7 +72,7 @@ def _synset(row: Any) -> tuple[int, Synset]:
 
 
 def _content(path: Path, name: str) -> bytes:
-    """Of one of the kit's files."""
+    """Return the content of one of the kit's files."""
     try:
         if path.is_dir():
             folder = next(place for place in (path, path / _FOLDER) if (place / name).is_file())

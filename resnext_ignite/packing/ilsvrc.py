@@ -1,7 +1,7 @@
-"""ILSVRC2012 as it is distributed, unpacked into a folder of class folders: `train/<wnid>/*`, `val/<wnid>/*`.
+"""Unpacks ILSVRC2012's archives into class folders: `train/<wnid>/*`, `val/<wnid>/*`.
 
-A class, and the validation images as a whole, are unpacked under `.unpacking` and moved into place when whole: a run
-that was killed goes on where it was. What a power failure may leave, files without content, is found at the end.
+Each training class, and the validation split as a whole, is unpacked under `.unpacking` and moved into place when it is
+complete, so that a killed run can resume. The check at the end finds empty files, which a power failure may leave.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CHUNK = 250
 
 @dataclass(frozen=True)
 class Archives:
-    """The three files of ILSVRC2012, or folders of what they hold."""
+    """The three archives of ILSVRC2012, or folders with their contents."""
 
     train: Path
     val: Path
@@ -39,7 +39,7 @@ class Archives:
 
 @dataclass(frozen=True)
 class Expected:
-    """How much there must be: classes, training images, validation images."""
+    """The required numbers of classes, training images and validation images."""
 
     classes: int
     train_images: int
@@ -47,15 +47,22 @@ class Expected:
 
 
 def prepare(sources: Archives, output: Path, expected: Expected, encoding: Encoding, workers: int) -> None:
-    """Unpack, sort into classes, shrink where that is asked for, and count.
+    """Unpack the images into class folders, shrink them if requested, and check their numbers.
 
-    With fewer classes than the development kit has, the validation images of the others are left out. Files of folders
-    are linked, where they can be, and copied where not.
+    If the training source has fewer classes than the development kit, the validation images of the others are left out.
+    Files from folders are hard-linked, or copied where links are impossible.
+
+    Args:
+        sources: the archives or folders.
+        output: gets `train/`, `val/` and `classes.txt`.
+        expected: the numbers to check.
+        encoding: whether and how images are shrunk.
+        workers: processes that unpack; 0: this one.
 
     Raises:
-        DataError: something is missing, damaged or not as much as expected; the line names it.
-        ConfigError: the output is a part of a source, or the other way round.
-        RunFolderError: the output holds other things, or was begun with another encoding.
+        DataError: something is missing or damaged, or a number is wrong; the message names it.
+        ConfigError: the output lies in a source, or a source lies in the output's `train/` or `val/`.
+        RunFolderError: the output holds other files, was begun with another encoding, or is in use.
         StorageError: the disk is full.
     """
     for option, folder in (("--train", sources.train), ("--val", sources.val)):
@@ -165,10 +172,10 @@ def _run(unpack: Callable[[int], int], count: int, workers: int, *, desc: str, t
 
 
 def _place(picture: Picture, target: Path, encoding: Encoding) -> None:
-    """Put a picture into a folder, shrunk where that is asked for."""
+    """Write or link an image into a folder, shrunk if requested."""
     try:
         if isinstance(picture, bytes):
-            # Fails where there is one of that name.
+            # Mode x: two images of one name are an error.
             with target.open("xb") as file:
                 file.write(picture)
             picture = target
@@ -186,19 +193,19 @@ def _place(picture: Picture, target: Path, encoding: Encoding) -> None:
             f"{target.parent.name}/{target.name}: is a link to nothing, or was there a moment ago"
         ) from None
     except OSError as error:
-        # A write to an open file does not know its name.
+        # An error of writing to an open file does not name the file.
         error.filename = error.filename or str(target)
         raise
 
 
 def _link(source: Path, target: Path) -> None:
     try:
-        # What a link leads to: a relative one leads elsewhere from there.
+        # Link the file that a symbolic link leads to: a relative link would be broken in the other folder.
         os.link(os.path.realpath(source), target)
     except FileExistsError:
         raise
     except OSError:
-        # On another disk, or one that knows no links.
+        # Another file system, or one without hard links.
         target.write_bytes(content_of(source))
 
 
@@ -215,7 +222,7 @@ def _check_images(folder: Path, expected: int, devkit: Devkit) -> None:
 
 
 def _first_odd(folder: Path, counts: dict[str, int], devkit: Devkit) -> str:
-    """A class that has another number of training images than the development kit says, in words."""
+    """Return the rest of the error: the first class whose number of training images differs from the kit's."""
     if folder.name != "train":
         return "; remove that folder, and run this again"
     for wnid, count in counts.items():

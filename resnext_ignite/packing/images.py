@@ -1,4 +1,4 @@
-"""One picture file on its way to another place: as it is, or shrunk."""
+"""Reads one image file for packing or unpacking: unchanged, or shrunk."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _JPEG_SUFFIXES = ("jpg", "jpeg")
 
 
 def shrunk(path: Path, encoding: Encoding) -> bytes | None:
-    """A JPEG file of a picture whose shorter side has `short_side` pixels; None where it has no more as it is.
+    """Return a JPEG file of an image, shrunk to `short_side` pixels on its shorter side; None if it is not longer.
 
-    Decoded in any case, so that a damaged picture is met now; turned as its EXIF orientation says, in RGB, resized by
-    PIL's Lanczos filter, without metadata.
+    The image is decoded in any case, so that a damaged one is found now. The JPEG file is upright by the EXIF
+    orientation, in RGB, resized by PIL's Lanczos filter, and without metadata.
 
     Raises:
         DataError: as `open_rgb`.
@@ -30,7 +30,7 @@ def shrunk(path: Path, encoding: Encoding) -> bytes | None:
         return None
     width, height = (round(side * encoding.short_side / shorter) for side in picture.size)
     content = io.BytesIO()
-    # A comment would go along.
+    # PIL would keep the original's comment.
     picture.resize((width, height), Image.Resampling.LANCZOS).save(
         content, "JPEG", quality=encoding.quality, comment=b""
     )
@@ -38,10 +38,10 @@ def shrunk(path: Path, encoding: Encoding) -> bytes | None:
 
 
 def read_image(path: Path, encoding: Encoding) -> tuple[bytes, str]:
-    """A picture file's content, shrunk where that is asked for, and the ending of a name for it: `jpeg`.
+    """Return an image file's content, shrunk if requested, and the suffix for its name, such as `jpeg`.
 
     Raises:
-        DataError: it is empty or cannot be read; the line names it.
+        DataError: the file is empty or cannot be read; the message names it.
     """
     suffix = path.suffix[1:].lower()
     if encoding.short_side is not None:
@@ -52,7 +52,7 @@ def read_image(path: Path, encoding: Encoding) -> tuple[bytes, str]:
 
 
 def content_of(path: Path) -> bytes:
-    """What is in a file that must not be empty; raises DataError."""
+    """Return the content of a file; raises DataError if it is empty or cannot be read."""
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the commands that prepare data have in common, before torch is imported: options, and the lock of an output."""
+"""Options of the commands that prepare data, and the lock of their output folder; does not import torch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ IMAGES_PER_SHARD = 2000
 
 @dataclass(frozen=True)
 class Encoding:
-    """How pictures are written.
+    """The encoding of images on output.
 
     Args:
-        short_side: pixels that the shorter side has at most; None: the files are copied as they are.
-        quality: of the JPEG files that are written where one had more, 1 to 100.
+        short_side: largest length of the shorter side, in pixels; None: files are copied unchanged.
+        quality: JPEG quality of the images that are shrunk, 1 to 100.
     """
 
     short_side: int | None = None
@@ -37,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def encoding_of(parsed: argparse.Namespace) -> Encoding:
-    """The encoding that is asked for.
+    """Return the encoding that the options request.
 
     Raises:
-        ConfigError: a value is out of range, or has no use.
+        ConfigError: a value is out of range, or has no effect.
     """
     at_least("--short-side", parsed.short_side, 1)
     if parsed.quality is None:
@@ -53,19 +53,19 @@ def encoding_of(parsed: argparse.Namespace) -> Encoding:
 
 
 def workers_of(parsed: argparse.Namespace) -> int:
-    """How many processes read; raises ConfigError."""
+    """Return the number of worker processes; raises ConfigError."""
     at_least("--workers", parsed.workers, 0)
     return len(os.sched_getaffinity(0)) if parsed.workers is None else int(parsed.workers)
 
 
 def at_least(option: str, value: int | None, least: int) -> None:
-    """Check an option's number, where it is given; raises ConfigError."""
+    """Check that an option, if it is given, is at least `least`; raises ConfigError."""
     if value is not None and value < least:
         raise ConfigError(f"{option} {value}: at least {least}")
 
 
 def require(*libraries: str) -> None:
-    """Check that libraries of the extra are installed; raises ConfigError."""
+    """Check that libraries of the extra `imagenet` are installed; raises ConfigError."""
     for name in libraries:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"{name} is missing; pip install 'resnext-ignite[imagenet]'")
@@ -73,11 +73,11 @@ def require(*libraries: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make a folder, where it is not there, and keep other processes of these commands out of it.
+    """Create a folder if it does not exist, and lock it against other processes of these commands.
 
     Raises:
-        ConfigError: something that is no folder has that name.
-        RunFolderError: another process is at work in it.
+        ConfigError: the path exists, and is not a folder.
+        RunFolderError: another process has the lock.
     """
     from filelock import FileLock, Timeout
 
@@ -87,7 +87,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise ConfigError(f"--output {folder}: is there already, and is no folder; choose another name") from None
     lock = FileLock(folder / ".lock")
     try:
-        # A killed process's workers die a moment after it, and hold the lock till then.
+        # The workers of a killed process hold the lock until they die, a moment after it.
         lock.acquire(timeout=1)
     except Timeout:
         raise RunFolderError(f"{folder}: another process is writing into it; wait for it, or end it") from None

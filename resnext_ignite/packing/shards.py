@@ -1,9 +1,9 @@
-"""A folder of pictures as tar shards that are read from front to back, and the check of such shards.
+"""Packs a folder of images into tar shards, which training reads sequentially, and checks packed shards.
 
     <split>/000000.tar      00000000.cls (its class's number, ASCII), 00000000.jpeg, 00000001.cls, ...
-    <split>/shards.json     the classes' names; each shard's name, size, number of pictures and sha256
+    <split>/shards.json     the classes' names; each shard's name, size, number of images and sha256
 
-The tar files are what WebDataset reads, and equal byte for byte whenever the same pictures are packed.
+WebDataset can read the tar files. Packing the same images again gives byte-identical tar files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from resnext_ignite.runtime.errors import ConfigError, DataError, RunFolderError
 from resnext_ignite.runtime.storage import HashingFile, replace_durably, sha256_of, write_durably
 
 SPLITS = ("train", "val", "test")
-# The order of a training split is that of the packed data, not of a run.
+# The shuffled order of a training split is a property of the packed data; it does not depend on the seed of a run.
 _ORDER_SEED = 0
 _LEFTOVERS = re.compile(r"\d{6,}\.tar|\.\d{6,}\.tar\.tmp|\.shards\.json\.tmp")
 _LABEL = "cls"
@@ -40,10 +40,10 @@ _BLOCK, _RECORD = 512, 10_240
 
 @dataclass(frozen=True)
 class Limit:
-    """Of a shard, whichever is reached first; a shard holds one picture at least.
+    """The limits of a shard: the first to be reached ends it. A shard holds at least one image.
 
     Args:
-        images: pictures; None: no limit.
+        images: number of images; None: no limit.
         size: bytes of the tar file; None: no limit.
     """
 
@@ -53,7 +53,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Split:
-    """A packed split: its folder, classes in order, shards in order, and the seconds that it took to pack or check."""
+    """A packed split: its folder, its classes and shards in order, and the seconds of packing or checking it."""
 
     folder: Path
     classes: tuple[str, ...]
@@ -79,24 +79,26 @@ class _Sample:
         return {"__key__": self.key, _LABEL: b"%d" % self.label, self.suffix: self.content}
 
     def size(self) -> int:
-        """Bytes in a tar file: a header and whole blocks for each of the two."""
+        """Return the bytes in a tar file: a header and whole blocks for the label and for the image."""
         return 2 * _BLOCK + sum(-(-length // _BLOCK) * _BLOCK for length in (len(str(self.label)), len(self.content)))
 
 
 def pack_folder(source: Path, output: Path, limit: Limit, encoding: Encoding, workers: int) -> list[Split]:
-    """Pack the splits of an imagefolder; `shards.json` of all of them is written when all shards are.
+    """Pack the splits of an imagefolder; the `shards.json` files are written after the shards of all splits.
 
-    Pictures of a training split are written in one shuffled order, so that a shard mixes classes; others in theirs.
+    The images of the training split are shuffled once, so that each shard mixes classes. Other splits keep their order.
 
     Args:
         source: holds train/<class>/*, val/<class>/* or test/<class>/*.
-        output: a folder that holds no packed split; what a stopped packing left in it goes.
+        output: a folder without packed splits; the remains of an interrupted packing in it are removed.
+        limit: of each shard.
+        encoding: whether and how images are shrunk.
         workers: processes that read; 0: this one.
 
     Raises:
-        DataError: something of the source is missing or cannot be read; the line names it.
-        ConfigError: the output would be a class of the source.
-        RunFolderError: the output holds packed splits or other things, or another process is at work in it.
+        DataError: something in the source is missing or cannot be read; the message names it.
+        ConfigError: the output lies in a split of the source, and would be one of its classes.
+        RunFolderError: the output holds packed splits or other files, or another process uses it.
         StorageError: the disk is full.
     """
     there = [split for split in SPLITS if (source / split).is_dir()]
@@ -121,25 +123,25 @@ def pack_folder(source: Path, output: Path, limit: Limit, encoding: Encoding, wo
 
 
 def _check_names(source: Path, classes: tuple[str, ...]) -> None:
-    # Of a folder any bytes may be the name; of a list, which other programs read too, they may not.
+    # A folder's name may be any bytes. A list, which other programs read too, holds text only.
     for name in classes:
         if any("\ud800" <= letter <= "\udfff" for letter in name):
             raise DataError(f"{source}: the class {name!a} is no text that a list can hold; rename its folder")
 
 
 def is_packed(output: Path, splits: tuple[str, ...]) -> bool:
-    """Whether a folder holds some splits, packed to the end."""
+    """Return whether a folder holds all of these splits, completely packed."""
     return all((output / split / LIST_NAME).exists() for split in splits)
 
 
 def _clear(output: Path) -> None:
-    """Refuse what is not a stopped packing's, and remove what is."""
+    """Remove the remains of an interrupted packing; raises RunFolderError if there are other files."""
     remains: list[Path] = []
     for split in SPLITS:
         folder = output / split
         for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
             if entry.name == LIST_NAME:
-                # So is what was stopped between the lists of two splits: it may as well be another folder's.
+                # Refused even if packing was interrupted before the other splits' lists: the source may be another one.
                 raise RunFolderError(f"{folder}: is packed already; choose another --output, or remove it")
             if _LEFTOVERS.fullmatch(entry.name) is None:
                 raise RunFolderError(f"{entry}: is in the way, and no shard; choose another --output")
@@ -175,7 +177,7 @@ def _read(index: ImageIndex, encoding: Encoding, workers: int, *, shuffled: bool
 
 
 def _numbered(samples: Iterator[_Sample], limit: Limit) -> Iterator[tuple[int, _Sample]]:
-    """The samples, each with the number of its shard."""
+    """Yield each sample with the number of its shard."""
     number = images = size = 0
     for sample in samples:
         grown = size + sample.size()
@@ -186,7 +188,7 @@ def _numbered(samples: Iterator[_Sample], limit: Limit) -> Iterator[tuple[int, _
 
 
 def _tar_size(members: int) -> int:
-    # Two blocks of zeros end a tar file, which is filled up to whole records.
+    # A tar file ends with two blocks of zeros, and is padded to whole records.
     return -(-(members + 2 * _BLOCK) // _RECORD) * _RECORD
 
 
@@ -211,10 +213,10 @@ def _write_list(split: Split) -> None:
 
 
 def check_folder(root: Path) -> list[Split]:
-    """Read all shards of a packed folder, and compare them with what was written.
+    """Read all shards of a packed folder, and compare them with `shards.json`.
 
     Raises:
-        DataError: one is missing, or not what was written; the line names it.
+        DataError: a shard is missing or differs from its entry; the message names it.
     """
     folders = [root / split for split in SPLITS if (root / split).is_dir()]
     if not folders:
@@ -222,7 +224,7 @@ def check_folder(root: Path) -> list[Split]:
     checked = []
     for folder in folders:
         start, listed = time.perf_counter(), read_shard_list(folder / LIST_NAME)
-        # Their sizes, and each picture's place, as training looks for them.
+        # Check the sizes, and locate each image in the shards, as training does.
         index_shards(root, folder.name)
         for shard in tqdm(listed.shards, desc=f"checking {folder.name}", unit=" shards", disable=None):
             _check_sum(folder / shard.name, shard.sha256)

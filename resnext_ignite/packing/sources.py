@@ -1,4 +1,4 @@
-"""Where ILSVRC2012's pictures are: in the tar files in which they are distributed, or in folders of the same names."""
+"""Finds the images of ILSVRC2012 in the tar files of its distribution, or in folders with their contents."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from resnext_ignite.runtime.errors import DataError
 
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)
 Picture = bytes | Path
-"""A picture's content, or the file that holds it."""
+"""The content of an image file, or its path."""
 
 
 @dataclass(frozen=True)
 class TrainClass:
-    """The pictures of a training class: a folder, a tar file, or a tar file (`member`) in one."""
+    """The images of a training class: a folder, a tar file, or a tar file (`member`) inside another one."""
 
     path: Path
     member: tarfile.TarInfo | None = None
 
     def pictures(self) -> Iterator[tuple[str, Picture]]:
-        """Each picture's file name, without a folder, and the picture.
+        """Yield each image's file name, without a folder, and the image.
 
         Raises:
-            DataError: the class is damaged; the line names it.
+            DataError: the class is damaged; the message names it.
         """
         if self.path.is_dir():
             for entry in entries_of(self.path):
@@ -52,10 +52,13 @@ class TrainClass:
 
 
 def train_classes(path: Path) -> dict[str, TrainClass]:
-    """The training classes by name, in `ILSVRC2012_img_train.tar`, or in a folder of class folders or their tar files.
+    """Return the training classes by WordNet ID.
+
+    Args:
+        path: `ILSVRC2012_img_train.tar`, or a folder of class folders or of their tar files.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: the tar file is damaged, or the folder cannot be read.
     """
     if path.is_dir():
         files = [entry for entry in entries_of(path) if entry.is_dir() or entry.name.endswith(".tar")]
@@ -67,7 +70,7 @@ def train_classes(path: Path) -> dict[str, TrainClass]:
 
 @dataclass(frozen=True)
 class ValImage:
-    """A validation image: its file name, its class's, and where it is."""
+    """A validation image: its file name, the WordNet ID of its class, and its place."""
 
     name: str
     wnid: str
@@ -75,10 +78,15 @@ class ValImage:
 
 
 def val_images(path: Path, devkit: Devkit) -> list[ValImage]:
-    """The validation images, in `ILSVRC2012_img_val.tar`, or in a folder, whether or not they lie in class folders.
+    """Return the validation images, sorted by file name.
+
+    Args:
+        path: `ILSVRC2012_img_val.tar`, or a folder of the images, with or without class folders.
+        devkit: names the class of each image.
 
     Raises:
-        DataError: something is damaged, twice there, in the wrong class's folder, or no validation image.
+        DataError: the tar file is damaged, or an image exists twice, is in another class's folder, or is not a
+            validation image by its name.
     """
     found: dict[str, ValImage] = {}
     if path.is_dir():
@@ -100,7 +108,7 @@ def val_images(path: Path, devkit: Devkit) -> list[ValImage]:
 
 
 def contents_of(path: Path, pictures: Sequence[ValImage]) -> Iterator[tuple[ValImage, Picture]]:
-    """Some of the validation images with their content; raises DataError where the tar file is damaged."""
+    """Yield validation images, each with its content or path; raises DataError if the tar file is damaged."""
     with contextlib.ExitStack() as stack:
         archive = None if path.is_dir() else stack.enter_context(opened(path, str(path)))
         for picture in pictures:

@@ -1,4 +1,4 @@
-"""Tasks for several processes, their results in order. What a task is, is for others to know."""
+"""Runs tasks in several processes and yields their results in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from resnext_ignite.data.reading.workers import ignore_signals, watched
 from resnext_ignite.runtime.errors import DataError, ResnextError, StorageError
 
 Result = TypeVar("Result")
-# Tasks of each worker that are done before they are asked for: who takes them now and then waits for the disk.
+# Tasks that each worker does in advance: the consumer waits for the disk now and then.
 _AHEAD = 8
 
 
@@ -27,15 +27,17 @@ class _Tasks(Dataset[Any], Generic[Result]):
         try:
             return self.do(number)
         except (ResnextError, OSError) as error:
-            # As a value: a loader would put a traceback into its words.
+            # Returned, not raised: a DataLoader would add a traceback to its message.
             return error
 
 
 def in_workers(do: Callable[[int], Result], count: int, workers: int) -> Iterator[Result]:
-    """`do(0)` to `do(count - 1)`, in order, a few ahead of who takes them.
+    """Yield `do(0)` to `do(count - 1)` in order, computed a few tasks ahead of the consumer.
 
     Args:
-        workers: processes, forked from this one; 0: it is done here. They end with this process, however it ends.
+        do: runs a task, given by its number.
+        count: number of tasks.
+        workers: processes, forked from this one, that end when it ends, in any way; 0: this process runs the tasks.
 
     Raises:
         ResnextError, OSError: as `do`.
@@ -57,7 +59,7 @@ def in_workers(do: Callable[[int], Result], count: int, workers: int) -> Iterato
                 raise result
             yield result
     except DataError as error:
-        # The words are those of a training's workers.
+        # `watched` names the config key of training; these commands have an option instead.
         raise DataError(str(error).replace("data.workers", "--workers")) from None
 
 
@@ -66,7 +68,7 @@ def _as_it_is(result: Result) -> Result:
 
 
 def storage_error(error: OSError) -> OSError | StorageError:
-    """What writing failed with, as a user of these commands can mend it; other errors as they are."""
+    """Return the error of a full disk as a StorageError with advice for these commands; other errors unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{error.filename}: {error.strerror}; free some space, or choose another --output")
     return error

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import zipfile
@@ -40,7 +41,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         OSError: a write failed; the file at `path`, the old or the new one, still verifies.
         CheckpointError: the data that was read back differs from the data that was written.
     """
-    replaced = _read_sums(path)
+    replaced = _sums_of_existing(path)
     digest = ""
 
     def write(file: IO[bytes]) -> None:
@@ -63,6 +64,17 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     replace_durably(path, write, before_rename=check)
     if replaced:
         _write_sums(path, [digest])
+
+
+def _sums_of_existing(path: Path) -> list[str]:
+    """Return the checksums of the file at `path`; compute it for an intact file without one, such as a copied file."""
+    sums = _read_sums(path)
+    if not sums and path.exists():
+        # If the file cannot be verified, there is nothing to protect.
+        with contextlib.suppress(CheckpointError, OSError):
+            verify_archive(path)
+            sums = [sha256_of(path)]
+    return sums
 
 
 def _write_sums(path: Path, digests: list[str]) -> None:

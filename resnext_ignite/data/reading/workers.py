@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from resnext_ignite.runtime.errors import DataError, errors_of_data
+from resnext_ignite.runtime.errors import DataError, data_error, errors_of_data
 from resnext_ignite.runtime.signals import STOP_SIGNALS, die_with_parent, signals_blocked
 
 _SHM_FULL = "/dev/shm is full: enlarge it (docker run --shm-size=8g) or set data.workers=0"
 # torch raises a plain RuntimeError with one of these texts if the process has no file descriptor left for a batch.
 _NO_DESCRIPTOR = re.compile(r"Too many open files|items of ancdata")
+_TOO_MANY_FILES = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 _ADVICE = {
     signal.SIGKILL: "probably out of memory; lower data.workers or give the machine more memory",
     signal.SIGBUS: "probably because /dev/shm is full; enlarge it (docker run --shm-size=8g) or set data.workers=0",
@@ -58,6 +59,8 @@ def shared_room(*shape: int) -> Tensor:
         # only print it and lose the batch, and the main process would wait for ever.
         storage = torch.UntypedStorage._new_shared(math.prod(shape))
     except (RuntimeError, OSError) as error:
+        if _NO_DESCRIPTOR.search(str(error)):
+            raise data_error("data workers", _TOO_MANY_FILES, advice="") from None
         raise DataError(f"{_SHM_FULL} ({' '.join(str(error).split())})") from None
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
@@ -92,9 +95,9 @@ def watched(loader: DataLoader[Any]) -> Iterator[Any]:
             except (RuntimeError, OSError, EOFError) as error:
                 # A broken connection can arrive shortly before the death of the worker that caused it.
                 _check(workers, patience=1.0)
+                if _NO_DESCRIPTOR.search(str(error)):
+                    raise data_error("data workers", _TOO_MANY_FILES, advice="") from None
                 with errors_of_data("data workers"):
-                    if _NO_DESCRIPTOR.search(str(error)):
-                        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from None
                     raise
             if isinstance(item, DataError):
                 raise item
