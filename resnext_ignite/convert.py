@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from resnext_ignite.runtime.errors import ConfigError, run_command
-from resnext_ignite.runtime.storage import check_place
+from resnext_ignite.runtime.storage import check_output_path
 
 # The same names as in `weights/foreign/systems.py`. They are not imported from there, because that module needs torch.
 _SYSTEMS = (
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
     parsed = parser.parse_args(arguments)
     output = Path(parsed.output)
-    check_place("--output", output, new=True)
+    check_output_path("--output", output, new=True)
     if parsed.target != "resnext_ignite" and parsed.source != "auto":
         raise ConfigError(
             f"--from {parsed.source}: with --to {parsed.target} a checkpoint of this project is read; leave out --from"

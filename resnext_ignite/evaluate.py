@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnext_ignite.runtime.errors import CheckpointError, ConfigError, run_command
-from resnext_ignite.runtime.storage import check_place
+from resnext_ignite.runtime.storage import check_output_path
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from resnext_ignite.distributed.ranks import Ranks
 
 log = logging.getLogger(__name__)
-_ALLOWED = (
+_ALLOWED_OVERRIDES = (
     "data.",
     "evaluation.batch_size",
     "evaluation.flip_tta",
@@ -40,7 +40,7 @@ _JSON_KEYS = ("images", "correct", "correct_top5", "top1_error", "top5_error", "
 _FLIP_KEYS = ("correct_flip", "top1_error_flip", "top5_error_flip", "loss_flip")
 _MISTAKES = 32
 _VIEWS = {"one": "", "flip": " with mirror images", "ten-crop": " with ten crops"}
-_PICTURES = {"confusion": "confusion matrix", "mistakes": "worst mistakes", "calibration": "calibration"}
+_PLOTS = {"confusion": "confusion matrix", "mistakes": "worst mistakes", "calibration": "calibration"}
 
 
 def evaluate(
@@ -74,9 +74,11 @@ def evaluate(
     from resnext_ignite.weights.loading import open_model
 
     set_up_console()
-    refused = [override for override in overrides if not override.startswith(_ALLOWED)]
+    refused = [override for override in overrides if not override.startswith(_ALLOWED_OVERRIDES)]
     if refused:
-        raise ConfigError(f"{refused[0]}: cannot be overridden in an evaluation; only {', '.join(_ALLOWED)} can")
+        raise ConfigError(
+            f"{refused[0]}: cannot be overridden in an evaluation; only {', '.join(_ALLOWED_OVERRIDES)} can"
+        )
     model, metadata = open_model(checkpoint)
     config = metadata.config
     if config.evaluation.image_size and any(override.startswith("data.image_size=") for override in overrides):
@@ -193,9 +195,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--calibration", metavar="FILE.png", help="plot accuracy against confidence")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config values, for example data.root=FOLDER")
     parsed = parser.parse_intermixed_args(arguments)
-    pictures = {name: Path(vars(parsed)[name]) for name in _PICTURES if vars(parsed)[name]}
+    pictures = {name: Path(vars(parsed)[name]) for name in _PLOTS if vars(parsed)[name]}
     for name, path in pictures.items():
-        check_place(f"--{name}", path)
+        check_output_path(f"--{name}", path)
     metrics, data = evaluate(
         Path(parsed.checkpoint),
         parsed.split,
@@ -220,7 +222,7 @@ def main(arguments: list[str]) -> int:
         print(f"with mirror images (evaluation.flip_tta): top-1 error {metrics['top1_error_flip']:.2f} %")
     print(f"expected calibration error {metrics['calibration_error']:.2f} %")
     for name, path in pictures.items():
-        print(f"{_PICTURES[name]}: {path}")
+        print(f"{_PLOTS[name]}: {path}")
     return 0
 
 

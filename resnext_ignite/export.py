@@ -11,7 +11,7 @@ import importlib.util
 from pathlib import Path
 
 from resnext_ignite.runtime.errors import ConfigError, run_command
-from resnext_ignite.runtime.storage import check_place
+from resnext_ignite.runtime.storage import check_output_path
 
 # The suffix of each format's files. Programs that open the files rely on it.
 _SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
@@ -30,14 +30,14 @@ def export(checkpoint: Path, format: str, output: Path, *, uint8: bool, fold: bo
     model, metadata = open_model(checkpoint)
     card = card_path(output)
     difference = export_model(output, card, model, metadata, format, Options(uint8=uint8, fold=fold))
-    told = [f"opset {OPSET}"] if format == "onnx" else []
+    notes = [f"opset {OPSET}"] if format == "onnx" else []
     if difference is None:
-        told.append("read back equal")
+        notes.append("read back equal")
     else:
-        told.append(f"largest logit difference {difference:.1e}, relative to max(1, largest logit)")
+        notes.append(f"largest logit difference {difference:.1e}, relative to max(1, largest logit)")
     if metadata.source is not None:
-        told.append(f"the checkpoint states no size, normalisation or classes; those of {metadata.source} are used")
-    return f"{output}: {', '.join(told)}; model card: {card}"
+        notes.append(f"the checkpoint states no size, normalisation or classes; those of {metadata.source} are used")
+    return f"{output}: {', '.join(notes)}; model card: {card}"
 
 
 def card_path(output: Path) -> Path:
@@ -57,7 +57,7 @@ def check_options(format: str, output: Path, *, changed: bool) -> None:
     card = card_path(output)
     if output.suffix != _SUFFIXES[format]:
         raise ConfigError(f"--output {output}: a file of {format} ends in {_SUFFIXES[format]}")
-    check_place("--output", output, new=True)
+    check_output_path("--output", output, new=True)
     if card.exists():
         raise ConfigError(f"--output {output}: the model card {card} exists already; choose another folder")
     if format == "safetensors" and changed:

@@ -19,15 +19,15 @@ def main(arguments: list[str]) -> int:
     """Run the command; raises ResnextError for errors that the user can correct."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.imagenet",
-        description="Unpack ILSVRC2012 into train/<class>/ and val/<class>/. Each source may be a folder of what its "
-        "archive holds. Run again, it goes on where it was stopped.",
+        description="Unpack ILSVRC2012 into train/<class>/ and val/<class>/. Each source may be a folder with its "
+        "archive's contents. After an interruption, the same command resumes.",
     )
     parser.add_argument("--train", required=True, metavar="TAR|DIR", help="ILSVRC2012_img_train.tar")
     parser.add_argument("--val", required=True, metavar="TAR|DIR", help="ILSVRC2012_img_val.tar")
     parser.add_argument("--devkit", required=True, metavar="TAR|DIR", help="ILSVRC2012_devkit_t12.tar.gz")
     parser.add_argument("--output", required=True, metavar="DIR", help="where train/, val/ and classes.txt go")
     add_arguments(parser)
-    parser.add_argument("--shards", action="store_true", help="pack it too, into DIR/shards")
+    parser.add_argument("--shards", action="store_true", help="also pack the images, into DIR/shards")
     for option, default in (("classes", _CLASSES), ("train-images", _TRAIN_IMAGES), ("val-images", _VAL_IMAGES)):
         parser.add_argument(f"--{option}", type=int, default=default, metavar="N", help=f"expected ({default})")
     parsed = parser.parse_args(arguments)
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         if parsed.shards:
             _pack(output, workers)
     except KeyboardInterrupt:
-        raise PreemptedError(f"{output}: stopped; the same command goes on") from None
+        raise PreemptedError(f"{output}: stopped; the same command resumes") from None
     return 0
 
 

@@ -16,13 +16,13 @@ def main(arguments: list[str]) -> int:
     """Run the command; raises ResnextError for errors that the user can correct."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.pack",
-        description="Pack a folder of pictures (train/<class>/*, val|test/<class>/*) into tar shards.",
+        description="Pack a folder of images (train/<class>/*, val|test/<class>/*) into tar shards.",
     )
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="holds train/, val/ or test/")
     parser.add_argument("--output", metavar="DIR", help="where the shards go")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--images-per-shard", type=int, metavar="N", help=f"default: {IMAGES_PER_SHARD}")
-    size.add_argument("--shard-mb", type=int, metavar="N", help="instead: a shard's size at most, in megabytes")
+    size.add_argument("--shard-mb", type=int, metavar="N", help="instead: largest size of a shard, in megabytes")
     add_arguments(parser)
     parser.add_argument("--check", metavar="DIR", help="pack nothing: check the shards in there")
     parsed = parser.parse_args(arguments)

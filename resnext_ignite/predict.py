@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnext_ignite.runtime.errors import ConfigError, DataError, run_command
-from resnext_ignite.runtime.storage import check_place
+from resnext_ignite.runtime.storage import check_output_path
 
 if TYPE_CHECKING:
     import torch
@@ -61,12 +61,12 @@ def find_images(names: Sequence[str]) -> list[str]:
         if os.path.isdir(name):
             files = sorted(file for file in _below(name) if file.lower().endswith(IMG_EXTENSIONS))
             if not files:
-                raise DataError(f"{name}: no picture in this folder or below it ({' '.join(IMG_EXTENSIONS)})")
+                raise DataError(f"{name}: no image in this folder or below it ({' '.join(IMG_EXTENSIONS)})")
             found += files
         elif glob.has_magic(name) and not os.path.exists(name):
             files = sorted(file for file in glob.glob(name, recursive=True) if os.path.isfile(file))
             if not files:
-                raise DataError(f"{name}: no file has such a name")
+                raise DataError(f"{name}: no file matches this pattern")
             found += files
         else:
             found.append(name)
@@ -216,19 +216,21 @@ def _readable(predictions: Iterable[Prediction], broken: list[Prediction], given
 def main(arguments: list[str]) -> int:
     """Run the command; raises ResnextError for errors that the user can correct."""
     parser = argparse.ArgumentParser(
-        prog="python -m resnext_ignite.predict", description="The likeliest classes of pictures, with probabilities."
+        prog="python -m resnext_ignite.predict", description="Predict the most probable classes of images."
     )
-    parser.add_argument("--checkpoint", required=True, metavar="FILE|RUN", help="ours or another system's; or a run")
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes a picture (default: 5)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (default: 32)")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="FILE|RUN", help="a file of this project or another system, or a run"
+    )
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes per image (default: 5)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images per forward pass (default: 32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--csv", action="store_true", help="print a row for each answer and nothing else")
-    parser.add_argument("--save-sheet", metavar="FILE.png", help="draw the pictures (the first 64) with their answers")
+    parser.add_argument("--save-sheet", metavar="FILE.png", help="draw the first 64 images with their predictions")
     parser.add_argument(
         "pictures",
         nargs="+",
-        metavar="PICTURE|FOLDER",
-        help="files, folders with all below them, patterns ('*.jpg'), or - for a picture on standard input",
+        metavar="IMAGE|FOLDER",
+        help="files, folders with all below them, patterns ('*.jpg'), or - for an image on standard input",
     )
     parsed = parser.parse_args(arguments)
     for name in ("top_k", "batch_size"):
@@ -237,7 +239,7 @@ def main(arguments: list[str]) -> int:
     if parsed.json and parsed.csv:
         raise ConfigError("--json and --csv: choose one")
     if parsed.save_sheet:
-        check_place("--save-sheet", Path(parsed.save_sheet))
+        check_output_path("--save-sheet", Path(parsed.save_sheet))
     broken: list[Prediction] = []
     with tempfile.NamedTemporaryFile(prefix="standard-input-") as given:
         if _STANDARD_INPUT in parsed.pictures:
@@ -262,7 +264,7 @@ def main(arguments: list[str]) -> int:
             for line in table(predictions, files, predictor.metadata.classes):
                 print(line, flush=True)
     if broken:
-        raise DataError(f"{len(broken)} of {len(files)} pictures could not be read")
+        raise DataError(f"{len(broken)} of {len(files)} images could not be read")
     return 0
 
 

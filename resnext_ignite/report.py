@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from resnext_ignite.runtime.errors import RunFolderError, run_command
-from resnext_ignite.runtime.storage import check_place
+from resnext_ignite.runtime.storage import check_output_path
 from resnext_ignite.runtime.tables import aligned
 
-_OF_THE_PAGE = ("records", "config", "status", "folder")
+_PAGE_ONLY_KEYS = ("records", "config", "status", "folder")
 
 
 def summarize(path: Path) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
     for option in ("output", "html"):
         if vars(parsed)[option]:
-            check_place(f"--{option}", Path(vars(parsed)[option]))
+            check_output_path(f"--{option}", Path(vars(parsed)[option]))
     runs = [summarize(Path(path)) for path in dict.fromkeys(parsed.runs)]
 
     from resnext_ignite.plots.figures import draw_curves, save_figure
@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> int:
 
         save_page(named, Path(parsed.html))
     if parsed.json:
-        plain = [{key: value for key, value in run.items() if key not in _OF_THE_PAGE} for run in runs]
+        plain = [{key: value for key, value in run.items() if key not in _PAGE_ONLY_KEYS} for run in runs]
         pages = {"html": parsed.html} if parsed.html else {}
         print(json.dumps({"runs": plain, "curves": str(output), **pages}))
         return 0

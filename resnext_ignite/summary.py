@@ -18,7 +18,7 @@ from resnext_ignite.runtime.tables import aligned, markdown
 if TYPE_CHECKING:
     from resnext_ignite.models.layers import Layers
 
-_HEAD = ("layer", "output", "kernels", "parameters", "multiply-adds", "kept, fp32", "sees")
+_HEAD = ("layer", "output", "kernels", "parameters", "multiply-adds", "kept, fp32", "receptive field")
 _MARKDOWN_HEAD = (
     "`model.name`",
     "depth",
@@ -26,8 +26,8 @@ _MARKDOWN_HEAD = (
     "base width",
     "parameters",
     "multiply-adds",
-    "sees",
-    "picture",
+    "receptive field",
+    "image size",
 )
 
 
@@ -116,11 +116,11 @@ def table(summary: Summary) -> str:
     lines = aligned(rows)
     stem = f", {summary.stem_channels} channels after the stem" if summary.stem_channels != 64 else ""
     lines += [
-        f"{summary.name}{stem}: a picture of {summary.image_size}x{summary.image_size}, {summary.num_classes} classes",
+        f"{summary.name}{stem}: an image of {summary.image_size}x{summary.image_size}, {summary.num_classes} classes",
         f"parameters {layers.cost.parameters:,}",
         f"multiply-adds {_count(layers.cost.multiply_adds)}",
-        "activations of a picture that training keeps: " + _by_precision(layers.kept),
-        "activations of a picture in inference, at most at once: " + _by_precision(layers.inference_peak),
+        "activations per image that training stores for the backward pass: " + _by_precision(layers.kept),
+        "largest activations per image at one time in inference: " + _by_precision(layers.inference_peak),
         f"receptive field {layers.receptive_field} pixels",
     ]
     return "\n".join(lines)

@@ -38,7 +38,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
 
     from resnext_ignite.data import build_loaders
     from resnext_ignite.distributed.ddp import warm_up_ddp_buckets, wrap_for_ranks
-    from resnext_ignite.distributed.failures import name_failures
+    from resnext_ignite.distributed.failures import report_failures
     from resnext_ignite.distributed.ranks import Ranks
     from resnext_ignite.distributed.stopping import StopAgreement, stop_on_signals
     from resnext_ignite.models import build_model
@@ -51,21 +51,21 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     from resnext_ignite.training.handlers.averaging import build_average
     from resnext_ignite.training.handlers.progress import describe_evaluation
     from resnext_ignite.training.handlers.session import Parts
-    from resnext_ignite.training.tuning import tuned
+    from resnext_ignite.training.tuning import resolve_auto
     from resnext_ignite.weights.pretrained import load_pretrained, with_normalisation
 
     ranks = Ranks.current()
     set_up_console(quiet=ranks.rank != 0)
     stop = StopAgreement(ranks, config.train.max_hours)
     run_folder = open_run(output_dir, config, ranks, resume=resume)
-    with stop_on_signals(stop) as begin, run_folder as opened, name_failures(ranks):
+    with stop_on_signals(stop) as begin, run_folder as opened, report_failures(ranks):
         log.info(f"{ranks.placement()}, {config.train.batch_size // ranks.world_size} images per rank and iteration")
         device = devices.resolve_device(opened.config.train.device, local_rank)
         loaders = build_loaders(with_normalisation(opened.config), device, ranks)
         opened.check_data(loaders.data.contents)
         config = resolve_config(opened.config, loaders.data, device)
         devices.set_up_machine(device, deterministic=bool(config.train.deterministic))
-        config = tuned(config, loaders.data, device, ranks)
+        config = resolve_auto(config, loaders.data, device, ranks)
         torch.manual_seed(config.seed)
         model = devices.place(build_model(config), device, channels_last=config.train.channels_last)
         if config.model.pretrained and opened.state is None:
@@ -97,7 +97,7 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
 
 
 def resolve_config(config: Config, data: Data, device: torch.device) -> Config:
-    """Return the config with all values resolved that depend on the data or the device; `tuned` resolves `auto`.
+    """Return the config with all values resolved that depend on the data or the device; `resolve_auto` resolves `auto`.
 
     Raises:
         DataError: the data has a single class.

@@ -7,7 +7,7 @@
 # PYTHON: an interpreter with this package's dependencies; nothing is installed. BASE and TUNE: KEY=VALUE overrides for
 # the first and the second part, to test the script in less time: BASE="train.epochs=1 data.train_size=2000".
 set -euo pipefail
-pictures="$(realpath "${1:?PICTURES: a folder that holds train and test}")"
+pictures="$(realpath "${1:?IMAGES: a folder that holds train and test}")"
 mkdir -p "${2:-runs/finetuning}"
 out="$(realpath "${2:-runs/finetuning}")"
 if [ -f "$out/pictures.txt" ] && [ "$(cat "$out/pictures.txt")" != "$pictures" ]; then

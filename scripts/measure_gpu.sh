@@ -20,7 +20,7 @@ while [[ "${1:-}" == --* ]]; do
             shift
             ;;
         *)
-            echo "error: $1: --continue and --device cpu are all there is" >&2
+            echo "error: $1: unknown option; the options are --continue and --device cpu" >&2
             exit 2
             ;;
     esac
@@ -61,6 +61,6 @@ timeout "$((deadline - $(date +%s)))" "$python" -m resnext_ignite.benchmark --de
     "${continued[@]}" 2>&1 | tee -a "$log" || code=$?
 if [ "$code" = 124 ]; then
     # The next call measures the interrupted part.
-    echo "the time is over: bash scripts/measure_gpu.sh --continue --device $device $file"
+    echo "out of time; continue with: bash scripts/measure_gpu.sh --continue --device $device $file"
 fi
 exit "$code"

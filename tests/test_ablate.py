@@ -370,7 +370,7 @@ def test_one_seed_shows_no_standard_error() -> None:
         ),
         ("seeds: [1]\nvariants: {a: {}}\n", ": config: None; a config file, relative to the plan's folder"),
         (f"config: {ROOT / 'configs/quickstart.yaml'}\nseeds: [1]\n", ": variants: at least one, as in "),
-        ("- 1\n", ": a config is keys with values, not [1]"),
+        ("- 1\n", ": a config is a mapping of keys to values, not [1]"),
     ],
 )
 def test_a_wrong_plan_is_one_line_and_nothing_is_written(tmp_path: Path, text: str, line: str) -> None:
@@ -479,11 +479,11 @@ def test_finetuning_is_measured_on_two_classes_that_the_base_never_saw(tmp_path:
     assert sorted(path.name for path in (out / "eight/train").iterdir()) == ["dog", "frog"]
     assert sorted(path.name for path in (out / "two/test").iterdir()) == ["cat", "truck"]
     assert [line.split("|")[2].strip() for line in result.stdout.splitlines() if line.startswith("| f")] == ["5"] * 3
-    tuned = RunFolder(out / "tuned/fine-tuned-all-layers/seed_1")
-    saved = tuned.saved_config()
+    resolve_auto = RunFolder(out / "tuned/fine-tuned-all-layers/seed_1")
+    saved = resolve_auto.saved_config()
     assert saved is not None
     assert saved.model.pretrained == str(out / "base")
-    assert tuned.read_metrics()[-1]["images"] == 6
+    assert resolve_auto.read_metrics()[-1]["images"] == 6
     nothing = RunFolder(out / "tuned/from-nothing/seed_1").saved_config()
     assert nothing is not None
     assert nothing.model.pretrained is None

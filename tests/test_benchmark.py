@@ -31,14 +31,14 @@ from resnext_ignite.benchmark.folders import measure_folders
 from resnext_ignite.benchmark.limits import Limits
 from resnext_ignite.benchmark.plot import draw_benchmark
 from resnext_ignite.benchmark.processes import in_processes, peak_bytes
-from resnext_ignite.benchmark.training import Work
+from resnext_ignite.benchmark.training import Workload
 from resnext_ignite.models import create_model
 from resnext_ignite.models.cost import cost_of
 from resnext_ignite.models.grouped_conv import GroupedConv2d, grouped_shapes
 from resnext_ignite.plots.figures import save_figure
 from resnext_ignite.runtime.errors import ConfigError, DataError
 from resnext_ignite.runtime.timing import in_turns, medians
-from resnext_ignite.training.tuning import Arithmetic
+from resnext_ignite.training.tuning import ComputeSettings
 
 TINY = "cifar_resnext11_2x8d"
 
@@ -128,7 +128,7 @@ def test_the_least_time_of_a_grouped_convolution_is_counted_by_hand() -> None:
 
 def test_a_way_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = grouped_shapes(create_model("cifar_resnext11_4x16d", 10, stem_channels=16), 16)[1]
-    arithmetic = Arithmetic(torch.device("cpu"), torch.bfloat16, True)
+    arithmetic = ComputeSettings(torch.device("cpu"), torch.bfloat16, True)
     errors = kernels.check(shape, arithmetic)
     assert set(errors) == {"grouped", "split", "merged2", "merged4"}
     assert all(0 < error < 0.01 for error in errors.values())
@@ -225,7 +225,7 @@ def test_a_wrong_command_line_is_one_line(
 
 
 def test_every_contender_of_a_gpu_can_be_made(tiny: Path) -> None:
-    work = Work(tiny, "cifar_resnext11_2x16d", 8, 16, 10)
+    work = Workload(tiny, "cifar_resnext11_2x16d", 8, 16, 10)
     makers = training.contenders(work, torch.device("cuda"))
     assert sum(name.startswith("resnext_ignite") for name in makers) == 5
     for name, make in makers.items():
@@ -236,9 +236,9 @@ def test_every_contender_of_a_gpu_can_be_made(tiny: Path) -> None:
         else:
             assert callable(make())
     assert training.inductor.force_layout_optimization is False
-    training.train_here(work, [], forced_layout=True)
+    training.time_trainer(work, [], forced_layout=True)
     assert training.inductor.force_layout_optimization is True
-    training.train_here(work, [])
+    training.time_trainer(work, [])
 
 
 @pytest.mark.parametrize("arguments", [["--device", "cpu"], ["--continue", "--device", "cpu"], ["--what"]])
@@ -252,7 +252,10 @@ def test_the_script_for_gpus_reads_its_arguments(tmp_path: Path, arguments: list
         command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True, check=False
     )
     if arguments == ["--what"]:
-        assert (ended.returncode, ended.stderr) == (2, "error: --what: --continue and --device cpu are all there is\n")
+        assert (ended.returncode, ended.stderr) == (
+            2,
+            "error: --what: unknown option; the options are --continue and --device cpu\n",
+        )
         return
     assert ended.returncode == 7, ended.stderr
     last = ended.stdout.splitlines()[-1]
@@ -263,7 +266,7 @@ def test_the_script_for_gpus_reads_its_arguments(tmp_path: Path, arguments: list
 
 @pytest.mark.slow
 def test_every_suite_measures_what_it_says(tiny: Path) -> None:
-    work = Work(tiny, "cifar_resnext11_2x16d", 8, 16, 10)
+    work = Workload(tiny, "cifar_resnext11_2x16d", 8, 16, 10)
     trained = training.measure_training(work, rounds=2)
     ours = max(median(v) for name, v in trained["samples"].items() if name.startswith("resnext_ignite"))
     theirs = median(trained["samples"]["ResNeXt.pytorch's loop"])

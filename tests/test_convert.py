@@ -391,7 +391,7 @@ def test_the_choices_of_the_command_are_those_of_the_reader() -> None:
     assert set(convert._TARGETS) == {"resnext_ignite", *TARGETS}
     names = create_model("cifar_resnext20_4x16d", 10).state_dict()
     for naming in (RESNEXT_PYTORCH, TORCHVISION):
-        assert [naming.to_ours(naming.from_ours(name) or "") for name in names] == list(names)
+        assert [naming.to_project(naming.from_project(name) or "") for name in names] == list(names)
     assert {len(names) for names in CLASSES.values()} == {10, 100}
 
 

@@ -263,7 +263,7 @@ def test_folders_that_are_no_data_set(tmp_path: Path, picture_folder: Path) -> N
     with pytest.raises(DataError, match="holds no class folder"):
         load_data(folder_config(tmp_path), Ranks())
     (tmp_path / "train/a").mkdir()
-    with pytest.raises(DataError, match="a class without a picture"):
+    with pytest.raises(DataError, match="a class without an image"):
         load_data(folder_config(tmp_path), Ranks())
     shutil.copytree(picture_folder / "train", tmp_path / "train", dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "train/a")

@@ -129,7 +129,7 @@ def test_a_picture_without_read_permission_is_named(tmp_path: Path, root: Path) 
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (lambda root: (root / "train/none").mkdir(), "train/none: a class without a picture"),
+        (lambda root: (root / "train/none").mkdir(), "train/none: a class without an image"),
         (
             lambda root: (root / "train/far").symlink_to("/nowhere"),
             "train/far: a link to /nowhere, which does not exist; remove it",
@@ -437,5 +437,7 @@ def test_too_many_open_files_are_not_a_full_dev_shm(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(workers, "get_worker_info", object)
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", refuse)
-    with pytest.raises(DataError, match=r"^data workers: Too many open files; raise `ulimit -n` or lower data\.workers$"):
-        workers.shared_room(2, 8, 8, 3)
+    with pytest.raises(
+        DataError, match=r"^data workers: Too many open files; raise `ulimit -n` or lower data\.workers$"
+    ):
+        workers.allocate_batch(2, 8, 8, 3)

@@ -13,7 +13,7 @@ from torchvision.models import ResNeXt50_32X4D_Weights
 
 from resnext_ignite.data.reading import decoding
 from resnext_ignite.data.reading.cropping import random_crop, square_crop
-from resnext_ignite.data.reading.decoding import _PlainJpeg, cut_and_resized, open_rgb, read_crop, resized
+from resnext_ignite.data.reading.decoding import _PlainJpeg, crop_and_resize, open_rgb, read_crop, resized
 from resnext_ignite.runtime.errors import DataError
 
 
@@ -51,14 +51,14 @@ def test_pixels_are_pils(tmp_path: Path, kind: str, size: tuple[int, int]) -> No
     box = crop(*whole.size)
     # At most as large as asked for: no fraction of it.
     side = int(min(box[2] - box[0], box[3] - box[1]))
-    assert np.array_equal(read_crop(path, side, crop, training=True), cut_and_resized(np.array(whole), side, box))
+    assert np.array_equal(read_crop(path, side, crop, training=True), crop_and_resize(np.array(whole), side, box))
 
 
 @pytest.mark.parametrize("box", [(0, 0, 80, 60), (10, 7, 74, 51), (3, 3, 27, 33)])
 def test_the_two_ways_to_resize_are_torchvisions(box: tuple[int, int, int, int]) -> None:
     picture = photograph(80, 60)
     cut = picture.crop(box).resize((32, 32), Image.Resampling.BILINEAR)
-    ours = cut_and_resized(np.array(picture), 32, box).astype(int)
+    ours = crop_and_resize(np.array(picture), 32, box).astype(int)
     assert np.abs(ours - np.asarray(cut)).max() <= 1
     # Resize, then CenterCrop.
     whole = picture.resize((40, 30), Image.Resampling.BILINEAR).crop((8, 3, 32, 27))
@@ -78,7 +78,7 @@ def test_turned_pictures_are_pils(tmp_path: Path, orientation: int) -> None:
     crop = random_crop([[0.4, 0.7, 0.2, 0.9]])
     assert np.array_equal(read_crop(path, 20, crop), resized(np.array(whole), 20, crop(*whole.size)))
     scaled = read_crop(path, 12, crop, training=True).astype(int)
-    unscaled = cut_and_resized(np.array(whole), 12, crop(*whole.size))
+    unscaled = crop_and_resize(np.array(whole), 12, crop(*whole.size))
     assert 0 < np.abs(scaled - unscaled).mean() < 6
 
 

@@ -21,13 +21,13 @@ from test_decoding import KINDS, photograph
 from resnext_ignite.benchmark import photographs
 from resnext_ignite.benchmark.end_to_end import measure_end_to_end
 from resnext_ignite.benchmark.setup import Training
-from resnext_ignite.benchmark.training import Work
+from resnext_ignite.benchmark.training import Workload
 from resnext_ignite.data.augment.chain import Augment
 from resnext_ignite.data.images import UNREADABLE
 from resnext_ignite.data.loaders import Batch, TrainLoader
 from resnext_ignite.data.reading import device_decoding
-from resnext_ignite.data.reading.decoding import WholeJpeg, undecoded
-from resnext_ignite.data.reading.device_decoding import DeviceDecoding, JpegDecoder, JpegReader, Part, _at_once
+from resnext_ignite.data.reading.decoding import UndecodedJpeg, read_undecoded
+from resnext_ignite.data.reading.device_decoding import DeviceDecoding, JpegDecoder, JpegReader, Part, _group_by_pixels
 from resnext_ignite.data.reading.image_files import ImageFiles
 from resnext_ignite.data.sampling import TrainOrder
 from resnext_ignite.data.sources.folders import index_images
@@ -134,13 +134,13 @@ def test_large_pictures_differ_little_from_those_decoded_at_a_fraction(tmp_path:
 def test_the_part_that_is_kept_is_cut_out_of_the_whole(tmp_path: Path) -> None:
     path = str(tmp_path / "x.jpg")
     photograph(60, 50).save(path)
-    jpeg = undecoded(path, 16, lambda width, height: (10, 5, width, height))
-    assert jpeg == WholeJpeg(Path(path).read_bytes(), 60, 50, (10, 5, 60, 50))
+    jpeg = read_undecoded(path, 16, lambda width, height: (10, 5, width, height))
+    assert jpeg == UndecodedJpeg(Path(path).read_bytes(), 60, 50, (10, 5, 60, 50))
     # Between pixels, it is resized as PIL does it; of 64 times the size and more, decoded at a fraction.
-    assert undecoded(path, 16, lambda width, height: (10.5, 5, 50, 50)) is None
+    assert read_undecoded(path, 16, lambda width, height: (10.5, 5, 50, 50)) is None
     Image.new("RGB", (641, 20)).save(path)
-    assert undecoded(path, 10, lambda width, height: (0, 0, 640, 20)) is not None
-    assert undecoded(path, 10, lambda width, height: (0, 0, 641, 20)) is None
+    assert read_undecoded(path, 10, lambda width, height: (0, 0, 640, 20)) is not None
+    assert read_undecoded(path, 10, lambda width, height: (0, 0, 641, 20)) is None
 
 
 def break_jpeg(path: Path, kind: str) -> None:
@@ -238,8 +238,8 @@ def test_so_many_are_decoded_at_once_that_they_fit(monkeypatch: pytest.MonkeyPat
     parts = [Part(9, 100, 10), Part(9), Part(9, 50, 10), Part(9, 60, 10), Part(9, 500, 10), Part(9, 10, 10)]
     monkeypatch.setattr(device_decoding, "_PIXELS_AT_ONCE", 1500)
     # 1000 + 500 pixels, 600, more than all by itself, and the rest.
-    assert list(_at_once(parts)) == [[0, 2], [3], [4], [5]]
-    assert list(_at_once([Part(9)])) == []
+    assert list(_group_by_pixels(parts)) == [[0, 2], [3], [4], [5]]
+    assert list(_group_by_pixels([Part(9)])) == []
     expected = epochs(train_loader(root, None))[0]
     assert torch.equal(epochs(train_loader(root, CPU))[0].images, expected.images)
 
@@ -252,7 +252,7 @@ def test_a_run_on_a_cpu_is_refused_and_so_is_another_crop(tmp_path: Path, pictur
     values = [*FOLDER_RUN, f"data.root={picture_folder}", "data.decode=device", "train.device=cpu"]
     with pytest.raises(ConfigError, match=r"^data.decode: device is for GPUs only, and this run is on cpu; set it to"):
         train_tiny(tmp_path / "run", *values, CROPS)
-    with pytest.raises(ConfigError, match=r"data\.decode: device makes random-resized crops; set augment\.random"):
+    with pytest.raises(ConfigError, match=r"data\.decode: device needs random-resized crops; set augment\.random"):
         train_tiny(tmp_path / "other", *values)
     assert not (tmp_path / "other").exists()
 
@@ -298,7 +298,7 @@ def photographs_in(folder: Path, count: int) -> Path:
 
 
 def test_training_from_files_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = Work(photographs_in(tmp_path, 3), "cifar_resnext11_2x8d", 8, 32, 2)
+    work = Workload(photographs_in(tmp_path, 3), "cifar_resnext11_2x8d", 8, 32, 2)
     monkeypatch.setattr(photographs, "_IMAGES", 16)
     result = measure_end_to_end(tmp_path, work, decoders=("workers",), rounds=2, iterations=2)
     assert result["files"] == 3
@@ -315,7 +315,7 @@ def test_training_from_files_is_measured(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_what_the_workers_are_ahead_is_taken_before_a_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One worker is two batches ahead: the third is the first that a turn may wait for."""
-    work = Work(photographs_in(tmp_path, 3), "cifar_resnext11_2x8d", 8, 32, 2)
+    work = Workload(photographs_in(tmp_path, 3), "cifar_resnext11_2x8d", 8, 32, 2)
     monkeypatch.setattr(photographs, "_IMAGES", 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
     firsts = []

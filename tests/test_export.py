@@ -111,7 +111,10 @@ def test_onnx(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_onnx_of_pictures_as_they_are(foreign_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "model.onnx"
     run_export(foreign_file, "onnx", file, "--uint8", "--no-fold")
-    assert "the checkpoint states no size, normalisation or classes; those of torchvision are used" in capsys.readouterr().out
+    assert (
+        "the checkpoint states no size, normalisation or classes; those of torchvision are used"
+        in capsys.readouterr().out
+    )
     assert_same_logits(onnx_logits(file), *open_model(foreign_file), uint8=True)
     graph = onnx.load(file).graph
     assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
@@ -136,7 +139,7 @@ def test_torch_export(foreign_file: Path, finished_run: Path, tmp_path: Path, op
 def test_the_way_of_training_does_not_leave() -> None:
     torch.manual_seed(0)
     merged = create_model("cifar_resnext11_4x16d", 5, stem_channels=16, grouped_conv=("merged2",), ghost_batch=4).eval()
-    network = networks.prepared(merged, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), uint8=False, fold=False)
+    network = networks.prepare_for_export(merged, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), uint8=False, fold=False)
     assert all(module.way == "grouped" for module in network.modules() if isinstance(module, networks.GroupedConv2d))
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():

@@ -318,7 +318,7 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path: Path, 
 
         engines.create_evaluator = with_hook
         # Every batch, as if each took its five seconds.
-        stopping._LONGEST_SILENCE_S = 0
+        stopping._EXCHANGE_INTERVAL_S = 0
 
     values = [*WITH_EVENTS, "evaluation.batch_size=4", "logging.histograms=true"]
     outcome = Command(folder, *values, patch=patch).wait()

@@ -19,7 +19,7 @@ from resnext_ignite.models.grouped_conv import (
 )
 from resnext_ignite.runtime.errors import ConfigError
 from resnext_ignite.runtime.model_names import parse_model_name
-from resnext_ignite.training.tuning import Arithmetic
+from resnext_ignite.training.tuning import ComputeSettings
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -98,7 +98,7 @@ def test_each_shape_of_a_network_is_computed_as_it_is_told() -> None:
 @pytest.mark.parametrize(
     ("ways", "line"),
     [
-        (["split"] * 2, "train.grouped_conv: split split; auto, one way for all, or one for each of the 3 shapes"),
+        (["split"] * 2, "train.grouped_conv: split split; auto, one choice for all, or one for each of the 3 shapes"),
         (["split", "auto", "split"], "train.grouped_conv: split auto split; auto, one way for all, or one for each"),
         ([], "train.grouped_conv: empty; auto, one way"),
         ("merged3", "train.grouped_conv: 'merged3': 3 does not divide the 2 groups"),
@@ -122,6 +122,6 @@ def test_a_model_is_not_built_before_its_ways_are_chosen() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["cifar_resnext29_8x64d", "cifar_resnext29_16x64d", "resnext50_32x4d"])
 def test_all_ways_agree_with_float64_on_the_gpu(name: str) -> None:
-    arithmetic = Arithmetic(torch.device("cuda"), torch.bfloat16, channels_last=True)
+    arithmetic = ComputeSettings(torch.device("cuda"), torch.bfloat16, channels_last=True)
     for shape in grouped_shapes(create_model(name, 10), 32 if name.startswith("cifar") else 224):
         assert max(check(shape, arithmetic).values()) < 0.01

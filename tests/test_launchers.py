@@ -15,8 +15,8 @@ from conftest import ROOT, digest, tiny_arguments
 
 from resnext_ignite.distributed import launch
 from resnext_ignite.distributed.environment import (
-    by_srun,
-    by_torchrun,
+    launched_by_srun,
+    launched_by_torchrun,
     launched_on_this_machine,
     launched_world_size,
     record_exit_for_torchrun,
@@ -50,7 +50,7 @@ SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_N
 def test_the_launcher_says_how_many_ranks_there_are(environment: dict[str, str | None], size: int) -> None:
     known = {key: value for key, value in environment.items() if value is not None}
     assert launched_world_size(known) == size
-    assert (by_torchrun(known) or by_srun(known)) == (size > 1)
+    assert (launched_by_torchrun(known) or launched_by_srun(known)) == (size > 1)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_quantiles_are_those_of_known_distributions() -> None:
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.4, 1.0, 3.0])
 def test_numbers_have_the_variance_of_their_distribution(alpha: float) -> None:
-    numbers = beta(alpha, uniform(0, 1, torch.arange(200_000), Purpose.MIX_SHARE)).double()
+    numbers = beta(alpha, uniform(0, 1, torch.arange(200_000), Purpose.MIX_LAMBDA)).double()
     assert numbers.min() >= 0
     assert numbers.max() <= 1
     assert float(numbers.mean()) == pytest.approx(0.5, abs=0.004)
@@ -52,7 +52,7 @@ ALONE = torch.zeros(6, dtype=torch.bool)
 def test_mixup_by_hand() -> None:
     whole, indices = images(6), torch.tensor([5, 0, 9, 2, 7, 1])
     mixed, lambdas = Mixing(3, mixup=1.0)(whole, 2, indices, ALONE)
-    own = uniform(3, 2, indices, Purpose.MIX_SHARE).float()
+    own = uniform(3, 2, indices, Purpose.MIX_LAMBDA).float()
     torch.testing.assert_close(lambdas, own)
     for number, other in enumerate([1, 0, 3, 2, 5, 4]):
         torch.testing.assert_close(mixed[number], own[number] * whole[number] + (1 - own[number]) * whole[other])

@@ -159,7 +159,7 @@ MUTANTS = [
     (
         "lost evaluations stay in metrics.jsonl",
         "training/handlers/session.py",
-        "            self.run.folder.keep_metrics(self.evaluation.records)\n",
+        "            self.run.folder.truncate_metrics(self.evaluation.records)\n",
         "            pass\n",
         DIES,
     ),
@@ -211,7 +211,7 @@ MUTANTS = [
     (
         "fp16 begins with a momentum of whatever lay there",
         "training/engines.py",
-        "        _begin_momentum_at_zero(optimizer)\n",
+        "        _initialise_momentum(optimizer)\n",
         "        pass\n",
         "test_engines.py::test_a_first_update_that_fp16_skips",
     ),
@@ -302,8 +302,8 @@ MUTANTS = [
     (
         "a second signal interrupts",
         "distributed/stopping.py",
-        "        if heard:\n            return\n",
-        "        if heard:\n            raise KeyboardInterrupt\n",
+        "        if signal_received:\n            return\n",
+        "        if signal_received:\n            raise KeyboardInterrupt\n",
         "test_faults.py::test_more_signals",
     ),
     (
@@ -330,14 +330,14 @@ MUTANTS = [
     (
         "a bad number is saved",
         "training/handlers/log_point.py",
-        "if logs or in_time or self.save_due(iteration):",
-        "if logs or in_time:",
+        "if logs or sync_due or self.save_due(iteration):",
+        "if logs or sync_due:",
         "test_train.py::test_a_number_that_is_not_finite",
     ),
     (
         "a bad number that is no loss or gradient is saved",
         "training/handlers/checkpointing.py",
-        "        self._refuse_what_is_not_finite(parts)\n",
+        "        self._check_finite(parts)\n",
         "",
         "test_resuming.py::test_a_state_that_is_not_finite",
     ),

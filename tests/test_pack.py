@@ -218,7 +218,7 @@ def of_another_format(folder: Path) -> None:
         (cut, r"train/000001.tar: cut short: 5000 bytes, but shards.json lists \d+"),
         (lose, r"train/000001.tar: No such file or directory; shards.json lists it"),
         (miscount, r"train/000000.tar: holds 5 images, but shards.json lists 6"),
-        (lose_the_manifest, r"val/shards.json: is not there: .*its packing was stopped"),
+        (lose_the_manifest, r"val/shards.json: does not exist: .*its packing was stopped"),
         (break_the_manifest, r"val/shards.json: classes: .*at least 1"),
         (of_another_format, r"val/shards.json: format: Input should be 1"),
     ],
@@ -287,7 +287,7 @@ def test_killed_half_way_it_begins_anew(
 
     assert in_fork(killed) == signal.SIGKILL
     assert sorted(os.listdir(output / "train"))[-2:] == ["000000.tar", "000001.tar"]
-    with pytest.raises(DataError, match=r"train/shards.json: is not there: .*its packing was stopped"):
+    with pytest.raises(DataError, match=r"train/shards.json: does not exist: .*its packing was stopped"):
         pack.main(["--check", str(output)])
     # With larger shards, of which fewer are needed: none of the old ones may stay.
     packed(source, output, "--images-per-shard", "10")
@@ -335,6 +335,6 @@ def test_a_class_whose_name_is_no_text_is_refused_before_anything_is_packed(sour
     # A latin-1 name, as old archives have them: shards.json is UTF-8, and so is what reads it.
     (source / "train/dog").rename(os.fsdecode(os.fsencode(source / "train") + b"/h\xfcnd"))
     (source / "val/dog").rename(os.fsdecode(os.fsencode(source / "val") + b"/h\xfcnd"))
-    with pytest.raises(DataError, match=r"the class 'h\\udcfcnd' is no text that a list can hold; rename its folder"):
+    with pytest.raises(DataError, match=r"the class 'h\\udcfcnd' is not valid text; rename its folder"):
         pack.main([str(source), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

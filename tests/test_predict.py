@@ -103,7 +103,7 @@ def test_a_broken_file_is_named_and_the_rest_go_on(
     broken, missing, whole = tmp_path / "broken.png", tmp_path / "missing.png", shapes_folder / "000.png"
     broken.write_bytes(whole.read_bytes()[:100])
     files = [str(broken), str(missing), str(whole)]
-    with pytest.raises(DataError, match="2 of 3 pictures could not be read"):
+    with pytest.raises(DataError, match="2 of 3 images could not be read"):
         predict.main(["--checkpoint", str(finished_run), *files, "--json", "--save-sheet", str(tmp_path / "s.png")])
     out, err = capsys.readouterr()
     assert [p["file"] for p in json.loads(out)["predictions"]] == [str(whole)]
@@ -126,7 +126,7 @@ def test_standard_input_that_is_no_picture(
     finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"no picture")))
-    with pytest.raises(DataError, match="1 of 1 pictures could not be read"):
+    with pytest.raises(DataError, match="1 of 1 images could not be read"):
         predict.main(["--checkpoint", str(finished_run), "-", "--json"])
     out, err = capsys.readouterr()
     assert json.loads(out) == {"predictions": []}
@@ -150,8 +150,8 @@ def test_workers_change_nothing(finished_run: Path, shapes_folder: Path, change:
         (["--top-k", "0", "x.png"], ConfigError, "--top-k 0: at least 1"),
         (["--batch-size", "-1", "x.png"], ConfigError, "--batch-size -1: at least 1"),
         (["--json", "--csv", "x.png"], ConfigError, "--json and --csv: choose one"),
-        (["EMPTY"], DataError, "no picture in this folder or below it"),
-        (["nothing-*.png"], DataError, "nothing-*.png: no file has such a name"),
+        (["EMPTY"], DataError, "no image in this folder or below it"),
+        (["nothing-*.png"], DataError, "nothing-*.png: no file matches this pattern"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(

@@ -188,7 +188,7 @@ def run(folder: Path, values: list[str], ranks: int, *, resume: bool, often: boo
         plots.MistakesPlot.__call__ = lambda self, engine: None  # type: ignore[method-assign]
         if often:
             # Ranks meet at every iteration and at every batch of an evaluation.
-            stopping._LONGEST_SILENCE_S = 0
+            stopping._EXCHANGE_INTERVAL_S = 0
         if cut is not None:
             cut.install()
 

@@ -34,7 +34,7 @@ def on_rank(which: int, act: Callable[[Engine], Any]) -> Callable[[Engine], Any]
 
 
 def no_log_points_by_time() -> None:
-    stopping._LONGEST_SILENCE_S = 1e6
+    stopping._EXCHANGE_INTERVAL_S = 1e6
 
 
 def raise_a_bug(engine: Engine) -> None:
@@ -95,7 +95,7 @@ def test_ranks_do_not_outlive_the_process_that_started_them(tmp_path: Path) -> N
 
     def slow() -> None:
         at_iteration(2, lambda engine: ready.touch())
-        stopping._LONGEST_SILENCE_S = 0.5
+        stopping._EXCHANGE_INTERVAL_S = 0.5
 
     command = Command(tmp_path / "run", "train.epochs=100000", ranks=2, patch=slow)
     while not ready.exists():

@@ -45,7 +45,7 @@ def first_shard(content: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (lambda path: path.unlink(), r"shards\.json: is not there"),
+        (lambda path: path.unlink(), r"shards\.json: does not exist"),
         (lambda path: path.write_text('{"format": 1, "cla'), r"shards\.json: Invalid JSON"),
         (lambda path: path.write_text("[]"), r"shards\.json: .*object"),
         (lambda path: edit(path, lambda c: c.update(format=2)), r"shards\.json: format: Input should be 1"),

@@ -84,7 +84,7 @@ def test_groups_without_an_image_change_nothing_but_their_window() -> None:
 def test_groups_are_announced_once_an_epoch_before_they_are_needed() -> None:
     groups = torch.arange(40).repeat_interleave(10)
     order = order_of(4, groups, batch_size=5)
-    announced = list(itertools.islice(order.announcements(0), 160))
+    announced = list(itertools.islice(order.groups_ahead(0), 160))
     needed = [set(groups[positions].tolist()) for _, positions in itertools.islice(order.batches(0), 160)]
     assert max(map(len, announced)) <= 2
     for epoch in (announced[:80], announced[80:]):
@@ -99,5 +99,5 @@ def test_groups_are_announced_once_an_epoch_before_they_are_needed() -> None:
     # Only in the first batches of an epoch, which nothing comes before.
     assert late <= 8
     # Cut in the middle of an epoch, the window that is being read is announced again.
-    again = list(itertools.islice(order.announcements(40), 40))
+    again = list(itertools.islice(order.groups_ahead(40), 40))
     assert set(order._group_order(1)[20:].tolist()) <= {group for part in again for group in part}

@@ -144,7 +144,7 @@ def test_compiling_is_tried_only_for_many_images(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(tuning, "fastest", fastest)
     monkeypatch.setattr(tuning, "timed", lambda device, way: 0.8)
-    arithmetic = tuning.Arithmetic(torch.device("cpu"), torch.float32, True)
+    arithmetic = tuning.ComputeSettings(torch.device("cpu"), torch.float32, True)
     # A tenth of a second an image: 3,000 take five minutes.
     for images in (2_999, 3_001):
         tuning.choose_inference(trained_network(), 16, 500, images, arithmetic)
@@ -162,7 +162,10 @@ def test_evaluate_can_be_asked_for_a_faster_way(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        (["train.compile=cuda_graphs", "train.accumulate=2"], "cuda_graphs keeps no gradient from one of 2 micro-"),
+        (
+            ["train.compile=cuda_graphs", "train.accumulate=2"],
+            "cuda_graphs does not accumulate gradients over 2 micro-",
+        ),
         (["train.compile=cuda_graphs"], "train.compile: cuda_graphs is for GPUs only"),
         (["train.compile=1"], "train.compile: 1: false, true or cuda_graphs"),
     ],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from resnext_ignite.ablation.results import Result, Row
-from resnext_ignite.plots.figures import pyplot, shown
+from resnext_ignite.plots.figures import printable, pyplot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +26,7 @@ def draw_ablation(results: Sequence[Result], rows: Sequence[Row], baseline: str)
             axes.errorbar(row.error, place, xerr=row.standard_error, fmt="D", color=color, markersize=5, capsize=4)
             if row.variant == baseline:
                 axes.axvline(row.error, color="C0", linewidth=0.8, linestyle="--", zorder=0)
-    axes.set_yticks(range(len(rows)), [f"{shown(row.variant)}{_counted(row)}" for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{printable(row.variant)}{_counted(row)}" for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("last-epoch test error (%): mean, standard error, seeds")
     axes.grid(axis="x", alpha=0.3)

@@ -90,11 +90,11 @@ def parts(photographs: Path = Path()) -> dict[str, Callable[[], dict[str, Any]]]
     from resnext_ignite.benchmark.ranks import measure_ranks
     from resnext_ignite.benchmark.setup import measured_device
     from resnext_ignite.benchmark.startup import measure_startup
-    from resnext_ignite.benchmark.training import Work, measure_overhead, measure_training
+    from resnext_ignite.benchmark.training import Workload, measure_overhead, measure_training
 
     gpu = measured_device().type == "cuda"
     large, iterations, rounds = (128, 10, 7) if gpu else (32, 1, 3)
-    work = Work(_LARGE, "cifar_resnext29_8x64d", large, 32, 10, iterations)
+    work = Workload(_LARGE, "cifar_resnext29_8x64d", large, 32, 10, iterations)
     kernels = {f"cifar_resnext29_{cardinality}x64d": (128 if gpu else 4, 32) for cardinality in (8, 16)}
     kernels["resnext50_32x4d"] = (64 if gpu else 2, 224)
     found: dict[str, Callable[[], dict[str, Any]]] = {
@@ -113,7 +113,7 @@ def parts(photographs: Path = Path()) -> dict[str, Callable[[], dict[str, Any]]]
     if has_onnxruntime():
         found["export"] = lambda: measure_export("cifar_resnext29_8x64d")
     if gpu:
-        imagenet = Work(_IMAGENET, "resnext50_32x4d", 64, 224, 1000, iterations)
+        imagenet = Workload(_IMAGENET, "resnext50_32x4d", 64, 224, 1000, iterations)
         found["train:resnext50_32x4d"] = lambda: measure_training(imagenet, rounds)
         found["photographs:resnext50_32x4d"] = lambda: measure_end_to_end(photographs, imagenet, rounds=rounds)
         found["eval:resnext50_32x4d"] = lambda: measure_evaluation(imagenet, rounds)
@@ -156,7 +156,7 @@ def main(arguments: list[str]) -> int:
 
     results: dict[str, Any] = {"machine": machine(), "suites": {}, "ratios": {}}
     if parsed.go_on and parsed.json.exists():
-        results = continued(parsed.json, results)
+        results = load_results(parsed.json, results)
     for name, measure in measured.items():
         suite, _, model = name.partition(":")
         if suite not in wanted or name in results["suites"]:
@@ -177,7 +177,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def continued(path: Path, results: dict[str, Any]) -> dict[str, Any]:
+def load_results(path: Path, results: dict[str, Any]) -> dict[str, Any]:
     """Return the results in a file, to add further suites to them.
 
     Args:

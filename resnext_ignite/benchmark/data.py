@@ -43,7 +43,7 @@ def measure_data(rounds: int = 5) -> dict[str, Any]:
         ]
     )
 
-    class Pictures(Dataset[Any]):
+    class PilImages(Dataset[Any]):
         """Passes PIL images to the transforms, as torchvision's CIFAR10 does."""
 
         def __len__(self) -> int:
@@ -54,7 +54,7 @@ def measure_data(rounds: int = 5) -> dict[str, Any]:
 
     loaders = {
         f"torchvision, {workers} workers": DataLoader(
-            Pictures(), _BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
+            PilImages(), _BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
         )
         for workers in sorted({0, 2, len(os.sched_getaffinity(0))})
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 from resnext_ignite.benchmark.photographs import OURS, jpegs_in, linked
 from resnext_ignite.benchmark.setup import Training, build_training
-from resnext_ignite.benchmark.training import Work
+from resnext_ignite.benchmark.training import Workload
 from resnext_ignite.config.schema import with_values
 from resnext_ignite.data import Data, build_train_loader, load_data
 from resnext_ignite.data.loaders import TrainLoader
@@ -27,7 +27,12 @@ READY = "a batch that lies ready"
 
 
 def measure_end_to_end(
-    folder: Path, work: Work, *, decoders: tuple[str, ...] = _DECODERS, rounds: int = 5, iterations: int = _ITERATIONS
+    folder: Path,
+    work: Workload,
+    *,
+    decoders: tuple[str, ...] = _DECODERS,
+    rounds: int = 5,
+    iterations: int = _ITERATIONS,
 ) -> dict[str, Any]:
     """Measure the images/s of the trainer on random-resized crops of a folder's JPEG files, for each decoder.
 

@@ -13,7 +13,7 @@ from resnext_ignite.benchmark.limits import measure_limits
 from resnext_ignite.benchmark.peers import torchvision_network
 from resnext_ignite.benchmark.processes import Turn, in_processes
 from resnext_ignite.benchmark.setup import measured_device, random_batch
-from resnext_ignite.benchmark.training import OURS, Work
+from resnext_ignite.benchmark.training import OURS, Workload
 from resnext_ignite.models import create_model
 from resnext_ignite.models.cost import cost_of
 from resnext_ignite.models.inference import Inference
@@ -21,7 +21,7 @@ from resnext_ignite.runtime.devices import place, set_up_machine
 from resnext_ignite.runtime.timing import in_turns, medians, timed
 
 
-def infer_here(work: Work, way: str) -> Turn:
+def time_inference(work: Workload, way: str) -> Turn:
     """Return a turn that measures the seconds per batch of this project's inference, in one implementation."""
     device = measured_device()
     set_up_machine(device, deterministic=device.type == "cpu")
@@ -30,7 +30,7 @@ def infer_here(work: Work, way: str) -> Turn:
     return _repeated(work, device, network, channels_last=True)
 
 
-def infer_with_torchvision(work: Work, dtype: torch.dtype, channels_last: bool, autocast: bool) -> Turn:
+def time_torchvision(work: Workload, dtype: torch.dtype, channels_last: bool, autocast: bool) -> Turn:
     """Return a turn that measures the seconds per batch of torchvision's network.
 
     Args:
@@ -50,12 +50,14 @@ def infer_with_torchvision(work: Work, dtype: torch.dtype, channels_last: bool, 
     return _repeated(work, device, forward, channels_last=channels_last)
 
 
-def _network(work: Work, device: torch.device) -> nn.Module:
+def _network(work: Workload, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
     return place(create_model(work.model, work.num_classes), device, channels_last=True).eval()
 
 
-def _repeated(work: Work, device: torch.device, network: Callable[[Tensor], Tensor], *, channels_last: bool) -> Turn:
+def _repeated(
+    work: Workload, device: torch.device, network: Callable[[Tensor], Tensor], *, channels_last: bool
+) -> Turn:
     batch = random_batch(work.batch_size, work.image_size, work.num_classes, device, channels_last=channels_last)
 
     def run() -> None:
@@ -65,17 +67,17 @@ def _repeated(work: Work, device: torch.device, network: Callable[[Tensor], Tens
     return lambda: timed(device, run) / work.iterations
 
 
-def measure_evaluation(work: Work, rounds: int = 5) -> dict[str, Any]:
+def measure_evaluation(work: Workload, rounds: int = 5) -> dict[str, Any]:
     """Measure the images/s of logits, and how far the bf16 logits of each implementation are from fp32.
 
     The difference of `plain` is that of bf16 itself; compare those of `folded` and `compiled` with it.
     """
     device = measured_device()
     makers: dict[str, Callable[[], Turn]] = {
-        f"{OURS}, {way}": partial(infer_here, work, way) for way in ("plain", "folded", "compiled")
+        f"{OURS}, {way}": partial(time_inference, work, way) for way in ("plain", "folded", "compiled")
     }
     makers |= {
-        f"torchvision, {name}": partial(infer_with_torchvision, work, *setting)
+        f"torchvision, {name}": partial(time_torchvision, work, *setting)
         for name, setting in {
             "fp32": (torch.float32, False, False),
             "autocast bf16, channels_last": (torch.bfloat16, True, True),
@@ -107,7 +109,7 @@ def measure_evaluation(work: Work, rounds: int = 5) -> dict[str, Any]:
     }
 
 
-def differences(work: Work) -> dict[str, float]:
+def differences(work: Workload) -> dict[str, float]:
     """Return ||bf16 logits - fp32 logits|| / ||fp32 logits|| for each of this project's implementations."""
     device = measured_device()
     set_up_machine(device, deterministic=device.type == "cpu")

@@ -30,12 +30,12 @@ def has_onnxruntime() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime"))
 
 
-def infer_eagerly(name: str, batch_size: int, way: str) -> Turn:
+def time_eager(name: str, batch_size: int, way: str) -> Turn:
     """Return a turn that measures the seconds per batch of the network in fp32, `plain` or `folded`."""
     return _turn(Inference(_network(name), torch.float32, way), batch_size)
 
 
-def infer_with_onnxruntime(file: Path, batch_size: int) -> Turn:
+def time_onnxruntime(file: Path, batch_size: int) -> Turn:
     """Return a turn that measures the seconds per batch of an ONNX file, on as many threads as torch uses."""
     return _turn(onnx_logits(file, torch.get_num_threads()), batch_size)
 
@@ -50,9 +50,9 @@ def measure_export(name: str, batch_size: int = 32, rounds: int = 2) -> dict[str
         file = Path(folder) / "model.onnx"
         write_onnx(file, model, _metadata(name), Options())
         makers: dict[str, Callable[[], Turn]] = {
-            "eager": partial(infer_eagerly, name, batch_size, "plain"),
-            "eager, folded": partial(infer_eagerly, name, batch_size, "folded"),
-            "onnxruntime": partial(infer_with_onnxruntime, file, batch_size),
+            "eager": partial(time_eager, name, batch_size, "plain"),
+            "eager, folded": partial(time_eager, name, batch_size, "folded"),
+            "onnxruntime": partial(time_onnxruntime, file, batch_size),
         }
         with in_processes(makers) as ways:
             seconds = in_turns(dict(ways), rounds, f"export, {name}", warm_up=False)

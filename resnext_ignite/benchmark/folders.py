@@ -66,9 +66,9 @@ def _measured(root: Path, rounds: int) -> dict[str, Any]:
         rounds,
         "folders",
     )
-    index, theirs = index_images(root, "train"), ImageFolder(root / "train").samples
+    index, torchvision_samples = index_images(root, "train"), ImageFolder(root / "train").samples
     growth = {
-        "torchvision's ImageFolder": _growth(theirs),
+        "torchvision's ImageFolder": _growth(torchvision_samples),
         "resnext_ignite, from its cache": _growth(index.paths),
     }
     median = medians(samples)

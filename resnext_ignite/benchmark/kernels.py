@@ -14,8 +14,8 @@ from resnext_ignite.benchmark.setup import measured_device
 from resnext_ignite.models import create_model
 from resnext_ignite.models.grouped_conv import GroupedConv2d, GroupedShape, grouped_shapes, in_each_implementation
 from resnext_ignite.runtime.devices import set_up_machine
-from resnext_ignite.runtime.timing import in_turns, medians, timer
-from resnext_ignite.training.tuning import Arithmetic, gradient_for
+from resnext_ignite.runtime.timing import in_turns, kernel_timer, medians
+from resnext_ignite.training.tuning import ComputeSettings, gradient_for
 
 PASSES = ("forward", "data gradient", "weight gradient")
 # bf16 has 8 significant bits: sums of thousands of products, rounded once, have relative errors well below this.
@@ -36,7 +36,7 @@ def measure_kernels(models: dict[str, tuple[int, int]], rounds: int = 3) -> dict
     """
     device = measured_device()
     set_up_machine(device, deterministic=device.type == "cpu")
-    arithmetic = Arithmetic(device, torch.bfloat16, channels_last=True)
+    arithmetic = ComputeSettings(device, torch.bfloat16, channels_last=True)
     limits = measure_limits(device, "bf16")
     samples: dict[str, list[float]] = {}
     shapes: dict[str, Any] = {}
@@ -74,7 +74,7 @@ def describe(shape: GroupedShape) -> str:
 
 
 def _measure_shape(
-    shape: GroupedShape, images: int, arithmetic: Arithmetic, rounds: int, title: str
+    shape: GroupedShape, images: int, arithmetic: ComputeSettings, rounds: int, title: str
 ) -> dict[tuple[str, str], list[float]]:
     channels = shape.module.in_channels
     noise = arithmetic.noise(images, channels, shape.size).to(arithmetic.dtype)
@@ -82,12 +82,12 @@ def _measure_shape(
     for way, module in in_each_implementation(shape.module).items():
         arithmetic.place(module)
         for step, work in _passes(module, noise, arithmetic).items():
-            passes[f"{way}|{step}"] = timer(arithmetic.device, work)
+            passes[f"{way}|{step}"] = kernel_timer(arithmetic.device, work)
     taken = in_turns(passes, rounds, title)
     return {(name.split("|")[0], name.split("|")[1]): values for name, values in taken.items()}
 
 
-def _passes(module: GroupedConv2d, images: Tensor, arithmetic: Arithmetic) -> dict[str, Callable[[], object]]:
+def _passes(module: GroupedConv2d, images: Tensor, arithmetic: ComputeSettings) -> dict[str, Callable[[], object]]:
     images = images.detach().requires_grad_()
     with arithmetic.autocast():
         out = module(images)
@@ -117,7 +117,7 @@ def _least_seconds(shape: GroupedShape, images: int, flop_per_s: float, bytes_pe
 
 
 @torch.enable_grad()
-def check(shape: GroupedShape, arithmetic: Arithmetic, images: int = 2) -> dict[str, float]:
+def check(shape: GroupedShape, arithmetic: ComputeSettings, images: int = 2) -> dict[str, float]:
     """Check the output and the gradients of each implementation against float64, and return the relative errors.
 
     An error is the norm of the difference over the norm of the exact tensor: the largest of output, data gradient and

@@ -9,7 +9,7 @@ import torch
 
 from resnext_ignite.models.cost import Cost
 from resnext_ignite.runtime.devices import DTYPES
-from resnext_ignite.runtime.timing import in_turns, timer
+from resnext_ignite.runtime.timing import in_turns, kernel_timer
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ def measure_limits(device: torch.device, precision: str, rounds: int = 5) -> Lim
     sizes, count = ((4096, 8192), 2**30) if gpu else ((1024, 2048, 3072), 2**27)
     source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    contenders = {"copy": timer(device, lambda: target.copy_(source))}
+    contenders = {"copy": kernel_timer(device, lambda: target.copy_(source))}
     for size in sizes:
         left, right = (torch.randn(size, size).to(device, dtype) for _ in range(2))
-        contenders[str(size)] = timer(device, partial(torch.mm, left, right))
+        contenders[str(size)] = kernel_timer(device, partial(torch.mm, left, right))
     best = {name: min(values) for name, values in in_turns(contenders, rounds).items()}
     # A copy reads and writes each byte.
     return Limits(max(2 * size**3 / best[str(size)] for size in sizes), 2 * count / best["copy"], dtype.itemsize)

@@ -55,7 +55,7 @@ def measure_photographs(folder: Path, sizes: tuple[int, ...] = (224, 176, 128, 6
     with tempfile.TemporaryDirectory() as folder_name, multiprocessing.Pool(workers) as decoders:
         root = linked(files, Path(folder_name))
         for size in sizes:
-            makers = {OURS: _ours, TORCHVISION: _torchvision, **({TIMM: _timm} if has_timm() else {})}
+            makers = {OURS: _resnext_ignite, TORCHVISION: _torchvision, **({TIMM: _timm} if has_timm() else {})}
             contenders = {name: _rate(make(root, size, workers), workers) for name, make in makers.items()}
             contenders[LIMIT] = lambda: sum(decoders.map(_decoding_rate, [files] * workers, chunksize=1))
             found = in_turns(contenders, rounds, f"photographs, {size}")
@@ -114,7 +114,7 @@ def _endless(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
-def _ours(root: Path, size: int, workers: int) -> Iterator[Any]:
+def _resnext_ignite(root: Path, size: int, workers: int) -> Iterator[Any]:
     index = index_images(root, "train")
     files = ImageFiles(index.paths, index.labels, torch.arange(_IMAGES), size)
     order = TrainOrder(seed=1, count=_IMAGES, batch_size=_BATCH)

@@ -20,7 +20,7 @@ _BARS = {
     "folders": "listing a folder of images",
     "export": "exported",
 }
-_OURS, _THEIRS = "tab:blue", "0.65"
+_OWN_COLOR, _PEER_COLOR = "tab:blue", "0.65"
 
 
 def draw_benchmark(results: dict[str, Any]) -> Figure:
@@ -47,7 +47,7 @@ def _draw_bars(axes: Axes, suite: dict[str, Any], title: str) -> None:
         [middle - min(values) for middle, values in zip(middles, samples.values(), strict=True)],
         [max(values) - middle for middle, values in zip(middles, samples.values(), strict=True)],
     ]
-    colors = [_OURS if "resnext_ignite" in name else _THEIRS for name in samples]
+    colors = [_OWN_COLOR if "resnext_ignite" in name else _PEER_COLOR for name in samples]
     axes.barh(list(samples), middles, xerr=spread, color=colors, ecolor="0.2", capsize=2)
     for position, (middle, values) in enumerate(zip(middles, samples.values(), strict=True)):
         text = f"{middle:,.0f}" if middle >= 1000 else f"{middle:.3g}"

@@ -25,7 +25,7 @@ from resnext_ignite.runtime import devices
 from resnext_ignite.runtime.timing import timed
 from resnext_ignite.training import engines
 from resnext_ignite.training.handlers.log_point import LogPoint
-from resnext_ignite.training.tuning import Arithmetic, grouped_conv_for
+from resnext_ignite.training.tuning import ComputeSettings, grouped_conv_for
 
 
 def measured_device() -> torch.device:
@@ -98,6 +98,6 @@ def prepare(
 
 def random_batch(count: int, image_size: int, num_classes: int, device: torch.device, *, channels_last: bool) -> Batch:
     """Return a batch with labels; noise replaces normalised images: float32 (count, 3, image_size, image_size)."""
-    images = Arithmetic(device, torch.float32, channels_last).noise(count, 3, image_size)
+    images = ComputeSettings(device, torch.float32, channels_last).noise(count, 3, image_size)
     indices = torch.arange(count, device=device)
     return Batch(images, indices % num_classes, indices)

@@ -35,7 +35,7 @@ _RESNEXT_PYTORCH, _TORCHVISION, _AMP = "ResNeXt.pytorch's loop", "torchvision's 
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """The work of each contender: a config's model, and batches of noise.
 
     Args:
@@ -58,7 +58,7 @@ class Work:
         return [f"train.batch_size={self.batch_size}", "schedule.name=constant", "optimizer.lr=1e-4"]
 
 
-def train_here(work: Work, overrides: list[str], forced_layout: bool = False) -> Turn:
+def time_trainer(work: Workload, overrides: list[str], forced_layout: bool = False) -> Turn:
     """Return a turn that measures the seconds per iteration of this trainer, with some config values.
 
     Args:
@@ -79,7 +79,7 @@ def train_here(work: Work, overrides: list[str], forced_layout: bool = False) ->
     return lambda: training.run(repeat(batch), work.iterations)
 
 
-def train_there(work: Work, way: Callable[[str, int, torch.device], Peer], channels_last: bool) -> Turn:
+def time_peer(work: Workload, way: Callable[[str, int, torch.device], Peer], channels_last: bool) -> Turn:
     """Return a turn that measures the seconds per iteration of another package's loop."""
     device = measured_device()
     torch.backends.cudnn.benchmark = True
@@ -94,34 +94,34 @@ def train_there(work: Work, way: Callable[[str, int, torch.device], Peer], chann
     return lambda: timed(device, run) / work.iterations
 
 
-def contenders(work: Work, device: torch.device) -> dict[str, Callable[[], Turn]]:
+def contenders(work: Workload, device: torch.device) -> dict[str, Callable[[], Turn]]:
     """Return the functions that prepare the turns, by contender; the names of this trainer's begin with `OURS`."""
     makers: dict[str, Callable[[], Turn]] = {
-        OURS: partial(train_here, work, []),
-        f"{OURS}, compiled": partial(train_here, work, ["train.compile=true"]),
+        OURS: partial(time_trainer, work, []),
+        f"{OURS}, compiled": partial(time_trainer, work, ["train.compile=true"]),
     }
     if device.type == "cuda":
         makers |= {
-            f"{OURS}, grouped_conv=auto": partial(train_here, work, ["train.grouped_conv=auto"]),
-            f"{OURS}, compiled, forced layout": partial(train_here, work, ["train.compile=true"], True),
-            f"{OURS}, compiled, CUDA graphs": partial(train_here, work, ["train.compile=cuda_graphs"]),
+            f"{OURS}, grouped_conv=auto": partial(time_trainer, work, ["train.grouped_conv=auto"]),
+            f"{OURS}, compiled, forced layout": partial(time_trainer, work, ["train.compile=true"], True),
+            f"{OURS}, compiled, CUDA graphs": partial(time_trainer, work, ["train.compile=cuda_graphs"]),
         }
-    makers[_RESNEXT_PYTORCH] = partial(train_there, work, resnext_pytorch_loop, False)
-    makers[_TORCHVISION] = partial(train_there, work, torchvision_loop, False)
+    makers[_RESNEXT_PYTORCH] = partial(time_peer, work, resnext_pytorch_loop, False)
+    makers[_TORCHVISION] = partial(time_peer, work, torchvision_loop, False)
     torchvision_amp = partial(amp_loop, torchvision_network)
-    makers[f"torchvision's network, {_AMP}"] = partial(train_there, work, torchvision_amp, True)
+    makers[f"torchvision's network, {_AMP}"] = partial(time_peer, work, torchvision_amp, True)
     if device.type == "cuda" or not has_timm():
         # At least one peer is compiled. On a CPU, where compiling takes longer, timm's is enough if it is installed.
         compiled_way = partial(amp_loop, torchvision_network, compiled=True)
-        makers[f"torchvision's network, {_AMP}, compiled"] = partial(train_there, work, compiled_way, True)
+        makers[f"torchvision's network, {_AMP}, compiled"] = partial(time_peer, work, compiled_way, True)
     if has_timm():
         for suffix, compiled in (("", False), (", compiled", True)):
             way = partial(amp_loop, timm_network, compiled=compiled)
-            makers[f"timm's script, {_AMP}{suffix}"] = partial(train_there, work, way, True)
+            makers[f"timm's script, {_AMP}{suffix}"] = partial(time_peer, work, way, True)
     return makers
 
 
-def measure_training(work: Work, rounds: int = 5) -> dict[str, Any]:
+def measure_training(work: Workload, rounds: int = 5) -> dict[str, Any]:
     """Measure the images/s of a model in this trainer and in the loops of other packages, all on one batch of noise."""
     device = measured_device()
     with in_processes(contenders(work, device)) as ways:

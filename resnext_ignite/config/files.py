@@ -97,7 +97,7 @@ class ConfigSource:
             raise ConfigError(f"{place}: not YAML: a version or a \\U escape with too large a number") from None
         if not path:
             if plain is not None and not isinstance(plain, dict):
-                raise ConfigError(f"{place}: a config is keys with values, not {_shown(plain)}")
+                raise ConfigError(f"{place}: a config is a mapping of keys to values, not {_shown(plain)}")
             self.values = plain or {}
             return
         self.put(path, plain, place)
@@ -149,7 +149,7 @@ class ConfigSource:
                 key = str(key_node.value)
                 if key in mapping:
                     dotted = ".".join((*path, key))
-                    raise ConfigError(f"{where(key_node.start_mark)}: {dotted}: the key stands here a second time")
+                    raise ConfigError(f"{where(key_node.start_mark)}: {dotted}: duplicate key")
                 mapping[key] = self._plain(value_node, where, (*path, key))
                 self.places[(*path, key)] = where(key_node.start_mark)
             return mapping
@@ -171,16 +171,16 @@ def _refuse_extras(text: str, where: Any) -> None:
     documents = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise ConfigError(f"{where(event.start_mark)}: anchors and aliases are not read; write the value out")
+            raise ConfigError(f"{where(event.start_mark)}: anchors and aliases are not allowed; write the value out")
         tag, value = getattr(event, "tag", None), getattr(event, "value", "")
         if tag:
-            raise ConfigError(f"{where(event.start_mark)}: YAML tags are not read ({tag}); write a plain value")
+            raise ConfigError(f"{where(event.start_mark)}: YAML tags are not allowed ({tag}); write a plain value")
         if _UNFIT.search(value):
             raise ConfigError(f"{where(event.start_mark)}: a line break or control character in {_shown(value)}")
         documents += isinstance(event, yaml.DocumentStartEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST or documents > 1:
-            reason = "nested too deep" if depth > _DEEPEST else "a second document; a config is one"
+            reason = "nested too deep" if depth > _DEEPEST else "a second document; a config is a single document"
             raise ConfigError(f"{where(event.start_mark)}: {reason}")
 
 

@@ -14,7 +14,7 @@ def config_reference() -> str:
     lines = [
         "# Config reference",
         "",
-        "Written by `python -m resnext_ignite.train --help-config`. A file names only what it changes.",
+        "Written by `python -m resnext_ignite.train --help-config`. A file has only the keys it changes.",
     ]
     top = {name: field for name, field in Config.model_fields.items() if not _is_section(field.annotation)}
     sections = {name: field for name, field in Config.model_fields.items() if _is_section(field.annotation)}

@@ -61,11 +61,13 @@ class Config(Section):
         self._check_grouped_conv()
         if self.train.compile == "cuda_graphs" and accumulate > 1:
             raise ValueError(
-                f"train.compile: cuda_graphs keeps no gradient from one of {accumulate} micro-batches to the next; "
+                f"train.compile: cuda_graphs does not accumulate gradients over {accumulate} micro-batches; "
                 "set it to true, or train.accumulate to 1"
             )
         if self.train.freeze != "none" and self.model.pretrained is None:
-            raise ValueError(f"train.freeze: {self.train.freeze} keeps random weights; set model.pretrained, or none")
+            raise ValueError(
+                f"train.freeze: {self.train.freeze} would freeze random weights; set model.pretrained, or none"
+            )
         if ghost and self.train.sync_bn:
             raise ValueError("train.sync_bn: and train.ghost_batch exclude each other; set one of them to 0 or false")
         if self.augment.random_resized_crop and self.data.name not in ("imagefolder", "shards"):
@@ -73,7 +75,7 @@ class Config(Section):
                 "augment.random_resized_crop: needs data.name=imagefolder or shards; CIFAR and shapes are 32x32"
             )
         if self.data.decode == "device" and not self.augment.random_resized_crop:
-            raise ValueError("data.decode: device makes random-resized crops; set augment.random_resized_crop=true")
+            raise ValueError("data.decode: device needs random-resized crops; set augment.random_resized_crop=true")
         if self.optimizer.nesterov and self.optimizer.momentum == 0:
             raise ValueError("optimizer.nesterov: needs a momentum; set optimizer.nesterov=false")
         if (self.data.mean is None) != (self.data.std is None):
@@ -91,14 +93,14 @@ class Config(Section):
             )
         if self.train.compile == "cuda_graphs":
             raise ValueError(
-                "augment.progressive_from: CUDA graphs are of one size; set train.compile=true, or this to null"
+                "augment.progressive_from: CUDA graphs have one size; set train.compile=true, or this to null"
             )
 
     def _check_grouped_conv(self) -> None:
         architecture, ways = parse_model_name(self.model.name), self.train.grouped_conv
         if len(ways) not in (1, architecture.grouped_shapes) or ("auto" in ways and len(ways) > 1):
             raise ValueError(
-                f"train.grouped_conv: {' '.join(ways) or 'empty'}; auto, one way for all, or one for each of the "
+                f"train.grouped_conv: {' '.join(ways) or 'empty'}; auto, one choice for all, or one for each of the "
                 f"{architecture.grouped_shapes} shapes that {self.model.name} has"
             )
         for way in ways:

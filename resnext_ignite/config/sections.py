@@ -224,7 +224,7 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto: a GPU if there is one, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward pass (autocast); auto: bf16 if the hardware computes in it, else fp32."""
+    """ComputeSettings of the forward pass (autocast); auto: bf16 if the hardware computes in it, else fp32."""
     channels_last: bool = True
     """Store images and weights as NHWC (channels_last), which suits convolution kernels; false: NCHW."""
     compile: Literal[False, True, "cuda_graphs"] = False
@@ -279,7 +279,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check_average(self) -> TrainConfig:
         if self.ema_decay and self.ema_horizon:
-            raise ValueError("train.ema_horizon: and train.ema_decay say the same in two ways; set ema_decay to 0")
+            raise ValueError("train.ema_horizon: and train.ema_decay exclude each other; set train.ema_decay=0")
         if not self.averages and (self.ema_start or self.ema_reestimate_bn):
             key = "ema_start" if self.ema_start else "ema_reestimate_bn"
             raise ValueError(f"train.{key}: there is no average; set train.ema_horizon or train.ema_decay")

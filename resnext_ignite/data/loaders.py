@@ -112,7 +112,7 @@ class TrainLoader:
 
     def _decoded(self, files: ImageFiles, batches: Iterable[tuple[int, Tensor]]) -> Iterator[Decoded]:
         seed, fill = self.augment.seed, color_to_uint8(self.augment.mean) if self.skip_unreadable else None
-        ahead = self.order.announcements(self.start_iteration)
+        ahead = self.order.groups_ahead(self.start_iteration)
         if self.decode_on is not None:
             reader = JpegReader(files, seed, fill, self.sizes)
             read = decoded(reader, batches, self.workers, self.device, ahead)

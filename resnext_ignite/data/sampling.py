@@ -38,7 +38,7 @@ class Purpose(IntEnum):
     LIGHTING = 13  # to 16: two pairs, each for two normal variates
     RESIZED_CROP = 20  # to 59: ten attempts, four numbers each
     MIX_KIND = 60
-    MIX_SHARE = 61
+    MIX_LAMBDA = 61
     MIX_Y = 62
     MIX_X = 63
     ERASE = 64  # to 68: decision, area, aspect, top, left
@@ -168,7 +168,7 @@ class TrainOrder:
         groups = 0 if self.groups is None else int(self.groups.max()) + 1
         return permutation(self.seed, epoch, groups, Purpose.SHARDS, self.device)
 
-    def announcements(self, start_iteration: int) -> Iterator[list[int]]:
+    def groups_ahead(self, start_iteration: int) -> Iterator[list[int]]:
         """Yield, for each item of `batches`, the groups to read ahead: about a window early, each group once an epoch.
 
         Each list is short, so that the reading does not delay a worker's batch for long. The lists are only a hint:

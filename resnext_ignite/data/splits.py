@@ -16,7 +16,7 @@ from resnext_ignite.data.sources import cifar, folders, shapes
 from resnext_ignite.data.sources.folders import folder_classes, index_images
 from resnext_ignite.data.sources.shards import Members, index_shards, shard_classes
 from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.runtime.errors import ConfigError, DataError, errors_of_data
+from resnext_ignite.runtime.errors import ConfigError, DataError, raise_as_data_error
 
 _SUBSET_SEED = 0
 
@@ -72,17 +72,17 @@ def load_data(config: Config, ranks: Ranks, splits: tuple[str, ...] | None = Non
     workers = config.data.workers
     if workers is None:
         workers = min(8, ranks.cores())
-    lie_in = None
-    with errors_of_data(root):
+    shards = None
+    with raise_as_data_error(root):
         if config.data.name in ("imagefolder", "shards"):
             loaded, contents, classes, moments = _load_folder(config, root, sizes, splits)
-            lie_in = _shards_of(loaded.get("train"))
+            shards = _shards_of(loaded.get("train"))
             loaded = {name: _decoded(split, config, name, ranks) for name, split in loaded.items()}
         else:
             loaded, contents, classes, moments = _load_tensors(config, root, splits, ranks)
             loaded = {name: split.resized(sizes[name]) for name, split in loaded.items() if isinstance(split, Images)}
     mean, std = (config.data.mean, config.data.std) if config.data.mean and config.data.std else moments
-    return Data(loaded, classes, mean, std, size, evaluation_size, workers, contents, lie_in)
+    return Data(loaded, classes, mean, std, size, evaluation_size, workers, contents, shards)
 
 
 Moments = tuple[tuple[float, float, float], tuple[float, float, float]]

@@ -26,15 +26,17 @@ from resnext_ignite.runtime.errors import (
     as_resnext_error,
 )
 
-_FINAL = {kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointError, NonFiniteError, PreemptedError)}
+_FINAL_ERRORS = {
+    kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointError, NonFiniteError, PreemptedError)
+}
 
 
-def by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
+def launched_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether torchrun, or a launcher that sets the same variables, started this process as a rank."""
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
-def by_srun(environment: Mapping[str, str] = os.environ) -> bool:
+def launched_by_srun(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether this process is one of several tasks of an `srun`.
 
     A process that a batch script starts without `srun` is not one: it runs alone, although its environment holds the
@@ -45,16 +47,16 @@ def by_srun(environment: Mapping[str, str] = os.environ) -> bool:
 
 def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
     """Return the number of ranks that the launcher started; 1 without a launcher."""
-    if by_torchrun(environment):
+    if launched_by_torchrun(environment):
         return int(environment["WORLD_SIZE"])
-    return int(environment["SLURM_NTASKS"]) if by_srun(environment) else 1
+    return int(environment["SLURM_NTASKS"]) if launched_by_srun(environment) else 1
 
 
 def launched_on_this_machine(environment: Mapping[str, str] = os.environ) -> int:
     """Return the number of ranks that the launcher started on this machine; 1 if the environment does not say."""
-    if by_torchrun(environment):
+    if launched_by_torchrun(environment):
         return int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    if not by_srun(environment):
+    if not launched_by_srun(environment):
         return 1
     # Tasks per node: "8(x2),4" means 8, 8 and 4.
     counts: list[int] = []
@@ -95,7 +97,7 @@ def refuse_restart_after(exit_code: int, message: str) -> None:
     Raises:
         ResnextError: `exit_code` is that of an error that no restart cures.
     """
-    kind = _FINAL.get(exit_code)
+    kind = _FINAL_ERRORS.get(exit_code)
     if kind is not None:
         error = kind(f"restart by torchrun refused: {message}")
         error.quiet = int(os.environ.get("LOCAL_RANK", "0")) != 0

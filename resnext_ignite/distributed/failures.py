@@ -23,19 +23,19 @@ from torch import distributed as dist
 
 from resnext_ignite.distributed.environment import refuse_restart_after
 from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.distributed.rendezvous import answer_in_time
+from resnext_ignite.distributed.rendezvous import with_timeout
 from resnext_ignite.runtime.errors import PreemptedError, RankError, ResnextError, as_resnext_error
 
 # A rank that lost contact with another one waits this long for a posted failure. A rank that fails itself waits this
 # long for rank 0, which may fail in the same way.
-_WAIT_FOR_WORD_S = 3.0
+_WAIT_FOR_FAILURE_S = 3.0
 _WAIT_FOR_RANK_0_S = 0.5
 # Interval at which a rank checks whether another one has failed.
 _POLL_S = 1.0
 # A rank that has not ended this long after a failure is taken to hang.
-_LAST_WORDS_S = 5.0
+_HANG_AFTER_S = 5.0
 # gloo raises plain RuntimeErrors; recognise them by the source location or the first words of the message.
-_LOST = re.compile(r"\[\S*/gloo/\S*:\d+\]|^Gloo \w+ failed")
+_GLOO_ERROR = re.compile(r"\[\S*/gloo/\S*:\d+\]|^Gloo \w+ failed")
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class FailureBoard:
     def post(self, failure: Failure) -> Failure:
         """Post a failure, and return the first posted one, which may be from another rank."""
         text = json.dumps(asdict(failure))
-        return Failure(**json.loads(answer_in_time(lambda: self._store.compare_set("first", "", text))))
+        return Failure(**json.loads(with_timeout(lambda: self._store.compare_set("first", "", text))))
 
     def first(self) -> Failure | None:
         """Return the first posted failure; None: there is none yet."""
-        text = answer_in_time(lambda: self._store.get("first") if self._store.check(["first"]) else None)
+        text = with_timeout(lambda: self._store.get("first") if self._store.check(["first"]) else None)
         return None if text is None else Failure(**json.loads(text))
 
     def wait_for_first(self, seconds: float) -> Failure | None:
@@ -96,12 +96,12 @@ class FailureBoard:
 
     def answer(self, rank: int) -> None:
         """Record that a rank is alive, although it lost contact with others."""
-        answer_in_time(lambda: self._store.set(f"alive/{rank}", ""))
+        with_timeout(lambda: self._store.set(f"alive/{rank}", ""))
 
     def silent(self, world_size: int) -> list[int]:
         """Return the ranks that have not called `answer`."""
         keys = {rank: f"alive/{rank}" for rank in range(world_size)}
-        return answer_in_time(lambda: [rank for rank, key in keys.items() if not self._store.check([key])])
+        return with_timeout(lambda: [rank for rank, key in keys.items() if not self._store.check([key])])
 
 
 def refuse_restart_of(generation: str, store: dist.Store) -> None:
@@ -116,13 +116,13 @@ def refuse_restart_of(generation: str, store: dist.Store) -> None:
     first = FailureBoard(store, generation).first()
     # When a machine joins or leaves, torchrun stops the ranks of the other machines with SIGTERM, and then restarts
     # them.
-    by_torchrun = first is not None and first.text.startswith("stopped by SIGTERM")
-    if first is not None and not by_torchrun:
+    launched_by_torchrun = first is not None and first.text.startswith("stopped by SIGTERM")
+    if first is not None and not launched_by_torchrun:
         refuse_restart_after(first.code, first.text)
 
 
 @contextlib.contextmanager
-def name_failures(ranks: Ranks) -> Iterator[None]:
+def report_failures(ranks: Ranks) -> Iterator[None]:
     """Turn an error of the block into the error that this rank reports; only the first error of all ranks is printed.
 
     Raises:
@@ -133,25 +133,27 @@ def name_failures(ranks: Ranks) -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         if ranks.world_size == 1 or (isinstance(error, ResnextError) and error.quiet is not None):
             raise
-        raise _named(error, ranks) from (None if as_resnext_error(error) or _is_loss(error) else error)
+        raise _error_to_report(error, ranks) from (
+            None if as_resnext_error(error) or _is_lost_contact(error) else error
+        )
 
 
-def _is_loss(error: BaseException) -> bool:
+def _is_lost_contact(error: BaseException) -> bool:
     """Return whether an error means that a collective failed because of another rank."""
     return isinstance(error, RankError | dist.DistError) or (
-        isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+        isinstance(error, RuntimeError) and _GLOO_ERROR.search(str(error)) is not None
     )
 
 
-def _named(error: BaseException, ranks: Ranks) -> ResnextError:
-    loss, known = _is_loss(error), as_resnext_error(error)
+def _error_to_report(error: BaseException, ranks: Ranks) -> ResnextError:
+    lost_contact, known = _is_lost_contact(error), as_resnext_error(error)
     if known is None:
         first_line = (str(error).strip().splitlines() or [""])[0]
         known = RankError(f"rank {ranks.rank} failed: {type(error).__name__}: {first_line}")
     try:
         board = FailureBoard.connect()
-        if loss:
-            return _loss(error, board, ranks)
+        if lost_contact:
+            return _lost_contact_error(error, board, ranks)
         # Rank 0 reports an error that all ranks find.
         if ranks.rank and board.wait_for_first(_WAIT_FOR_RANK_0_S):
             known.quiet = True
@@ -163,17 +165,18 @@ def _named(error: BaseException, ranks: Ranks) -> ResnextError:
         return known
     except RuntimeError:
         # The process that held the store is gone: rank 0, or the launcher.
-        if loss:
+        if lost_contact:
             known = RankError(
-                "lost contact with the other ranks: rank 0, its launcher or the link to it is gone; continue with --resume"
+                "lost contact with the other ranks: rank 0, its launcher or "
+                "the link to it is gone; continue with --resume"
             )
         known.quiet = False
         return known
 
 
-def _loss(error: BaseException, board: FailureBoard, ranks: Ranks) -> ResnextError:
+def _lost_contact_error(error: BaseException, board: FailureBoard, ranks: Ranks) -> ResnextError:
     board.answer(ranks.rank)
-    first = board.wait_for_first(_WAIT_FOR_WORD_S)
+    first = board.wait_for_first(_WAIT_FOR_FAILURE_S)
     if first is None:
         silent = board.silent(ranks.world_size)
         who = "rank " + " and ".join(map(str, silent)) if silent else "no rank"
@@ -192,7 +195,7 @@ def watch_other_ranks(ranks: Ranks) -> Iterator[None]:
     """End this process soon after any rank has failed, even if the block hangs in a collective.
 
     Before that, a rank that hangs prints the stacks of its threads: one that the others report, immediately; any other
-    after `_LAST_WORDS_S`.
+    after `_HANG_AFTER_S`.
     """
     if ranks.world_size == 1:
         yield
@@ -206,7 +209,7 @@ def watch_other_ranks(ranks: Ranks) -> Iterator[None]:
         # Join the thread: if it is still in torch's C++ when the interpreter ends, it aborts the process (SIGABRT,
         # "terminate called without an active exception").
         over.set()
-        watcher.join(_LAST_WORDS_S)
+        watcher.join(_HANG_AFTER_S)
 
 
 def _watch(ranks: Ranks, over: threading.Event) -> None:
@@ -220,6 +223,6 @@ def _watch(ranks: Ranks, over: threading.Event) -> None:
         # this process.
         return
     declared = first.rank == ranks.rank != first.reported_by
-    if declared or not over.wait(_LAST_WORDS_S):
+    if declared or not over.wait(_HANG_AFTER_S):
         faulthandler.dump_traceback(all_threads=True)
         os._exit(RankError.exit_code)

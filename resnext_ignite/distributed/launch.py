@@ -16,16 +16,26 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
-from resnext_ignite.distributed.environment import by_srun, by_torchrun, launched_on_this_machine, launched_world_size
+from resnext_ignite.distributed.environment import (
+    launched_by_srun,
+    launched_by_torchrun,
+    launched_on_this_machine,
+    launched_world_size,
+)
 from resnext_ignite.distributed.failures import (
     Failure,
     FailureBoard,
-    name_failures,
     refuse_restart_of,
+    report_failures,
     watch_other_ranks,
 )
 from resnext_ignite.distributed.ranks import Ranks
-from resnext_ignite.distributed.rendezvous import begin_generation, connect_to_store, keeps_its_store, last_generation
+from resnext_ignite.distributed.rendezvous import (
+    begin_generation,
+    connect_to_store,
+    last_generation,
+    torchrun_keeps_store,
+)
 from resnext_ignite.runtime.console import set_up_streams
 from resnext_ignite.runtime.errors import ConfigError, PreemptedError, RankError, report_error
 from resnext_ignite.runtime.signals import (
@@ -62,10 +72,11 @@ def launch(
         ResnextError: the function's own error, or RankError if another rank failed.
         SystemExit: spawned ranks failed; their error is printed already.
     """
-    launched = by_torchrun() or by_srun()
+    launched = launched_by_torchrun() or launched_by_srun()
     if nproc_per_node is not None and launched:
         raise ConfigError(
-            f"--nproc-per-node {nproc_per_node}: a launcher has started {launched_world_size()} ranks already; remove this option"
+            f"--nproc-per-node {nproc_per_node}: a launcher has started "
+            f"{launched_world_size()} ranks already; remove this option"
         )
     count = nproc_per_node or launched_on_this_machine()
     if not launched and count == 1:
@@ -75,7 +86,8 @@ def launch(
     if 0 < gpus < count:
         # Refuse here, before any rank waits for the others.
         raise ConfigError(
-            f"{count} ranks on a machine where each sees {gpus} GPUs: start one rank per GPU, and let each rank see all GPUs "
+            f"{count} ranks on a machine where each sees {gpus} GPUs: start "
+            "one rank per GPU, and let each rank see all GPUs "
             "(srun --gpus-per-node, not --gpus-per-task), or set train.device=cpu"
         )
     if backend is None:
@@ -83,20 +95,20 @@ def launch(
     if launched:
         # Ranks must not outlive their launcher.
         die_with_parent(os.getppid(), PARENT_GONE)
-        _as_rank(function, args, backend, timeout_s)
+        _run_as_rank(function, args, backend, timeout_s)
         return
     code = _spawn_and_wait(function, args, count, backend, timeout_s)
     if code:
         sys.exit(code)
 
 
-def _as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str, timeout_s: float) -> None:
-    if by_torchrun():
+def _run_as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str, timeout_s: float) -> None:
+    if launched_by_torchrun():
         # torchrun inside a Slurm job: Ignite would use the rank numbers of Slurm, not those of torchrun (ignite#3259).
         os.environ.pop("SLURM_JOB_ID", None)
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     try:
-        if keeps_its_store():
+        if torchrun_keeps_store():
             shared = connect_to_store(timeout_s)
             ended = last_generation(shared)
             if ended is not None:
@@ -109,7 +121,7 @@ def _as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str,
         reason = (str(error).strip().splitlines() or [""])[0]
         raise RankError(f"the ranks did not find one another: {reason}") from None
     ranks = Ranks.current()
-    with watch_other_ranks(ranks), name_failures(ranks):
+    with watch_other_ranks(ranks), report_failures(ranks):
         function(idist.get_local_rank(), *args)
         # Not after an error: it may wait for a rank that is gone.
         idist.finalize()
@@ -142,7 +154,7 @@ def _spawn_and_wait(
     arguments = (os.getpid(), environment, function, args, backend, timeout_s)
     # A signal that arrives before a rank has its handlers stays pending until then.
     with signals_blocked():
-        ranks = mp.start_processes(_spawned, arguments, nprocs=count, join=False).processes
+        ranks = mp.start_processes(_run_spawned_rank, arguments, nprocs=count, join=False).processes
 
         def forward(number: int, frame: object) -> None:
             for rank in ranks:
@@ -166,7 +178,7 @@ def _wait_for_all(ranks: list[mp.Process], board: FailureBoard) -> int:
         for number, rank in enumerate(ranks):
             if number in codes or rank.is_alive():
                 continue
-            codes[number] = _answer_for(number, rank.exitcode or 0, board)
+            codes[number] = _exit_code_of(number, rank.exitcode or 0, board)
             # No deadline after a preemption: the other ranks exit while rank 0 still saves.
             if codes[number] not in (0, PreemptedError.exit_code):
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
@@ -177,7 +189,7 @@ def _wait_for_all(ranks: list[mp.Process], board: FailureBoard) -> int:
     return first.code if first else next((code for code in codes.values() if code), 0)
 
 
-def _answer_for(number: int, code: int, board: FailureBoard) -> int:
+def _exit_code_of(number: int, code: int, board: FailureBoard) -> int:
     """Report the failure of a rank that could not report it itself; return the exit code of the rank."""
     if code < 0 or code == 1:
         how = (
@@ -192,7 +204,7 @@ def _answer_for(number: int, code: int, board: FailureBoard) -> int:
     return code
 
 
-def _spawned(
+def _run_spawned_rank(
     local_rank: int,
     parent: int,
     environment: dict[str, str],
@@ -211,6 +223,6 @@ def _spawned(
             # Divide the cores among the ranks; else every rank starts a thread for each core.
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // int(environment["LOCAL_WORLD_SIZE"])))
-        _as_rank(function, args, backend, timeout_s)
+        _run_as_rank(function, args, backend, timeout_s)
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(report_error(error))

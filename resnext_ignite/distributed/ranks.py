@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import ignite.distributed as idist
 from torch import distributed as dist
 
-from resnext_ignite.distributed.environment import by_srun
+from resnext_ignite.distributed.environment import launched_by_srun
 from resnext_ignite.runtime.errors import RankError, ResnextError, as_resnext_error
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class Ranks:
     def cores(self) -> int:
         """Return how many cores this rank may use: those that Slurm bound it to, else an equal part of all."""
         own = len(os.sched_getaffinity(0))
-        bound = by_srun() and own < (os.cpu_count() or own)
+        bound = launched_by_srun() and own < (os.cpu_count() or own)
         return own if bound else max(1, own // self.local_world_size)
 
     def placement(self) -> str:

@@ -24,7 +24,7 @@ _ANSWER_S = 3.0
 _LAST_GENERATION = "resnext_ignite/last_generation"
 
 
-def answer_in_time(ask: Callable[[], T]) -> T:
+def with_timeout(ask: Callable[[], T]) -> T:
     """Return the answer of a store, or raise after a timeout (`_ANSWER_S`).
 
     `Store.check` of torch 2.11 itself waits for ever if the network link is broken.
@@ -49,7 +49,7 @@ def answer_in_time(ask: Callable[[], T]) -> T:
     raise errors[0] if errors else RuntimeError("the store that the ranks share does not answer")
 
 
-def keeps_its_store() -> bool:
+def torchrun_keeps_store() -> bool:
     """Return whether torchrun started this process and uses one store for all its restarts."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
@@ -111,7 +111,7 @@ def begin_generation(store: dist.Store, timeout_s: float) -> tuple[str, dist.Sto
 
 
 def _read(store: dist.Store, key: str) -> str | None:
-    return answer_in_time(lambda: store.get(key).decode() if store.check([key]) else None)
+    return with_timeout(lambda: store.get(key).decode() if store.check([key]) else None)
 
 
 def _pause(deadline: float, missing: set[int]) -> None:

@@ -27,7 +27,7 @@ from resnext_ignite.runtime.signals import (
     exit_on_signal,
 )
 
-_LONGEST_SILENCE_S = 5.0
+_EXCHANGE_INTERVAL_S = 5.0
 
 
 class StopReason(IntEnum):
@@ -118,7 +118,7 @@ class SyncSchedule:
         elapsed = torch.tensor([time.monotonic() - self._since], dtype=torch.float64)
         gathered = self.stop.exchange(torch.cat([numbers, elapsed]))
         slowest = max(gathered[:, -1].max().item(), 1e-9)
-        self._stride = max(1, int(_LONGEST_SILENCE_S / slowest * max(1, position - self._last)))
+        self._stride = max(1, int(_EXCHANGE_INTERVAL_S / slowest * max(1, position - self._last)))
         self.start(position)
         return gathered
 
@@ -135,19 +135,19 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
         KeyboardInterrupt: a signal came before there was anything to save (`errors.as_resnext_error` turns it into exit
             code 75).
     """
-    running, heard = False, False
+    running, signal_received = False, False
 
     def started() -> None:
         nonlocal running
         running = True
 
     def on_signal(number: int, frame: object) -> None:
-        nonlocal heard
+        nonlocal signal_received
         if number == PARENT_GONE:
             stop.request_stop(StopReason.ORPHANED)
-        if heard:
+        if signal_received:
             return
-        heard = True
+        signal_received = True
         stop.request_stop(StopReason.SIGNAL, number)
         if not running:
             exit_during_start(number, frame)
@@ -158,7 +158,7 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
     try:
         yield started
     finally:
-        heard = True
+        signal_received = True
         for number, handler in before.items():
             # A process that only makes this run is about to exit; a late signal must not change its exit code.
             if handler not in (exit_during_start, exit_on_signal):

@@ -50,15 +50,19 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         mean, var = self.running_mean.repeat(groups), self.running_var.repeat(groups)
         # On a GPU, calls are expensive; on a CPU, copies are: there one call per group takes a third of the time
         # (channels_last).
-        out = self._in_turn(input, mean, var) if input.device.type == "cpu" else self._at_once(input, mean, var)
+        out = (
+            self._one_call_per_group(input, mean, var)
+            if input.device.type == "cpu"
+            else self._one_call(input, mean, var)
+        )
         with torch.no_grad():
             self.running_mean.copy_(mean.view(groups, -1).mean(0))
             self.running_var.copy_(var.view(groups, -1).mean(0))
             self.num_batches_tracked.add_(1)
         return out
 
-    def _in_turn(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """Normalise each group in a separate call; update mean and var (G*C,) in place, as `_at_once` does."""
+    def _one_call_per_group(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """Normalise each group in a separate call; update mean and var (G*C,) in place, as `_one_call` does."""
         groups = zip(input.split(self.ghost_batch), mean.split(input.shape[1]), var.split(input.shape[1]), strict=True)
         return torch.cat(
             [
@@ -67,7 +71,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             ]
         )
 
-    def _at_once(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    def _one_call(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         n, c, h, w = input.shape
         groups = n // self.ghost_batch
         # (G*B, C, H, W) -> (B, G*C, H, W): one call treats the channels of each group as separate channels.

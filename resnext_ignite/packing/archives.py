@@ -33,7 +33,7 @@ def opened(file: Path | IO[bytes], name: str) -> Iterator[tarfile.TarFile]:
         with source as content, tarfile.open(fileobj=content, mode="r:") as archive:
             yield archive
     except (EOFError, tarfile.TarError) as error:
-        raise DataError(f"{name}: is damaged or no tar file: {error}; fetch it again") from None
+        raise DataError(f"{name}: is damaged or not a tar file: {error}; download it again") from None
 
 
 def files_in(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
@@ -56,7 +56,7 @@ def files_in(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
     if content is not None:
         content.seek(archive.offset)
         if content.read(_BLOCK) != bytes(_BLOCK):
-            raise DataError(f"{name}: is cut short or damaged after {archive.offset} bytes; fetch it again")
+            raise DataError(f"{name}: is cut short or damaged after {archive.offset} bytes; download it again")
 
 
 def content_in(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

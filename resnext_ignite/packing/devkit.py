@@ -56,13 +56,13 @@ def read_devkit(path: Path) -> Devkit:
         ids, synsets = zip(*(_synset(row) for row in table if row["num_children"] == 0), strict=True)
     except Exception as error:
         # For a damaged file loadmat raises errors of many types.
-        raise DataError(f"{path}: {META} cannot be read: {error}; fetch the development kit again") from None
+        raise DataError(f"{path}: {META} cannot be read: {error}; download the development kit again") from None
     by_id = dict(zip(ids, synsets, strict=True))
     ground_truth = []
     for number, line in enumerate(lines, start=1):
         synset = by_id.get(int(line)) if line.isdecimal() else None
         if synset is None:
-            raise DataError(f"{path}: {GROUND_TRUTH}:{number}: {line} is no class's ILSVRC2012_ID")
+            raise DataError(f"{path}: {GROUND_TRUTH}:{number}: {line} is not the ILSVRC2012_ID of a class")
         ground_truth.append(synset.wnid)
     return Devkit(path, {synset.wnid: synset for synset in synsets}, ground_truth)
 

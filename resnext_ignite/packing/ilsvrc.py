@@ -88,20 +88,24 @@ def prepare(sources: Archives, output: Path, expected: Expected, encoding: Encod
 
 def _refuse_overlap(option: str, source: Path, output: Path) -> None:
     if not source.exists():
-        raise DataError(f"{option} {source}: is not there")
+        raise DataError(f"{option} {source}: does not exist")
     source, output = source.resolve(), output.resolve()
     inside = any(source.is_relative_to(output / split) for split in ("train", "val"))
     if source.is_dir() and (inside or output.is_relative_to(source)):
-        raise ConfigError(f"{option} {source}: is a part of --output {output}, or holds it; choose another --output")
+        raise ConfigError(f"{option} {source}: lies in --output {output}, or contains it; choose another --output")
 
 
 def _check_classes(classes: dict[str, TrainClass], train: Path, devkit: Devkit, expected: int) -> None:
     unknown, missing = sorted(classes.keys() - devkit.synsets.keys()), sorted(devkit.synsets.keys() - classes.keys())
     if unknown:
-        raise DataError(f"{train}: {unknown[0]}: is no class of {devkit.path}")
+        raise DataError(f"{train}: {unknown[0]}: is not a class of {devkit.path}")
     if len(classes) != expected:
-        first = f"{missing[0]} is the first that is missing" if missing else "none is missing"
-        raise DataError(f"{train}: holds {len(classes)} classes, not {expected}; of the development kit's {first}")
+        first = (
+            f"the first missing class of the development kit is {missing[0]}"
+            if missing
+            else "no class of the development kit is missing"
+        )
+        raise DataError(f"{train}: holds {len(classes)} classes, not {expected}; {first}")
 
 
 def _check_val(val: list[ValImage], path: Path, devkit: Devkit, expected: Expected) -> None:
@@ -120,11 +124,15 @@ def _begin(output: Path, encoding: Encoding) -> None:
         except ValueError:
             before = None
         if before != asked:
-            raise RunFolderError(f"{output}: was begun with {before}, not {asked}; choose another --output")
+            raise RunFolderError(
+                f"{output}: was begun with the encoding {before}, not {asked}; choose another --output"
+            )
     else:
         for split in ("train", "val"):
             if (output / split).exists():
-                raise RunFolderError(f"{output / split}: is there already, and not from here; choose another --output")
+                raise RunFolderError(
+                    f"{output / split}: exists already, and not from this command; choose another --output"
+                )
         write_durably(record, json.dumps(asked) + "\n")
     shutil.rmtree(output / _UNPACKING, ignore_errors=True)
     for folder in (output / _UNPACKING, output / "train"):
@@ -141,7 +149,7 @@ def _unpack_train(classes: dict[str, TrainClass], output: Path, images: int, enc
         for count, (name, picture) in enumerate(classes[wnid].pictures(), start=1):  # noqa: B007
             _place(picture, temporary / name, encoding)
         if not count:
-            raise DataError(f"{classes[wnid].path}: {wnid}: a class without a picture")
+            raise DataError(f"{classes[wnid].path}: {wnid}: a class without an image")
         temporary.rename(output / "train" / wnid)
         return count
 
@@ -180,17 +188,17 @@ def _place(picture: Picture, target: Path, encoding: Encoding) -> None:
                 file.write(picture)
             picture = target
         if picture.stat().st_size == 0:
-            raise DataError(f"{picture}: is empty; fetch it again")
+            raise DataError(f"{picture}: is empty; download it again")
         content = shrunk(picture, encoding) if encoding.short_side is not None else None
         if content is not None:
             target.write_bytes(content)
         elif picture is not target:
             _link(picture, target)
     except FileExistsError:
-        raise DataError(f"{target.parent.name}/{target.name}: is twice there") from None
+        raise DataError(f"{target.parent.name}/{target.name}: exists twice") from None
     except FileNotFoundError:
         raise DataError(
-            f"{target.parent.name}/{target.name}: is a link to nothing, or was there a moment ago"
+            f"{target.parent.name}/{target.name}: is a broken link, or was removed during this run"
         ) from None
     except OSError as error:
         # An error of writing to an open file does not name the file.
@@ -214,7 +222,7 @@ def _check_images(folder: Path, expected: int, devkit: Devkit) -> None:
     for entry in entries_of(folder):
         for file in entries_of(Path(entry.path)):
             if file.stat().st_size == 0:
-                raise DataError(f"{file.path}: has no content; remove its folder, and run this again")
+                raise DataError(f"{file.path}: is empty; remove its folder, and run this again")
             counts[entry.name] = counts.get(entry.name, 0) + 1
     total = sum(counts.values())
     if total != expected:
@@ -228,5 +236,5 @@ def _first_odd(folder: Path, counts: dict[str, int], devkit: Devkit) -> str:
     for wnid, count in counts.items():
         stated = devkit.synsets[wnid].train_images if wnid in devkit.synsets else 0
         if count != stated:
-            return f": {wnid} has {count}, the development kit says {stated}; mend it, remove that folder and run again"
+            return f": {wnid} has {count}, the development kit says {stated}; fix it, remove that folder and run again"
     return "; each class has as many as the development kit says"

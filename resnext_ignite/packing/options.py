@@ -31,8 +31,12 @@ class Encoding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare `--short-side`, `--quality` and `--workers`."""
-    parser.add_argument("--short-side", type=int, metavar="PIXELS", help="shrink pictures whose shorter side is longer")
-    parser.add_argument("--quality", type=int, metavar="N", help=f"of the shrunk ones, as JPEG (default: {_QUALITY})")
+    parser.add_argument(
+        "--short-side", type=int, metavar="PIXELS", help="shrink images whose shorter side is longer than this"
+    )
+    parser.add_argument(
+        "--quality", type=int, metavar="N", help=f"JPEG quality of the shrunk images (default: {_QUALITY})"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core; 0: none)")
 
 
@@ -84,7 +88,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"--output {folder}: is there already, and is no folder; choose another name") from None
+        raise ConfigError(f"--output {folder}: exists, and is not a folder; choose another name") from None
     lock = FileLock(folder / ".lock")
     try:
         # The workers of a killed process hold the lock until they die, a moment after it.

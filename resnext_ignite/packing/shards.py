@@ -126,7 +126,7 @@ def _check_names(source: Path, classes: tuple[str, ...]) -> None:
     # A folder's name may be any bytes. A list, which other programs read too, holds text only.
     for name in classes:
         if any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise DataError(f"{source}: the class {name!a} is no text that a list can hold; rename its folder")
+            raise DataError(f"{source}: the class {name!a} is not valid text; rename its folder")
 
 
 def is_packed(output: Path, splits: tuple[str, ...]) -> bool:
@@ -144,7 +144,7 @@ def _clear(output: Path) -> None:
                 # Refused even if packing was interrupted before the other splits' lists: the source may be another one.
                 raise RunFolderError(f"{folder}: is packed already; choose another --output, or remove it")
             if _LEFTOVERS.fullmatch(entry.name) is None:
-                raise RunFolderError(f"{entry}: is in the way, and no shard; choose another --output")
+                raise RunFolderError(f"{entry}: is not a shard of an interrupted packing; choose another --output")
             remains.append(entry)
     for entry in remains:
         entry.unlink()

@@ -120,14 +120,14 @@ def contents_of(path: Path, pictures: Sequence[ValImage]) -> Iterator[tuple[ValI
 
 def _add(found: dict[str, ValImage], picture: ValImage, path: Path) -> None:
     if picture.name in found:
-        raise DataError(f"{path}: {picture.name}: is twice there")
+        raise DataError(f"{path}: {picture.name}: exists twice")
     found[picture.name] = picture
 
 
 def _class_of(name: str, path: Path, devkit: Devkit) -> str:
     number = _VAL_NAME.fullmatch(name)
     if number is None:
-        raise DataError(f"{path}: {name}: is no name of a validation image (ILSVRC2012_val_00000001.JPEG)")
+        raise DataError(f"{path}: {name}: is not the name of a validation image (ILSVRC2012_val_00000001.JPEG)")
     if not 1 <= int(number[1]) <= len(devkit.ground_truth):
         raise DataError(f"{path}: {name}: {GROUND_TRUTH} of {devkit.path} has {len(devkit.ground_truth)} lines")
     return devkit.ground_truth[int(number[1]) - 1]

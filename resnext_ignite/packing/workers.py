@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from resnext_ignite.data.reading.workers import ignore_signals, watched
+from resnext_ignite.data.reading.workers import ignore_signals, supervised
 from resnext_ignite.runtime.errors import DataError, ResnextError, StorageError
 
 Result = TypeVar("Result")
@@ -54,12 +54,12 @@ def in_workers(do: Callable[[int], Result], count: int, workers: int) -> Iterato
         multiprocessing_context="fork" if processes else None,
     )
     try:
-        for result in watched(loader):
+        for result in supervised(loader):
             if isinstance(result, ResnextError | OSError):
                 raise result
             yield result
     except DataError as error:
-        # `watched` names the config key of training; these commands have an option instead.
+        # `supervised` names the config key of training; these commands have an option instead.
         raise DataError(str(error).replace("data.workers", "--workers")) from None
 
 

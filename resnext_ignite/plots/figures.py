@@ -41,7 +41,7 @@ def pyplot() -> Any:
     return loaded
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """Return a name that fonts can draw and XML may hold.
 
     Bytes that are not valid text become `?`, unprintable characters except line feeds become U+FFFD.
@@ -63,7 +63,7 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] 
     colors = pyplot().rcParams["axes.prop_cycle"].by_key()["color"]
     several = len(runs) > 1
     for number, (run, records) in enumerate(runs.items()):
-        name = shown(run)
+        name = printable(run)
         color = colors[number % len(colors)]
         for split in dict.fromkeys(record["split"] for record in records):
             points = [record for record in records if record["split"] == split]
@@ -104,7 +104,7 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
     """Draw the fraction of each true class (rows) with each prediction (columns), from counts int64 (C, C)."""
-    classes = [shown(name) for name in classes]
+    classes = [printable(name) for name in classes]
     counts = confusion.double()
     fractions = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
     count = len(classes)
@@ -169,7 +169,7 @@ def draw_sheet(images: Tensor, captions: Sequence[str] = (), columns: int = 8) -
         if number < len(images):
             place.imshow(images[number].numpy(), interpolation="nearest")
             if number < len(captions):
-                place.set_title(shown(captions[number]), fontsize=7)
+                place.set_title(printable(captions[number]), fontsize=7)
     return figure
 
 

@@ -157,7 +157,7 @@ class RunFolder:
                 break
         return records
 
-    def keep_metrics(self, count: int) -> None:
+    def truncate_metrics(self, count: int) -> None:
         """Drop all records after the first `count`: a resumed run repeats those evaluations."""
         kept = self.read_metrics()[:count]
         if len(kept) < count:

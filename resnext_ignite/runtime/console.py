@@ -66,7 +66,7 @@ def set_up_streams(*, prints_result: bool) -> None:
 def _opened(name: str, kind: type[io.FileIO], errors: str) -> TextIO:
     before = getattr(sys, name)
     if before is not None:
-        if _number_of(before) != _STANDARD[name]:
+        if _descriptor_of(before) != _STANDARD[name]:
             # The stream has been replaced, as pytest does.
             return before
         with contextlib.suppress(OSError, ValueError):
@@ -82,7 +82,7 @@ def _opened(name: str, kind: type[io.FileIO], errors: str) -> TextIO:
     )
 
 
-def _number_of(stream: Any) -> int | None:
+def _descriptor_of(stream: Any) -> int | None:
     try:
         number: int = stream.fileno()
     except (OSError, ValueError, AttributeError):

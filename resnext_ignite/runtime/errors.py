@@ -92,7 +92,13 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
 # Errors of processes and connections, not of files.
-_NOT_OF_FILES = (ChildProcessError, ProcessLookupError, BlockingIOError, ConnectionRefusedError, ConnectionResetError)
+_NOT_FILE_ERRORS = (
+    ChildProcessError,
+    ProcessLookupError,
+    BlockingIOError,
+    ConnectionRefusedError,
+    ConnectionResetError,
+)
 # Only a bug in this code causes these.
 _BUGS = {errno.EBADF, errno.EFAULT}
 # torch raises a plain RuntimeError when the CPU runs out of memory; recognise it by its message.
@@ -121,7 +127,7 @@ def data_error(where: object, error: OSError, advice: str) -> DataError:
 
 
 @contextlib.contextmanager
-def errors_of_data(where: object) -> Iterator[None]:
+def raise_as_data_error(where: object) -> Iterator[None]:
     """Turn an OSError of the block into a DataError.
 
     Args:
@@ -133,7 +139,7 @@ def errors_of_data(where: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not _is_of_files(error):
+        if not _is_file_error(error):
             raise
         what = where if error.filename is None else error.filename
         raise data_error(what, error, "check that it is there and can be read") from None
@@ -147,12 +153,12 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
         return PreemptedError(str(error) or "stopped by Ctrl-C before there was anything to save")
     # While the KeyboardInterrupt of a stop unwinds the stack, something else may fail, such as the release of a lock
     # that was never taken. The stop is the cause.
-    behind = error.__context__
-    while behind is not None and not isinstance(behind, KeyboardInterrupt):
-        behind = behind.__context__
-    if behind is not None:
-        return as_resnext_error(behind)
-    if isinstance(error, OSError) and _is_of_files(error):
+    context = error.__context__
+    while context is not None and not isinstance(context, KeyboardInterrupt):
+        context = context.__context__
+    if context is not None:
+        return as_resnext_error(context)
+    if isinstance(error, OSError) and _is_file_error(error):
         where = error.filename if error.filename is not None else "a file"
         return StorageError(f"{where}: {error.strerror}; {advice_for(error.errno)}")
     # Compare by name: torch may not be imported yet, and a config error must not import it.
@@ -163,9 +169,9 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
     return as_out_of_memory(error)
 
 
-def _is_of_files(error: OSError) -> bool:
+def _is_file_error(error: OSError) -> bool:
     # Accept every other errno: each file system has special ones. A gaierror of `socket` uses another set of numbers.
-    foreign = isinstance(error, _NOT_OF_FILES) or type(error).__name__ == "gaierror"
+    foreign = isinstance(error, _NOT_FILE_ERRORS) or type(error).__name__ == "gaierror"
     return bool(error.errno) and error.errno not in _BUGS and not foreign
 
 

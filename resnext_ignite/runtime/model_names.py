@@ -16,7 +16,7 @@ _NAME = re.compile(
 _IMAGENET_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 EXPANSION = 4
 """Ratio of a block's output channels to the planes of its stage (section 4 of the paper)."""
-_LONGEST_NUMBER = 4
+_MAX_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def parse_model_name(name: str) -> Architecture:
             "or resnext50|101|152_<C>x<W>d (resnext50_32x4d), with a 3x3 stem: cifar4_resnext50_32x4d"
         )
     numbers = match["depth"], match["cardinality"], match["base_width"]
-    if any(len(number) > _LONGEST_NUMBER or number.startswith("0") for number in numbers):
+    if any(len(number) > _MAX_DIGITS or number.startswith("0") for number in numbers):
         raise ValueError(f"'{name}': depth, cardinality and base width are numbers from 1 to 9999")
     depth, cardinality, base_width = map(int, numbers)
     if match["layout"] == "cifar" and (depth < 11 or (depth - 2) % 9):

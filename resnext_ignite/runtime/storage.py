@@ -123,7 +123,7 @@ def sha256_of(path: Path, *, from_disk: bool = False) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_place(option: str, path: Path, *, new: bool = False) -> None:
+def check_output_path(option: str, path: Path, *, new: bool = False) -> None:
     """Check, before a command starts its work, that it can write its output to a path.
 
     Args:

@@ -53,6 +53,6 @@ def timed(device: torch.device, work: Callable[[], object], times: int = 1) -> f
     return (time.perf_counter() - begun) / times
 
 
-def timer(device: torch.device, work: Callable[[], object]) -> Callable[[], float]:
+def kernel_timer(device: torch.device, work: Callable[[], object]) -> Callable[[], float]:
     """Return a function that times a kernel: 20 calls in a row on a GPU, to hide the launch overhead; 1 on a CPU."""
     return lambda: timed(device, work, 20 if device.type == "cuda" else 1)

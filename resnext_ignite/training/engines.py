@@ -61,7 +61,7 @@ def create_trainer(
     sums = TrainingSums(device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if scaler.is_enabled():
-        _begin_momentum_at_zero(optimizer)
+        _initialise_momentum(optimizer)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def train_iteration(engine: Engine, batch: Batch) -> None:
@@ -111,7 +111,7 @@ def create_trainer(
     return trainer
 
 
-def _begin_momentum_at_zero(optimizer: torch.optim.Optimizer) -> None:
+def _initialise_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Set the momentum of fused SGD to zero before its first update, whose result stays the same.
 
     At its first update, fused SGD allocates the momentum without writing to it. If the scaler skips that update, the

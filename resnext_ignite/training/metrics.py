@@ -25,7 +25,7 @@ class TrainingSums:
     NAMES = ("loss", "correct", "images", "unreadable", "skipped_updates")
     # 40 halvings lower the initial scale of 65,536 to 2^-24. At this scale, no finite gradient overflows: the gradient
     # itself is not finite.
-    HOPELESS_SKIPS = 40
+    MAX_CONSECUTIVE_SKIPS = 40
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
@@ -47,11 +47,11 @@ class TrainingSums:
     def count_skip(self, finite: Tensor, iteration: int) -> None:
         """Count an update as skipped by the fp16 scaler if `finite`, a bool scalar for its gradient, is false.
 
-        After HOPELESS_SKIPS skips in a row, the iteration of the first of them is recorded as bad.
+        After MAX_CONSECUTIVE_SKIPS skips in a row, the iteration of the first of them is recorded as bad.
         """
         self._sums[4] += ~finite
         self._skips_in_a_row = torch.where(finite, 0.0, self._skips_in_a_row + 1)
-        self.check(self._skips_in_a_row < self.HOPELESS_SKIPS, iteration - self.HOPELESS_SKIPS + 1)
+        self.check(self._skips_in_a_row < self.MAX_CONSECUTIVE_SKIPS, iteration - self.MAX_CONSECUTIVE_SKIPS + 1)
 
     def read_and_reset(self) -> Tensor:
         """Return the sums in the order of NAMES, then the first bad iteration: float64 (6,) on the CPU. Reset the sums.

@@ -20,19 +20,19 @@ from resnext_ignite.models import build_model
 from resnext_ignite.models.grouped_conv import grouped_shapes, in_each_implementation
 from resnext_ignite.models.inference import Inference
 from resnext_ignite.runtime.devices import DTYPES, place
-from resnext_ignite.runtime.timing import in_turns, medians, timed, timer
+from resnext_ignite.runtime.timing import in_turns, kernel_timer, medians, timed
 
 log = logging.getLogger(__name__)
 _ROUNDS = 3
 # On a CPU, time grows with the batch, so a few images suffice. A GPU reaches its speed only on a whole batch.
-_MOST_IMAGES_ON_CPU = 8
+_MAX_IMAGES_ON_CPU = 8
 # A candidate whose first timing exceeds the fastest one by this factor is not timed again.
-_HOPELESS = 1.5
+_DROP_IF_SLOWER_BY = 1.5
 # Compiling takes about a minute. Try it only if the evaluations without it take more than five minutes in all.
-_WORTH_COMPILING_S = 300
+_MIN_SECONDS_TO_COMPILE = 300
 
 
-def tuned(config: Config, data: Data, device: torch.device, ranks: Ranks) -> Config:
+def resolve_auto(config: Config, data: Data, device: torch.device, ranks: Ranks) -> Config:
     """Return a resolved config with each `auto` replaced by the implementation that rank 0 measures as fastest."""
     train, evaluation = config.train, config.evaluation
     if "auto" not in train.grouped_conv and evaluation.inference != "auto":
@@ -78,7 +78,7 @@ def inference_for(config: Config, model: nn.Module, data: Data, split: str, devi
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class ComputeSettings:
     """The device, precision and memory format in which networks compute."""
 
     device: torch.device
@@ -103,14 +103,14 @@ class Arithmetic:
 
     def enough(self, images: int) -> int:
         """Return how many images of a batch suffice to find the fastest implementation."""
-        return images if self.device.type == "cuda" else min(images, _MOST_IMAGES_ON_CPU)
+        return images if self.device.type == "cuda" else min(images, _MAX_IMAGES_ON_CPU)
 
 
-def _arithmetic(config: Config, device: torch.device) -> Arithmetic:
-    return Arithmetic(device, DTYPES[config.train.precision], config.train.channels_last)
+def _arithmetic(config: Config, device: torch.device) -> ComputeSettings:
+    return ComputeSettings(device, DTYPES[config.train.precision], config.train.channels_last)
 
 
-def choose_grouped_conv(model: nn.Module, image_size: int, images: int, arithmetic: Arithmetic) -> list[str]:
+def choose_grouped_conv(model: nn.Module, image_size: int, images: int, arithmetic: ComputeSettings) -> list[str]:
     """Return the fastest implementation, forward and backward, for each shape of a network's grouped 3x3, in its order.
 
     Args:
@@ -127,7 +127,7 @@ def choose_grouped_conv(model: nn.Module, image_size: int, images: int, arithmet
     return choices
 
 
-def _training_step(module: nn.Module, images: Tensor, arithmetic: Arithmetic) -> Callable[[], object]:
+def _training_step(module: nn.Module, images: Tensor, arithmetic: ComputeSettings) -> Callable[[], object]:
     images = images.to(arithmetic.dtype).requires_grad_()
 
     def step() -> object:
@@ -146,12 +146,14 @@ def gradient_for(out: Tensor) -> Tensor:
     return torch.empty_like(out).copy_(torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out))
 
 
-def choose_inference(model: nn.Module, image_size: int, images: int, images_in_all: int, arithmetic: Arithmetic) -> str:
+def choose_inference(
+    model: nn.Module, image_size: int, images: int, total_images: int, arithmetic: ComputeSettings
+) -> str:
     """Return the fastest of `plain`, `folded` and `compiled`; the last is tried only if the images justify compiling.
 
     Args:
         images: images of one evaluation batch.
-        images_in_all: all images that this device will evaluate.
+        total_images: all images that this device will evaluate.
     """
     count = arithmetic.enough(images)
     model, noise = arithmetic.place(model).eval(), arithmetic.noise(count, 3, image_size)
@@ -162,7 +164,7 @@ def choose_inference(model: nn.Module, image_size: int, images: int, images_in_a
 
     ways = {way: contender(way) for way in ("plain", "folded")}
     folded = min(timed(arithmetic.device, ways["folded"]) for _ in range(_ROUNDS))
-    if folded / count * images_in_all > _WORTH_COMPILING_S:
+    if folded / count * total_images > _MIN_SECONDS_TO_COMPILE:
         ways["compiled"] = contender("compiled")
     return fastest(ways, arithmetic.device)
 
@@ -172,6 +174,6 @@ def fastest(ways: dict[str, Callable[[], object]], device: torch.device) -> str:
     for way in ways.values():
         way()
     first = {name: timed(device, way) for name, way in ways.items()}
-    hopeful = {name: way for name, way in ways.items() if first[name] <= _HOPELESS * min(first.values())}
-    times = medians(in_turns({name: timer(device, way) for name, way in hopeful.items()}, _ROUNDS))
+    hopeful = {name: way for name, way in ways.items() if first[name] <= _DROP_IF_SLOWER_BY * min(first.values())}
+    times = medians(in_turns({name: kernel_timer(device, way) for name, way in hopeful.items()}, _ROUNDS))
     return min(times, key=times.__getitem__)

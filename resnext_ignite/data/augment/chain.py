@@ -27,7 +27,7 @@ _LUMA = (0.299, 0.587, 0.114)
 # fb.resnext.torch).
 _COLOR_SCALES = (0.2175, 0.0188, 0.0045)
 # Bytes of images that `normalize` processes at a time on a CPU.
-_IN_CACHE = 2**19
+_CHUNK_BYTES = 2**19
 _ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 _COLOR_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
@@ -94,7 +94,7 @@ def normalize(images: Tensor, mean: Color, std: Color, mirrored: Tensor | None =
     scale = _constant(tuple(1 / (255 * s) for s in std) * w, torch.float32, images.device)
     out = torch.empty(n, h, w * 3, device=images.device)
     # On a CPU, take a few images at a time: they stay in its cache between the passes, which halves the time.
-    few = max(1, _IN_CACHE // (h * w * 3)) if images.device.type == "cpu" else max(1, n)
+    few = max(1, _CHUNK_BYTES // (h * w * 3)) if images.device.type == "cpu" else max(1, n)
     for first in range(0, n, few):
         some = slice(first, first + few)
         pictures = images[some] if mirrored is None else flip(images[some], mirrored[some])
@@ -195,7 +195,7 @@ class Augment:
         if self.color or self.lighting:
             images = images if mirrored is None else flip(images, mirrored)
             mean, std = self._moments(device)
-            out = (self._colored(images.float() / 255, epoch, indices) - mean) / std
+            out = (self._jittered(images.float() / 255, epoch, indices) - mean) / std
         else:
             out = normalize(images, self.mean, self.std, mirrored)
         if self.cutout:
@@ -253,7 +253,7 @@ class Augment:
             return (integers(self.seed, 0, indices, Purpose.FLIP, 2) + epoch) % 2 == 0
         return None
 
-    def _colored(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
+    def _jittered(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
         def draw(purpose: int) -> Tensor:
             return uniform(self.seed, epoch, indices, purpose)
 

@@ -79,16 +79,16 @@ class Mixing:
         height, width = images.shape[-2:]
         share = torch.ones(len(images), device=images.device)
         mask = torch.zeros(len(images), 1, height, width, device=images.device)
-        by_cut = torch.zeros_like(alone)
+        uses_cutmix = torch.zeros_like(alone)
         if self.cutmix:
-            by_cut = draw(Purpose.MIX_KIND) < 0.5 if self.mixup else ~alone
-            box = _boxes(beta(self.cutmix, draw(Purpose.MIX_SHARE)), draw(Purpose.MIX_Y), draw(Purpose.MIX_X), images)
-            mask = torch.where((by_cut & ~alone)[:, None, None, None], box, mask)
+            uses_cutmix = draw(Purpose.MIX_KIND) < 0.5 if self.mixup else ~alone
+            box = _boxes(beta(self.cutmix, draw(Purpose.MIX_LAMBDA)), draw(Purpose.MIX_Y), draw(Purpose.MIX_X), images)
+            mask = torch.where((uses_cutmix & ~alone)[:, None, None, None], box, mask)
             # Use the area of the clipped box.
             share = 1 - mask.mean((1, 2, 3))
         if self.mixup:
-            blended = ~by_cut & ~alone
-            own = beta(self.mixup, draw(Purpose.MIX_SHARE))
+            blended = ~uses_cutmix & ~alone
+            own = beta(self.mixup, draw(Purpose.MIX_LAMBDA))
             mask = torch.where(blended[:, None, None, None], (1 - own)[:, None, None, None], mask)
             share = torch.where(blended, own, share)
         return torch.lerp(images, neighbours(images), mask), share

@@ -62,21 +62,21 @@ def _contrasted(pictures: Tensor, factor: float) -> Tensor:
     return (pictures * factor).add_(mean, alpha=1 - factor).clamp_(0, 255).to(torch.uint8)
 
 
-_SHARES = _steps(0, 0.99)
+_MAGNITUDES = _steps(0, 0.99)
 _PIXELS = _steps(0, 32)
 # 8 bits down to 2: five bins each, three for 8 and for 2.
 _BITS = tuple((8 - torch.arange(BINS) / ((BINS - 1) / 6)).round().tolist())
 OPERATIONS: dict[str, Operation] = {
     "identity": Operation(lambda p, _: p),
-    "shear_x": Operation(lambda p, share: _sheared(p, share, 0), _SHARES, signed=True),
-    "shear_y": Operation(lambda p, share: _sheared(p, 0, share), _SHARES, signed=True),
+    "shear_x": Operation(lambda p, share: _sheared(p, share, 0), _MAGNITUDES, signed=True),
+    "shear_y": Operation(lambda p, share: _sheared(p, 0, share), _MAGNITUDES, signed=True),
     "translate_x": Operation(lambda p, pixels: _moved(p, pixels, 0), _PIXELS, signed=True),
     "translate_y": Operation(lambda p, pixels: _moved(p, 0, pixels), _PIXELS, signed=True),
     "rotate": Operation(lambda p, degrees: functional.rotate(p, degrees, _BILINEAR), _steps(0, 135), signed=True),
-    "brightness": Operation(lambda p, share: functional.adjust_brightness(p, 1 + share), _SHARES, signed=True),
-    "color": Operation(lambda p, share: functional.adjust_saturation(p, 1 + share), _SHARES, signed=True),
-    "contrast": Operation(lambda p, share: _contrasted(p, 1 + share), _SHARES, signed=True),
-    "sharpness": Operation(lambda p, share: functional.adjust_sharpness(p, 1 + share), _SHARES, signed=True),
+    "brightness": Operation(lambda p, share: functional.adjust_brightness(p, 1 + share), _MAGNITUDES, signed=True),
+    "color": Operation(lambda p, share: functional.adjust_saturation(p, 1 + share), _MAGNITUDES, signed=True),
+    "contrast": Operation(lambda p, share: _contrasted(p, 1 + share), _MAGNITUDES, signed=True),
+    "sharpness": Operation(lambda p, share: functional.adjust_sharpness(p, 1 + share), _MAGNITUDES, signed=True),
     "posterize": Operation(lambda p, bits: functional.posterize(p, int(bits)), _BITS),
     "solarize": Operation(lambda p, share: functional.solarize(p, 255 * share), _steps(1, 0)),
     "autocontrast": Operation(lambda p, _: functional.autocontrast(p)),

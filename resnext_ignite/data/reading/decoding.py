@@ -31,7 +31,7 @@ Pixels = NDArray[np.uint8]
 _ORIENTATION = 0x0112
 # By EXIF orientation (CIPA DC-008, table 6), the function that turns pixels (H, W, 3) upright. `_SIDEWAYS` are the
 # orientations that swap width and height.
-_TURNS: dict[int, Callable[[Pixels], Pixels]] = {
+_MAKE_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
@@ -41,7 +41,7 @@ _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
     8: lambda pixels: pixels[:, ::-1].transpose(1, 0, 2),
 }
 _SIDEWAYS = (5, 6, 7, 8)
-_MOST_SHRUNK = 64
+_MAX_SHRINK = 64
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -99,10 +99,10 @@ def _opened(source: ImagePath) -> Iterator[Image.Image]:
 
 
 def _file(source: ImagePath) -> IO[bytes]:
-    return open(source, "rb", opener=_without_waiting) if isinstance(source, str) else source.open()
+    return open(source, "rb", opener=_open_nonblocking) if isinstance(source, str) else source.open()
 
 
-def _without_waiting(path: str, flags: int) -> int:
+def _open_nonblocking(path: str, flags: int) -> int:
     # Without O_NONBLOCK, opening a pipe that has no writer blocks for ever.
     return os.open(path, flags | os.O_NONBLOCK)
 
@@ -141,12 +141,12 @@ def read_crop(source: ImagePath, size: int, crop: Crop, *, training: bool = Fals
         box = crop(pixels.shape[1], pixels.shape[0])
     # After scaled decoding the box is usually fractional: resize with a sub-pixel box, because rounding would shift
     # the crop by up to half a pixel.
-    cut = training and _of_pixels(box)
-    return cut_and_resized(pixels, size, box) if cut else resized(pixels, size, box)
+    cut = training and _is_whole_pixels(box)
+    return crop_and_resize(pixels, size, box) if cut else resized(pixels, size, box)
 
 
 @dataclass(frozen=True)
-class WholeJpeg:
+class UndecodedJpeg:
     """The bytes of a JPEG file that any decoder can decode, its size in pixels, and the requested crop box."""
 
     content: bytes
@@ -155,22 +155,22 @@ class WholeJpeg:
     box: Box
 
 
-def undecoded(source: ImagePath, size: int, crop: Crop) -> WholeJpeg | None:
+def read_undecoded(source: ImagePath, size: int, crop: Crop) -> UndecodedJpeg | None:
     """Read a JPEG file and its training crop without decoding it; None if the file needs `read_crop`.
 
     The file must be in YCbCr, upright, and end with an EOI marker: decoders differ in their result for a truncated
-    file. The box must be in whole pixels. A side over `_MOST_SHRUNK` times `size` is left to `read_crop`, which decodes
+    file. The box must be in whole pixels. A side over `_MAX_SHRINK` times `size` is left to `read_crop`, which decodes
     at a fraction of the size and does less work.
     """
     plain = _PlainJpeg.of(source)
     if plain is None or plain.space != "YCbCr" or plain.orientation != 1 or plain.content[-2:] != b"\xff\xd9":
         return None
     box = crop(plain.width, plain.height)
-    fits = max(box[2] - box[0], box[3] - box[1]) <= _MOST_SHRUNK * size
-    return WholeJpeg(plain.content, plain.width, plain.height, box) if fits and _of_pixels(box) else None
+    fits = max(box[2] - box[0], box[3] - box[1]) <= _MAX_SHRINK * size
+    return UndecodedJpeg(plain.content, plain.width, plain.height, box) if fits and _is_whole_pixels(box) else None
 
 
-def _of_pixels(box: Box) -> bool:
+def _is_whole_pixels(box: Box) -> bool:
     return all(side == round(side) for side in box)
 
 
@@ -193,14 +193,14 @@ class _PlainJpeg:
     def of(cls, source: ImagePath) -> _PlainJpeg | None:
         """Read a file; None if it is no plain JPEG or cannot be read. PIL then decodes it or reports the error."""
         try:
-            content = _content(source)
+            content = _jpeg_bytes(source)
             height, width, space, _ = simplejpeg.decode_jpeg_header(content)
         except (OSError, EOFError, ValueError):
             return None
         if space not in ("YCbCr", "Gray", "RGB") or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             return None
         # The orientation may be in Exif or in XMP; PIL reads both.
-        head = content[: _scan(content)]
+        head = content[: _scan_offset(content)]
         orientation = _orientation(content) if b"Exif\x00\x00" in head or b"tiff:Orientation" in head else 1
         if orientation in _SIDEWAYS:
             width, height = height, width
@@ -214,17 +214,17 @@ class _PlainJpeg:
             pixels: Pixels = simplejpeg.decode_jpeg(self.content, "RGB", False, False, *least)
         except ValueError:
             return None
-        turn = _TURNS.get(self.orientation)
+        turn = _MAKE_UPRIGHT.get(self.orientation)
         return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
-def _content(source: ImagePath) -> bytes:
+def _jpeg_bytes(source: ImagePath) -> bytes:
     """Return the bytes of a JPEG file, read at once; empty if the file is no JPEG."""
     if not isinstance(source, str):
         with source.open() as file:
             content = file.read()
         return content if content[:2] == b"\xff\xd8" else b""
-    descriptor = _without_waiting(source, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = _open_nonblocking(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(descriptor).st_size
         return os.read(descriptor, size) if os.pread(descriptor, 2, 0) == b"\xff\xd8" else b""
@@ -232,7 +232,7 @@ def _content(source: ImagePath) -> bytes:
         os.close(descriptor)
 
 
-def _scan(content: bytes) -> int:
+def _scan_offset(content: bytes) -> int:
     """Return the offset of the first scan of a JPEG; all metadata lies before it (ITU-T T.81, annex B)."""
     place = 2
     while content[place : place + 1] == b"\xff" and content[place + 1 : place + 2] != b"\xda":
@@ -257,7 +257,7 @@ def resized(pixels: Pixels, size: int, box: Box) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box))
 
 
-def cut_and_resized(pixels: Pixels, size: int, box: Box) -> Pixels:
+def crop_and_resize(pixels: Pixels, size: int, box: Box) -> Pixels:
     """Crop an image to a box of whole pixels, then resize it: uint8 (H, W, 3) -> (size, size, 3).
 
     torch needs half the time of PIL here. Its rounding differs from PIL's by at most one level of 255.

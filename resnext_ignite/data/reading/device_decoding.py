@@ -19,9 +19,9 @@ from torchvision.transforms.v2 import functional
 
 from resnext_ignite.data.augment.progressive import GrowingSize
 from resnext_ignite.data.reading.cropping import Box
-from resnext_ignite.data.reading.decoding import WholeJpeg, no_warnings, undecoded
+from resnext_ignite.data.reading.decoding import UndecodedJpeg, no_warnings, read_undecoded
 from resnext_ignite.data.reading.image_files import ImageFiles
-from resnext_ignite.data.reading.workers import shared_room
+from resnext_ignite.data.reading.workers import allocate_batch
 from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -89,11 +89,11 @@ class JpegReader(Dataset[Any]):
     def _read(self, positions: Tensor, epoch: int) -> tuple[Tensor, list[Part], dict[int, str]]:
         files, key = self.files_of(epoch), (self.crop_seed, epoch)
         crops = files.crops(positions, key)
-        jpegs: list[WholeJpeg | None] = [None] * len(positions)
+        jpegs: list[UndecodedJpeg | None] = [None] * len(positions)
         with no_warnings():
             # Read in file order: one forward pass over each shard.
             for place in positions.argsort().tolist():
-                jpegs[place] = undecoded(files.paths[int(positions[place])], files.size, crops[place])
+                jpegs[place] = read_undecoded(files.paths[int(positions[place])], files.size, crops[place])
         others = [place for place, jpeg in enumerate(jpegs) if jpeg is None]
         pixels, reasons = files.read(positions[others], key, self.fill)
         decoded = iter(pixels.numpy())
@@ -105,7 +105,7 @@ class JpegReader(Dataset[Any]):
             contents += content
             parts.append(Part(len(content), *size_and_box))
         unreadable = {others[place]: reason for place, reason in reasons.items()}
-        return shared_room(len(contents)).copy_(torch.frombuffer(contents, dtype=torch.uint8)), parts, unreadable
+        return allocate_batch(len(contents)).copy_(torch.frombuffer(contents, dtype=torch.uint8)), parts, unreadable
 
 
 class JpegDecoder:
@@ -168,7 +168,7 @@ class DeviceDecoding:
         pictures = torch.empty((len(parts), size, size, 3), dtype=torch.uint8, device=device)
         pieces = content.split([part.length for part in parts])
         reasons: dict[int, str] = {}
-        for places in _at_once(parts):
+        for places in _group_by_pixels(parts):
             decoded = self.decoder.decode([pieces[place] for place in places])
             for place, picture in zip(places, decoded, strict=True):
                 part = parts[place]
@@ -177,7 +177,7 @@ class DeviceDecoding:
                     kept = functional.resize(picture[:, top:bottom, left:right], [size, size], antialias=True)
                     pictures[place] = kept.permute(1, 2, 0)
                 else:
-                    pixels, why = self._refused(positions[place : place + 1], epoch)
+                    pixels, why = self._decode_refused(positions[place : place + 1], epoch)
                     pictures[place] = pixels.to(device)
                     if why is not None:
                         reasons[place] = why
@@ -186,7 +186,7 @@ class DeviceDecoding:
                 pictures[place] = pieces[place].view(size, size, 3).to(device, non_blocking=True)
         return pictures, reasons
 
-    def _refused(self, position: Tensor, epoch: int) -> tuple[Tensor, str | None]:
+    def _decode_refused(self, position: Tensor, epoch: int) -> tuple[Tensor, str | None]:
         files = self.reader.files_of(epoch)
         pixels, reasons = files.read(position, (self.reader.crop_seed, epoch), self.reader.fill)
         if not reasons and not self._warned:
@@ -197,7 +197,7 @@ class DeviceDecoding:
         return pixels[0], reasons.get(0)
 
 
-def _at_once(parts: list[Part]) -> Iterator[list[int]]:
+def _group_by_pixels(parts: list[Part]) -> Iterator[list[int]]:
     """Yield the places of the JPEG files in groups of one file, or of at most `_PIXELS_AT_ONCE` decoded pixels."""
     places: list[int] = []
     pixels = 0

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from resnext_ignite.data.images import UNREADABLE, Images
 from resnext_ignite.data.reading.cropping import CENTRE, Box, Crop, crop_draws, random_crop, square_crop
 from resnext_ignite.data.reading.decoding import has_size, no_warnings, read_crop
-from resnext_ignite.data.reading.workers import shared_room
+from resnext_ignite.data.reading.workers import allocate_batch
 from resnext_ignite.data.sources.paths import ImagePaths
 from resnext_ignite.runtime.errors import DataError
 
@@ -82,7 +82,7 @@ class ImageFiles:
         Raises:
             DataError: an image cannot be read and there is no `fill`; the message names it. Or /dev/shm is full.
         """
-        room = shared_room(len(positions), self.size, self.size, 3)
+        room = allocate_batch(len(positions), self.size, self.size, 3)
         pictures = room.numpy()
         crops = self.crops(positions, crop_key)
         unreadable: dict[int, str] = {}

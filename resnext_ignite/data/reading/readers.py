@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from resnext_ignite.data.augment.chain import Augment
 from resnext_ignite.data.augment.progressive import GrowingSize
 from resnext_ignite.data.reading.image_files import ImageFiles
-from resnext_ignite.data.reading.workers import ignore_signals, watched
+from resnext_ignite.data.reading.workers import ignore_signals, supervised
 from resnext_ignite.runtime.errors import DataError
 
 # Pixels uint8 (n, size, size, 3), epoch, positions int64 (n,), and a dict from the place of each unreadable image in
@@ -97,5 +97,5 @@ def decoded(
         # A generator of its own: drawing the workers' seeds must not change the state of torch's default generator.
         generator=torch.Generator(),
     )
-    for pictures, epoch, positions, unreadable in watched(loader):
+    for pictures, epoch, positions, unreadable in supervised(loader):
         yield pictures, epoch, torch.tensor(positions, dtype=torch.int64), unreadable

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from resnext_ignite.runtime.errors import DataError, data_error, errors_of_data
+from resnext_ignite.runtime.errors import DataError, data_error, raise_as_data_error
 from resnext_ignite.runtime.signals import STOP_SIGNALS, die_with_parent, signals_blocked
 
 _SHM_FULL = "/dev/shm is full: enlarge it (docker run --shm-size=8g) or set data.workers=0"
@@ -46,7 +46,7 @@ def ignore_signals(worker: int) -> None:
         die_with_parent(parent.pid, signal.SIGKILL)
 
 
-def shared_room(*shape: int) -> Tensor:
+def allocate_batch(*shape: int) -> Tensor:
     """Allocate a uint8 tensor for a batch; in a worker, in memory that it shares with the main process.
 
     Raises:
@@ -65,7 +65,7 @@ def shared_room(*shape: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
-def watched(loader: DataLoader[Any]) -> Iterator[Any]:
+def supervised(loader: DataLoader[Any]) -> Iterator[Any]:
     """Yield the items of a loader and check its workers; kill them at the end, also after an error.
 
     Raises:
@@ -97,7 +97,7 @@ def watched(loader: DataLoader[Any]) -> Iterator[Any]:
                 _check(workers, patience=1.0)
                 if _NO_DESCRIPTOR.search(str(error)):
                     raise data_error("data workers", _TOO_MANY_FILES, advice="") from None
-                with errors_of_data("data workers"):
+                with raise_as_data_error("data workers"):
                     raise
             if isinstance(item, DataError):
                 raise item
@@ -123,7 +123,7 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
         raise DataError(f"data workers cannot be started: {reason}") from None
     finally:
         if signal.getsignal(signal.SIGCHLD) is not handler:
-            # torch's handler raises wherever the main process is when a worker dies, even during a save. `watched`
+            # torch's handler raises wherever the main process is when a worker dies, even during a save. `supervised`
             # checks the workers before each batch instead.
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 

@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import extract_archive
 
 from resnext_ignite.data.images import Images
-from resnext_ignite.runtime.errors import DataError, StorageError, data_error, errors_of_data
+from resnext_ignite.runtime.errors import DataError, StorageError, data_error, raise_as_data_error
 
 # As in facebookresearch/ResNeXt: 125.3, 123.0, 113.9 and 63.0, 62.1, 66.7, on a scale of 0 to 255.
 MEAN, STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -56,7 +56,7 @@ def prepare_cifar(name: str, root: Path, *, download: bool) -> None:
     # The first ranks of several machines may prepare one shared folder at the same time: lock it. A folder that is not
     # writable needs no lock, because nobody changes it.
     shared = root.is_dir() and os.access(root, os.W_OK)
-    with errors_of_data(root), FileLock(root / f".{name}.lock") if shared else contextlib.nullcontext():
+    with raise_as_data_error(root), FileLock(root / f".{name}.lock") if shared else contextlib.nullcontext():
         _prepare(_DATASETS[name], root, download=download)
 
 

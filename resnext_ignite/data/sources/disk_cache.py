@@ -29,7 +29,7 @@ def get_or_build(
     names: Sequence[str],
     state_of: Callable[[], tuple[float, str]],
     find: Callable[[], list[Array]],
-    worth_keeping: Callable[[list[Array]], bool],
+    worth_caching: Callable[[list[Array]], bool],
 ) -> list[Array]:
     """Return the arrays that are cached for a folder's current state; else build them, and cache them.
 
@@ -40,7 +40,7 @@ def get_or_build(
         state_of: returns the time of the source's last change (seconds since the epoch) and a text that differs after
             any change.
         find: builds the arrays.
-        worth_keeping: returns whether arrays take long enough to build to be cached.
+        worth_caching: returns whether arrays take long enough to build to be cached.
     """
     # Take the time before the state: a change in between then counts as too recent to cache.
     path, now = _kept_path(kind, folder), time.time()
@@ -48,7 +48,7 @@ def get_or_build(
     arrays = _read_kept(path, state, names)
     if arrays is None:
         arrays = find()
-        if worth_keeping(arrays) and changed_s < now - UNCHANGED_S:
+        if worth_caching(arrays) and changed_s < now - UNCHANGED_S:
             _keep(path, state, dict(zip(names, arrays, strict=True)))
     return arrays
 

@@ -140,13 +140,14 @@ def build_average(config: Config, model: nn.Module, iterations_per_epoch: int) -
         return None
     decay = train.ema_decay
     if train.ema_horizon:
-        remembered = train.ema_horizon * iterations_per_epoch
-        if remembered < 2:
+        horizon_iterations = train.ema_horizon * iterations_per_epoch
+        if horizon_iterations < 2:
             raise ConfigError(
-                f"train.ema_horizon: {train.ema_horizon:g} epochs are {remembered:.3g} iterations, which averages "
+                f"train.ema_horizon: {train.ema_horizon:g} epochs are "
+                f"{horizon_iterations:.3g} iterations, which averages "
                 f"nothing; at least {math.ceil(2000 / iterations_per_epoch) / 1000:g}"
             )
-        decay = 1 - 1 / remembered
+        decay = 1 - 1 / horizon_iterations
     return WeightAverage(model, decay, round(train.ema_start * iterations_per_epoch))
 
 

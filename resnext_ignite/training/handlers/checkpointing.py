@@ -72,7 +72,7 @@ class RunState:
                 # after a resume.
                 parts[name] |= averaged_statistics(part, self.ranks)
                 own[name] = {key: buffer.cpu() for key, buffer in own_statistics(part, self.ranks).items()}
-        self._refuse_what_is_not_finite(parts)
+        self._check_finite(parts)
         return {
             **self.metadata,
             "trainer": {"iteration": self.trainer.state.iteration, "epoch_length": self.trainer.state.epoch_length},
@@ -84,7 +84,7 @@ class RunState:
             "statistics": self.ranks.gather_on_rank_zero(own),
         }
 
-    def _refuse_what_is_not_finite(self, parts: dict[str, Any]) -> None:
+    def _check_finite(self, parts: dict[str, Any]) -> None:
         # All ranks reach the same result: they have the same weights, and `parts` holds the mean of their statistics.
         bad = _not_finite(parts)
         if bad is not None:

@@ -22,7 +22,7 @@ from resnext_ignite.training.metrics import FlipCounts
 _METRICS = ("images", "correct", "top1_error", "top5_error", "loss")
 
 
-class _AbandonedError(Exception):
+class _EvaluationInterruptedError(Exception):
     """Ends an evaluation before its last batch, because a stop of the run is requested."""
 
 
@@ -66,7 +66,7 @@ class Evaluation:
         self.abandoned = False
         self._sync = SyncSchedule(stop)
         self._common_batches = 0
-        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._meet)
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._synchronise)
         self._seconds_before = 0.0
         self._started = time.monotonic()
 
@@ -106,7 +106,7 @@ class Evaluation:
         self._common_batches = loader.common_batches
         try:
             self.evaluator.run(loader)
-        except _AbandonedError:
+        except _EvaluationInterruptedError:
             self.abandoned = True
             engine.terminate(skip_completed=True)
             return
@@ -130,13 +130,13 @@ class Evaluation:
         self.records += 1
         engine.fire_event(RunEvents.EVALUATED)
 
-    def _meet(self, evaluator: Engine) -> None:
+    def _synchronise(self, evaluator: Engine) -> None:
         # Only at batches that every rank has: the slices of the ranks may differ by one image, and so by one batch.
         batch = evaluator.state.iteration
         if batch < self._common_batches and self._sync.due(batch):
             self._sync.exchange(batch, torch.zeros(0, dtype=torch.float64))
             if self.stop.reason >= StopReason.SIGNAL:
-                raise _AbandonedError
+                raise _EvaluationInterruptedError
 
     def wall_seconds(self) -> float:
         """Return the seconds that this run has taken, over all its resumes, without the time between them."""

@@ -67,19 +67,19 @@ class LogPoint:
         iteration, length = engine.state.iteration, engine.state.epoch_length
         assert length is not None
         logs = iteration % self.every_iterations == 0 or iteration % length == 0
-        in_time = self._sync.due(iteration)
-        if logs or in_time or self.save_due(iteration):
-            self._meet(engine, iteration)
+        sync_due = self._sync.due(iteration)
+        if logs or sync_due or self.save_due(iteration):
+            self._synchronise(engine, iteration)
             if logs:
                 self._since_log.zero_()
                 self.last = dict(engine.state.metrics)
                 engine.fire_event(RunEvents.METRICS_READY)
-            if logs or in_time:
+            if logs or sync_due:
                 engine.fire_event(RunEvents.PROGRESS)
         if self.stop.reason and iteration != length * (engine.state.max_epochs or 0):
             engine.terminate(skip_completed=True)
 
-    def _meet(self, engine: Engine, iteration: int) -> None:
+    def _synchronise(self, engine: Engine, iteration: int) -> None:
         # (world_size, 7): the five sums, the first bad iteration, the seconds
         numbers = self._sync.exchange(iteration, engine.state.sums.read_and_reset())
         first_bad = numbers[:, -2].min().item()

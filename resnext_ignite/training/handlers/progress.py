@@ -38,9 +38,9 @@ class Progress:
 
     def attach(self, trainer: Engine) -> None:
         """Attach the bar or the lines, and the report of each evaluation, to the trainer."""
-        trainer.add_event_handler(RunEvents.EVALUATED, self.say_evaluation)
+        trainer.add_event_handler(RunEvents.EVALUATED, self.log_evaluation)
         if not sys.stderr.isatty():
-            trainer.add_event_handler(RunEvents.PROGRESS, self.say_metrics)
+            trainer.add_event_handler(RunEvents.PROGRESS, self.log_metrics)
             return
         trainer.add_event_handler(RunEvents.PROGRESS, self._mark)
         # Draw only at these points: a terminal may be slower than an iteration, and the metrics do not change between.
@@ -56,21 +56,21 @@ class Progress:
         return {
             "loss": f"{metrics['loss']:.4f}",
             "images/s": f"{metrics['images_per_s']:.0f}",
-            "run": f"{self._left(engine)} left",
+            "run": f"{self._remaining_time(engine)} left",
         }
 
-    def _left(self, engine: Engine) -> datetime.timedelta:
+    def _remaining_time(self, engine: Engine) -> datetime.timedelta:
         state = engine.state
         iterations = (state.max_epochs or 0) * (state.epoch_length or 0) - state.iteration
         seconds = iterations * self.images_per_iteration / max(state.metrics["images_per_s"], 1e-9)
         return datetime.timedelta(seconds=round(seconds))
 
-    def say_metrics(self, engine: Engine) -> None:
+    def log_metrics(self, engine: Engine) -> None:
         state, metrics = engine.state, engine.state.metrics
         log.info(
             f"epoch {state.epoch}/{state.max_epochs} iteration {state.iteration} loss {metrics['loss']:.4f} "
-            f"lr {metrics['lr']:.4g} {metrics['images_per_s']:.0f} images/s {self._left(engine)} left"
+            f"lr {metrics['lr']:.4g} {metrics['images_per_s']:.0f} images/s {self._remaining_time(engine)} left"
         )
 
-    def say_evaluation(self, engine: Engine) -> None:
+    def log_evaluation(self, engine: Engine) -> None:
         log.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs} {describe_evaluation(engine.state.record)}")

@@ -163,7 +163,7 @@ class AttachedRun:
     def _forget_lost_evaluations(self) -> None:
         # The resumed run repeats the evaluations after the saved state.
         if self.state.ranks.rank == 0:
-            self.run.folder.keep_metrics(self.evaluation.records)
+            self.run.folder.truncate_metrics(self.evaluation.records)
 
     def _finish(self, whole: bool, started_at: int) -> Record | None:
         state = self.parts.trainer.state
@@ -175,8 +175,8 @@ class AttachedRun:
                     f"the launcher of the ranks of a machine has died: saved at iteration {state.iteration}; "
                     "continue with --resume"
                 )
-                # All ranks raise this error. `name_failures` does not post an error whose `quiet` is set. A posted one
-                # would make the watchers (`failures.py`) end all ranks within seconds.
+                # All ranks raise this error. `report_failures` does not post an error whose `quiet` is set: a posted
+                # one would make the watchers (`failures.py`) end all ranks within seconds.
                 error.quiet = self.state.ranks.rank != 0
                 raise error
             name = self.stop.signal_name

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from resnext_ignite.runs.checkpoint import ModelMetadata
 from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.runtime.storage import replace_durably, write_durably
-from resnext_ignite.weights.export.networks import prepared, program_of, reference, traced_images
+from resnext_ignite.weights.export.networks import prepare_for_export, program_of, reference, traced_images
 from resnext_ignite.weights.foreign.metadata import as_strings
 
 # torch's exporter writes this opset directly and converts it to all others. Runtimes read it since 2023.
@@ -46,7 +46,7 @@ def write_onnx(path: Path, model: nn.Module, metadata: ModelMetadata, options: O
     """
     import onnx
 
-    network = prepared(model, metadata.mean, metadata.std, uint8=options.uint8, fold=options.fold)
+    network = prepare_for_export(model, metadata.mean, metadata.std, uint8=options.uint8, fold=options.fold)
     with _quiet():
         program = torch.onnx.export(
             network,
@@ -94,7 +94,7 @@ def write_program(path: Path, model: nn.Module, metadata: ModelMetadata, options
     Raises:
         CheckpointError: as in `write_onnx`.
     """
-    network = prepared(model, metadata.mean, metadata.std, uint8=options.uint8, fold=options.fold)
+    network = prepare_for_export(model, metadata.mean, metadata.std, uint8=options.uint8, fold=options.fold)
     with _quiet():
         program = program_of(network, uint8=options.uint8)
     extra = {"metadata.json": json.dumps(export_metadata(metadata, options))}

@@ -46,38 +46,38 @@ class ExportedModel:
     versions: dict[str, str]
 
 
-def model_card(metadata: ModelMetadata, leaving: ExportedModel) -> str:
+def model_card(metadata: ModelMetadata, exported: ExportedModel) -> str:
     """Return the whole card, as Markdown."""
     name = metadata.config.model.name
     head: dict[str, Any] = {
         "pipeline_tag": "image-classification",
-        "tags": ["resnext", "pytorch" if leaving.format == "torch-export" else leaving.format],
+        "tags": ["resnext", "pytorch" if exported.format == "torch-export" else exported.format],
     }
     if metadata.source is None and metadata.config.data.name.startswith("cifar"):
         head["datasets"] = [metadata.config.data.name]
     parts = [
         f"---\n# license: missing; choose one that the training images allow\n{_yaml(head)}---",
         f"# {name}",
-        _what(metadata),
+        _description(metadata),
         "## Errors",
         _errors(metadata),
         "## Use",
-        _use(metadata, leaving),
+        _use(metadata, exported),
         "## Input",
-        _input(metadata, leaving.options),
+        _input(metadata, exported.options),
         "## Classes",
         f"```json\n{json.dumps(metadata.classes, ensure_ascii=False)}\n```",
         "## Recipe",
         _recipe(metadata),
         "## File",
-        _file(leaving),
+        _file(exported),
         "## Licence",
         "Not stated. State the licence here and at `license` above before you publish these weights.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _what(metadata: ModelMetadata) -> str:
+def _description(metadata: ModelMetadata) -> str:
     network = metadata.config.model
     classes, size = len(metadata.classes), metadata.image_size
     cost = cost_of(create_model(network.name, classes, stem_channels=network.stem_channels), size)
@@ -128,18 +128,18 @@ def _which_epoch(metadata: ModelMetadata, epoch: int, *, chosen: bool) -> str:
     return f"{best} on the {metadata.selection} split itself, so the error above is not a valid test result."
 
 
-def _use(metadata: ModelMetadata, leaving: ExportedModel) -> str:
-    size, name = metadata.image_size, json.dumps(leaving.name)
+def _use(metadata: ModelMetadata, exported: ExportedModel) -> str:
+    size, name = metadata.image_size, json.dumps(exported.name)
     resized = f"resize(({size}, {size}), PIL.Image.Resampling.BILINEAR)"
     picture = f'picture = PIL.Image.open("picture.png").convert("RGB").{resized}'
     images = "np.asarray(picture).transpose(2, 0, 1)[None]"
-    if not leaving.options.uint8:
+    if not exported.options.uint8:
         mean, std = (f"np.reshape({list(values)}, (3, 1, 1))" for values in (metadata.mean, metadata.std))
         images = f"np.float32(({images} / 255 - {mean}) / {std})"
-    if leaving.format == "onnx":
+    if exported.format == "onnx":
         imports = "import numpy as np, onnxruntime, PIL.Image"
         logits = f'onnxruntime.InferenceSession({name}).run(None, {{"images": images}})[0]'
-    elif leaving.format == "torch-export":
+    elif exported.format == "torch-export":
         imports = "import numpy as np, PIL.Image, torch"
         logits = f"torch.export.load({name}).module()(torch.tensor(images))"
     else:
@@ -177,18 +177,18 @@ def _recipe(metadata: ModelMetadata) -> str:
     )
 
 
-def _file(leaving: ExportedModel) -> str:
+def _file(exported: ExportedModel) -> str:
     lines = []
-    if leaving.difference is None:
+    if exported.difference is None:
         lines.append("Weights and BatchNorm statistics, unchanged, with torchvision's names; metadata in the file.")
     else:
-        folded = "folded into the convolutions" if leaving.options.fold else "as it is"
+        folded = "folded into the convolutions" if exported.options.fold else "as it is"
         lines.append(
             f"BatchNorm {folded}. Checked before it was saved, with two batch sizes and two image sizes: the largest "
-            f"difference of a logit from the model in eager mode: {leaving.difference:.1e}, over the larger of 1 and "
+            f"difference of a logit from the model in eager mode: {exported.difference:.1e}, over the larger of 1 and "
             f"the largest logit (at most {TOLERANCE:.0e} is allowed)."
         )
-    lines.append("Written by " + ", ".join(f"{name} {version}" for name, version in leaving.versions.items()) + ".")
+    lines.append("Written by " + ", ".join(f"{name} {version}" for name, version in exported.versions.items()) + ".")
     return "\n\n".join(lines)
 
 

@@ -58,7 +58,7 @@ class EvenMaxPool2d(nn.Module):
         return F.max_pool2d(F.pad(x, (1, right, 1, below)), 3, 2)
 
 
-def prepared(model: nn.Module, mean: Color, std: Color, *, uint8: bool, fold: bool) -> nn.Module:
+def prepare_for_export(model: nn.Module, mean: Color, std: Color, *, uint8: bool, fold: bool) -> nn.Module:
     """Return a copy for export; its grouped convolutions use `grouped`, whatever implementation training used."""
     network = fold_batch_norm(model) if fold else copy.deepcopy(model).eval()
     for module in network.modules():

@@ -50,7 +50,7 @@ class _Value:
     is_averaged: bool = False
 
 
-_PICTURE = _Value(-1)
+_IMAGE = _Value(-1)
 
 
 def read_caffe(file: Path) -> Weights:
@@ -92,7 +92,7 @@ class _Graph:
                 continue
             if kind not in follow and kind not in _PASSING:
                 raise self.failure(layer, "a ResNeXt has no such layer")
-            bottoms = [self.values.get(text(name), _PICTURE) for name in layer.bottom]
+            bottoms = [self.values.get(text(name), _IMAGE) for name in layer.bottom]
             if len(bottoms) != (2 if kind == "Eltwise" else 1) or not layer.top:
                 raise self.failure(layer, f"{len(bottoms)} input and {len(layer.top)} output blobs: not a ResNeXt")
             if any(value.is_averaged for value in bottoms) and kind not in (*_PASSING, "InnerProduct"):

@@ -143,7 +143,7 @@ def _add(
         if value.shape != (channels,):
             raise CheckpointError(f"{file}: {layer.where}: {part}: shape {tuple(value.shape)}, not ({channels},)")
     weights[f"{norm_name}.running_mean"] = norm.mean if layer.bias is None else norm.mean - layer.bias
-    weights[f"{norm_name}.running_var"] = with_our_eps(norm.var, norm.eps)
+    weights[f"{norm_name}.running_var"] = with_project_eps(norm.var, norm.eps)
     weights[f"{norm_name}.weight"], weights[f"{norm_name}.bias"] = norm.weight, norm.bias
 
 
@@ -151,6 +151,6 @@ def _sizes(geometry: tuple[tuple[int, int], ...]) -> str:
     return ", ".join(f"{height}x{width}" for height, width in geometry)
 
 
-def with_our_eps(var: Tensor, eps: float) -> Tensor:
+def with_project_eps(var: Tensor, eps: float) -> Tensor:
     """Return a variance that gives the same BatchNorm with this project's eps as `var` does with `eps`."""
     return (var.double() + (eps - EPS)).float()

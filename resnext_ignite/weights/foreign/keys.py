@@ -40,11 +40,11 @@ class Naming:
     rules: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
     back: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = ()
 
-    def to_ours(self, name: str) -> str | None:
+    def to_project(self, name: str) -> str | None:
         """Return this project's name for a weight; None: no rule matches."""
         return _renamed(name, self.rules)
 
-    def from_ours(self, name: str) -> str | None:
+    def from_project(self, name: str) -> str | None:
         """Return the scheme's name for a weight of this project; None: no rule matches."""
         return _renamed(name, self.back)
 

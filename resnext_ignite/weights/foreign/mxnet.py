@@ -16,7 +16,7 @@ _V1, _V2, _V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
 _DTYPES = ("<f4", "<f8", "<f2", "u1", "<i4", "i1", "<i8")
 _MOST_DIMENSIONS = 32
 # Bytes of the shortest array: in an older file, a number of dimensions of 0.
-_LEAST_ARRAY = 4
+_MIN_ARRAY_BYTES = 4
 
 
 def load_params(file: Path) -> dict[str, Tensor]:
@@ -29,7 +29,7 @@ def load_params(file: Path) -> dict[str, Tensor]:
     if bytes(cursor.take(len(MXNET))) != MXNET:
         raise cursor.failure("not a .params file of MXNet")
     cursor.take(8)
-    arrays = [_array(cursor) for _ in range(cursor.count("Q", _LEAST_ARRAY))]
+    arrays = [_array(cursor) for _ in range(cursor.count("Q", _MIN_ARRAY_BYTES))]
     names = [cursor.text("Q") for _ in range(cursor.count("Q", 8))]
     if len(names) != len(arrays):
         raise cursor.failure(f"{len(arrays)} arrays with {len(names)} names")

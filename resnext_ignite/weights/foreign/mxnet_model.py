@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resnext_ignite.runtime.errors import CheckpointError
-from resnext_ignite.weights.foreign.graph import with_our_eps
+from resnext_ignite.weights.foreign.graph import with_project_eps
 from resnext_ignite.weights.foreign.keys import Statistics, Weights
 
 # The epsilon of every BatchNorm in the symbol zoo's ResNeXt, including that of the images.
@@ -19,7 +19,7 @@ def adapt_symbol_zoo(weights: Weights) -> None:
     """Change the variances in place, so that this project's eps gives the same BatchNorm as the symbol zoo's eps."""
     for name in weights:
         if name.endswith("running_var") and not name.startswith("bn_data"):
-            weights[name] = with_our_eps(weights[name], _EPS)
+            weights[name] = with_project_eps(weights[name], _EPS)
 
 
 def statistics_of_data(weights: Weights, file: Path) -> tuple[Statistics, Statistics] | None:

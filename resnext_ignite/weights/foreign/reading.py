@@ -25,7 +25,7 @@ from resnext_ignite.weights.foreign.keys import (
     without_prefixes,
 )
 from resnext_ignite.weights.foreign.metadata import OWN, metadata_in, network_from_metadata
-from resnext_ignite.weights.foreign.recognition import fitted, recognise
+from resnext_ignite.weights.foreign.recognition import fit_weights, recognise
 from resnext_ignite.weights.foreign.systems import SYSTEMS, ForeignModel
 
 
@@ -43,7 +43,9 @@ def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
         stated = metadata_in(file)
         if stated is not None:
             network = network_from_metadata(stated, file)
-            return ForeignModel(OWN, network, fitted(weights, network, file), stated["mean"], stated["std"], stated)
+            return ForeignModel(
+                OWN, network, fit_weights(weights, network, file), stated["mean"], stated["std"], stated
+            )
     if source == "auto":
         source = format_of(file) or source
     # Import the reader of a binary format only if such a file is opened: Caffe's reader needs protobuf.
@@ -62,7 +64,7 @@ def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
     # Do this before `recognise`, because it removes MXNet's BatchNorm of the images, which is not part of the network.
     mean, std = system.statistics(renamed, file) or (system.mean, system.std)
     network = recognise(renamed, file)
-    return ForeignModel(source, network, fitted(renamed, network, file), mean, std)
+    return ForeignModel(source, network, fit_weights(renamed, network, file), mean, std)
 
 
 def format_of(file: Path) -> str | None:
@@ -97,7 +99,7 @@ def renamed_weights(file: Path, source: str) -> tuple[str, dict[str, Tensor]]:
     naming = SYSTEMS[source].naming
     renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
-        ours = None if naming is None else naming.to_ours(name)
+        ours = None if naming is None else naming.to_project(name)
         if ours is None:
             raise CheckpointError(f"{file}: {name}: {source} has no such weight in a ResNeXt; try another --from")
         renamed[ours] = value

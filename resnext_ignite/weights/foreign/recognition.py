@@ -73,7 +73,7 @@ def _blocks(weights: dict[str, Tensor]) -> tuple[int, ...]:
     return tuple(count for _, count in sorted(last.items()))
 
 
-def fitted(weights: dict[str, Tensor], network: Network, file: object) -> dict[str, Tensor]:
+def fit_weights(weights: dict[str, Tensor], network: Network, file: object) -> dict[str, Tensor]:
     """Return copies of the weights in the network's order: in float32, batch counters in int64 (zero if missing).
 
     Raises:

@@ -48,7 +48,7 @@ class System:
     statistics: Callable[[Weights, Path], tuple[Statistics, Statistics] | None] = lambda weights, file: None
 
 
-def _cifars_behind_a_small_stem(weights: Weights, file: Path) -> tuple[Statistics, Statistics] | None:
+def _cifar_statistics_for_small_stem(weights: Weights, file: Path) -> tuple[Statistics, Statistics] | None:
     # facebookresearch/ResNeXt and other systems use a 3x3 stem for CIFAR only.
     return (cifar.MEAN, cifar.STD) if weights["conv1.weight"].shape[-1] == 3 else None
 
@@ -67,12 +67,14 @@ SYSTEMS = {
     ),
     # torchvision's and timm's own models have a 7x7 stem. CIFAR models with their names come from `convert --to`.
     "torchvision": System(
-        TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem
+        TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifar_statistics_for_small_stem
     ),
     # This includes the tv_, fb_ssl_ and fb_swsl_ weights.
-    "timm": System(TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
-    "torch7": System(None, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
-    "caffe": System(None, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifars_behind_a_small_stem),
+    "timm": System(
+        TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifar_statistics_for_small_stem
+    ),
+    "torch7": System(None, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifar_statistics_for_small_stem),
+    "caffe": System(None, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifar_statistics_for_small_stem),
     "mxnet": System(
         MXNET,
         folders.MEAN,
@@ -105,8 +107,8 @@ class ForeignModel:
         """Whether the model was trained on images of 224 pixels; False if the file itself states a size."""
         if self.stated is not None:
             return False
-        told = SYSTEMS[self.source].is_imagenet
-        return parse_model_name(self.network.name).layout == "imagenet" if told is None else told
+        stated = SYSTEMS[self.source].is_imagenet
+        return parse_model_name(self.network.name).layout == "imagenet" if stated is None else stated
 
 
 def renamed_for(target: str, weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -117,7 +119,7 @@ def renamed_for(target: str, weights: Mapping[str, Tensor], file: Path) -> dict[
     """
     renamed = {}
     for name, value in weights.items():
-        theirs = TARGETS[target].from_ours(name)
+        theirs = TARGETS[target].from_project(name)
         if theirs is None:
             raise CheckpointError(f"{file}: {name}: {target} has no such weight")
         renamed[theirs] = value
