@@ -202,8 +202,8 @@ def test_the_page_on_scaling_holds_what_its_script_computes() -> None:
     assert tables in (ROOT / "docs/scaling.md").read_text()
 
 
-def test_the_readme_tells_what_a_resumed_run_may_change() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_docs_tell_what_a_resumed_run_may_change() -> None:
+    text = (ROOT / "docs/recovery.md").read_text()
     for key in SAFE_ON_RESUME:
         assert f"`{key}`" in text or f"`{key.partition('.')[0]}.*`" in text, key
 
