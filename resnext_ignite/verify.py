@@ -1,6 +1,7 @@
 """Check every checkpoint of a run: `python -m resnext_ignite.verify RUN [RUN ...]`.
 
-The command takes no lock and writes nothing; it can check a run while the run trains.
+The command takes no lock and writes nothing; it can check a run while the run trains. `runs/checkpoint.py` verifies the
+single file.
 """
 
 from __future__ import annotations

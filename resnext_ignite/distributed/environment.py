@@ -1,4 +1,4 @@
-"""The environment variables and error files of torchrun and srun. This module does not import torch.
+"""Who started this process, by the variables of torchrun and srun; and torchrun's error files. Without torch.
 
 torchrun restarts failed ranks (`--max-restarts`), whatever their exit code. Its agent gives each rank the path of an
 error file, in a folder of the attempt. A rank writes its exit code there. If a later attempt finds an exit code that a

@@ -1,4 +1,4 @@
-"""The optimizer and the learning-rate schedule of a config."""
+"""The optimizer and the learning-rate schedule of a config; their keys are in `config/sections.py`."""
 
 from __future__ import annotations
 

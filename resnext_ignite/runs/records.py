@@ -1,4 +1,7 @@
-"""Schemas of the small files in a run folder. Content that does not match is ignored; more keys are allowed."""
+"""Schemas of the small files in a run folder, for reading. Content that does not match is ignored; more keys are allowed.
+
+`training/handlers/evaluation.py` makes the records of `metrics.jsonl`, `handlers/files.py` writes the other files.
+"""
 
 from __future__ import annotations
 

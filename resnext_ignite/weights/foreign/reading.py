@@ -50,11 +50,11 @@ def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
         source = format_of(file) or source
     # Import the reader of a binary format only if such a file is opened: Caffe's reader needs protobuf.
     if source == "torch7":
-        from resnext_ignite.weights.foreign.torch7_model import read_torch7
+        from resnext_ignite.weights.foreign.torch7_network import read_torch7
 
         renamed = read_torch7(file)
     elif source == "caffe":
-        from resnext_ignite.weights.foreign.caffe_model import read_caffe
+        from resnext_ignite.weights.foreign.caffe_network import read_caffe
 
         renamed = read_caffe(file)
     else:
@@ -120,7 +120,7 @@ def load_tensors(file: Path) -> Any:
         with file.open("rb") as opened:
             is_params = opened.read(len(signatures.MXNET)) == signatures.MXNET
         if is_params:
-            from resnext_ignite.weights.foreign.mxnet import load_params
+            from resnext_ignite.weights.foreign.mxnet_file import load_params
 
             return load_params(file)
         if zipfile.is_zipfile(file):

@@ -23,7 +23,7 @@ from resnext_ignite.weights.foreign.keys import (
     Weights,
     spread_first_convolutions,
 )
-from resnext_ignite.weights.foreign.mxnet_model import adapt_symbol_zoo, statistics_of_data
+from resnext_ignite.weights.foreign.mxnet_network import adapt_symbol_zoo, statistics_of_data
 from resnext_ignite.weights.foreign.recognition import Network
 
 

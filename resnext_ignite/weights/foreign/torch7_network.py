@@ -15,7 +15,7 @@ from torch import Tensor
 from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.weights.foreign.graph import Block, Classifier, Convolution, Norm, weights_of
 from resnext_ignite.weights.foreign.keys import Weights
-from resnext_ignite.weights.foreign.torch7 import Array, Object, load_t7
+from resnext_ignite.weights.foreign.torch7_file import Array, Object, load_t7
 
 _CONVOLUTIONS = ("SpatialConvolution", "SpatialConvolutionMM")
 _SOFTMAX = ("SoftMax", "LogSoftMax")

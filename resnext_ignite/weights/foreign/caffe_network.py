@@ -1,4 +1,6 @@
-"""Reads the ResNeXt in a .caffemodel. It follows the graph, because every converter names the layers differently.
+"""Finds the ResNeXt in the layers that `caffe_file.py` reads.
+
+It follows the graph, because every converter names the layers differently.
 
 A .caffemodel does not state how its images were prepared. The ResNeXts published for Caffe take BGR images, as OpenCV
 reads them (soeaver/caffe-model, cls/evaluation_cls.py). This project assumes BGR for every file, and ImageNet's mean
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from resnext_ignite.runtime.errors import CheckpointError
-from resnext_ignite.weights.foreign.caffe import blob_of, load_caffemodel, pair, text
+from resnext_ignite.weights.foreign.caffe_file import blob_of, load_caffemodel, pair, text
 from resnext_ignite.weights.foreign.graph import Block, Classifier, Convolution, Norm, no_norm, weights_of
 from resnext_ignite.weights.foreign.keys import Weights
 

@@ -1,6 +1,6 @@
 """Reads Torch7's binary files without Torch (torch/torch7: File.lua, Tensor.c, Storage.c). Functions are not run.
 
-The content becomes Python values; `torch7_model.py` finds the ResNeXt in them.
+The content becomes Python values; `torch7_network.py` finds the ResNeXt in them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reads Caffe's .caffemodel files with protobuf and the needed fields of BVLC/caffe, src/caffe/proto/caffe.proto.
 
-`caffe_model.py` finds the network in the layers.
+`caffe_network.py` finds the network in the layers.
 """
 
 from __future__ import annotations
