@@ -1,6 +1,6 @@
 """Train a recipe and its variants over several seeds: `python -m resnext_ignite.ablate PLAN.yaml --output-dir DIR`.
 
-Each run is an ordinary run, in its own folder in DIR. This one process makes all of them, one after the other.
+Each run is an ordinary training run, in its own folder in DIR. One process trains all runs, one after the other.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
-    """Make all runs that are not finished yet, write the results after each, and return the results of all runs.
+    """Train all runs that are not finished yet, write the results after each run, and return the results of all runs.
 
     Raises:
         PreemptedError: a signal arrived; all progress is saved.
-        ResnextError: a run failed. Non-finite numbers are the exception: they only mark that run as failed.
+        ResnextError: a run failed. If the cause is a non-finite number, the run only counts as failed.
     """
     from resnext_ignite.ablation.runs import result_of, write_results
     from resnext_ignite.data import keep_data_loaded
@@ -56,7 +56,7 @@ def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
     missing = [run for run in plan.runs if results[run.folder].state == "unfinished"]
     done = len(results) - len(missing)
     if done:
-        print(f"{done} of {len(results)} runs are finished already", file=sys.stderr)
+        print(f"{done} of {len(results)} runs are already finished", file=sys.stderr)
     with note_stop_signals() as stop, keep_data_loaded(), _quiet(not verbose):
         try:
             for run in missing:
@@ -65,7 +65,7 @@ def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
                 done += 1
                 print(f"run {done} of {len(results)}: {_described(result)}", file=sys.stderr)
                 write_results(plan, list(results.values()), output_dir)
-                # A signal in the last moments of a run does not stop that run; stop before the next one.
+                # A run ignores a signal that arrives while the run ends; stop before the next run.
                 if done < len(results) and (signal := stop()):
                     raise PreemptedError(signal)
         except (PreemptedError, KeyboardInterrupt) as error:
@@ -78,12 +78,12 @@ def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
 
 
 def _train(run: PlannedRun, folder: Path) -> None:
-    """Make a run, or resume it. If it fails with a non-finite number, print that; its folder records the failure."""
+    """Train or resume a run. If it fails because of a non-finite number, print the error; its folder records it."""
     import torch
 
     from resnext_ignite import train
 
-    # Before each run: a finished run leaves its own handlers installed, and they ignore further signals.
+    # Install them before each run: a finished run leaves its own handlers installed, which ignore further signals.
     install_exit_during_start()
     try:
         train.run(0, run.config, folder, resume=True)
@@ -101,7 +101,7 @@ def _quiet(quiet: bool) -> Iterator[None]:
     """Keep the runs' output away from standard output, which is for the results.
 
     Args:
-        quiet: drop that output, and all log lines below warnings; else it goes to standard error.
+        quiet: drop that output and all log lines below warnings; otherwise, the output goes to standard error.
     """
     logging.disable(logging.INFO if quiet else logging.NOTSET)
     try:

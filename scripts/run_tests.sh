@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 # One thread: the tests' networks are tiny, and forked runs must not inherit a thread pool.
 export OMP_NUM_THREADS=1
 "$python" -m coverage erase
-"$python" -m pytest --cov --cov-report=term --numprocesses auto --maxprocesses 4 "$@"
+"$python" -m pytest --cov --cov-report=term --numprocesses auto --maxprocesses 4 --dist loadgroup "$@"

@@ -43,7 +43,7 @@ def test_limits_are_kept_as_pairs(tmp_path: Path, written: str) -> None:
     [
         ("{20: 15, 5: 60}", "evaluation.abandon: the epochs [20, 5] must ascend, each once"),
         ("[[5, 60], [5, 50]]", "evaluation.abandon: the epochs [5, 5] must ascend, each once"),
-        ("{5: 60, 5: 50}", "evaluation.abandon.5: the key is listed twice; remove one"),
+        ("{5: 60, 5: 50}", "evaluation.abandon.5: duplicate key"),
         ("{0: 60}", "evaluation.abandon.0.0: input should be greater than or equal to 1, not 0"),
         ("{5: 101}", "evaluation.abandon.0.1: input should be less than or equal to 100, not 101"),
         ("{5: -1}", "evaluation.abandon.0.1: input should be greater than or equal to 0, not -1"),

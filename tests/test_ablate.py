@@ -108,7 +108,7 @@ def test_the_same_command_again_only_tells(whole: Path, capsys: pytest.CaptureFi
     assert ablate_tiny(whole, "--json") == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == results_in(whole)
-    assert captured.err == "4 of 4 runs are finished already\n"
+    assert captured.err == "4 of 4 runs are already finished\n"
     assert [(whole / "out" / folder / "metrics.jsonl").stat() for folder in FOLDERS] == before
 
 
@@ -215,7 +215,9 @@ def test_a_signal_saves_the_run_and_the_command_goes_on(
 
     with monkeypatch.context() as patch:
         at_iteration(None, stop, patch)
-        with pytest.raises(PreemptedError, match=r"stopped by SIGTERM: 1 of 4 runs are made, .* same command goes on"):
+        with pytest.raises(
+            PreemptedError, match=r"stopped by SIGTERM: 1 of 4 runs are done, .*run the same command again"
+        ):
             ablate_tiny(tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert RunFolder(tmp_path / "out" / FOLDERS[1]).read_status()["state"] == "preempted"
@@ -264,7 +266,7 @@ def test_a_run_that_diverges_counts_as_failed(tmp_path: Path, capsys: pytest.Cap
     assert "| Smoothed, 0.1 | 0 (2 failed) |" in captured.out
     # It would fail again: it is not begun again.
     assert ablate_tiny(tmp_path, "train.epochs=3", text=text) == 0
-    assert capsys.readouterr().err == "4 of 4 runs are finished already\n"
+    assert capsys.readouterr().err == "4 of 4 runs are already finished\n"
 
 
 def completed(variant: str, **errors: float) -> list[Result]:
@@ -337,22 +339,25 @@ def test_one_seed_shows_no_standard_error() -> None:
         (PLAN.replace("seeds: [1, 2]", ""), ": seeds: None; at least one seed, as [1, 2, 3]"),
         (PLAN.replace("[1, 2]", "[1, true]"), ":4: seeds.1: True; an integer from 0 to 2147483647"),
         (PLAN.replace("[1, 2]", "[1, 1]"), ":4: seeds.1: 1 is listed twice; remove one"),
-        (PLAN.replace("{optimizer.lr: 0.05}", "{seed: 3}"), ":3: overrides.seed: the plan's seeds are the runs'"),
-        (PLAN.replace("train.label_smoothing: 0.1", "seed: 3"), ":7: variants.Smoothed, 0.1.seed: the plan's seeds"),
+        (PLAN.replace("{optimizer.lr: 0.05}", "{seed: 3}"), ":3: overrides.seed: the plan sets the seeds"),
+        (
+            PLAN.replace("train.label_smoothing: 0.1", "seed: 3"),
+            ":7: variants.Smoothed, 0.1.seed: the plan sets the seeds",
+        ),
         (PLAN.replace("optimizer.lr", "optimizer.rl"), ":3: optimizer.rl: unknown key (did you mean 'optimizer.lr'?)"),
         (PLAN.replace("smoothing: 0.1", "smoothing: 1.5"), ":7: train.label_smoothing: input should be less than 1"),
         (
             PLAN.replace("train.label_smoothing: 0.1", "train: {epochs: 2}"),
-            ":7: variants.Smoothed, 0.1.train: a config",
+            ":7: variants.Smoothed, 0.1.train: write a config key",
         ),
-        (PLAN.replace("smoothing: 0.1", "smoothing: 0"), ":7: variants.Smoothed, 0.1: changes nothing: its config is "),
+        (PLAN.replace("smoothing: 0.1", "smoothing: 0"), ":7: variants.Smoothed, 0.1: has the same config as "),
         (PLAN.replace("{train.label_smoothing: 0.1}", "3"), ":7: variants.Smoothed, 0.1: 3; keys with values"),
         (
             PLAN.replace("Smoothed, 0.1", "As-it IS"),
             ":7: variants.As-it IS: has the same run folder as-it-is as 'as",
         ),
-        (PLAN.replace("Smoothed, 0.1", "(+)"), ":7: variants.(+): a name of letters and digits"),
-        (PLAN.replace("Smoothed, 0.1", "as it is"), ":7: variants.as it is: the key is listed twice; remove one"),
+        (PLAN.replace("Smoothed, 0.1", "(+)"), ":7: variants.(+): use letters and digits"),
+        (PLAN.replace("Smoothed, 0.1", "as it is"), ":7: variants.as it is: duplicate key"),
         (
             PLAN.replace("variants:", "baseline: x\nvariants:"),
             ":5: baseline: 'x' is not a variant; choose one of as it is, Smooth",
@@ -363,13 +368,13 @@ def test_one_seed_shows_no_standard_error() -> None:
             PLAN.replace("label_smoothing: 0.1", "batch_size: 7, augment.mixup: 1"),
             "train.batch_size: 7 cannot be shared",
         ),
-        (PLAN.replace("label_smoothing: 0.1", "max_hours: 1"), ":7: variants.Smoothed, 0.1: train.max_hours would cut"),
+        (PLAN.replace("label_smoothing: 0.1", "max_hours: 1"), ":7: variants.Smoothed, 0.1: train.max_hours may end"),
         (
             PLAN.replace("train.label_smoothing: 0.1", "evaluation.patience: 3"),
-            ":7: variants.Smoothed, 0.1: evaluation.patience would cut",
+            ":7: variants.Smoothed, 0.1: evaluation.patience may end",
         ),
         ("seeds: [1]\nvariants: {a: {}}\n", ": config: None; a config file, relative to the plan's folder"),
-        (f"config: {ROOT / 'configs/quickstart.yaml'}\nseeds: [1]\n", ": variants: at least one, as in "),
+        (f"config: {ROOT / 'configs/quickstart.yaml'}\nseeds: [1]\n", ": variants: name at least one variant, as in "),
         ("- 1\n", ": a config is a mapping of keys to values, not [1]"),
     ],
 )
@@ -382,7 +387,7 @@ def test_a_wrong_plan_is_one_line_and_nothing_is_written(tmp_path: Path, text: s
 
 
 def test_a_wrong_command_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"command line: seed: the plan's seeds are the runs'"):
+    with pytest.raises(ConfigError, match=r"command line: seed: the plan sets the seeds"):
         ablate_tiny(tmp_path, "seed=4")
     with pytest.raises(ConfigError, match=r"command line: train.epocs: unknown key \(did you mean 'train.epochs'"):
         ablate_tiny(tmp_path, "train.epocs=4")
@@ -403,7 +408,7 @@ def test_an_abandoned_run_is_no_result(tmp_path: Path, capsys: pytest.CaptureFix
     # Once is enough.
     capsys.readouterr()
     assert ablate_tiny(tmp_path, "train.epochs=2", text=text) == 0
-    assert "2 of 2 runs are finished already" in capsys.readouterr().err
+    assert "2 of 2 runs are already finished" in capsys.readouterr().err
 
 
 def test_runs_on_other_data_are_not_compared(whole: Path) -> None:

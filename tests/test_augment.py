@@ -157,5 +157,5 @@ def test_a_few_pictures_at_a_time_are_normalised_as_all_at_once(monkeypatch: pyt
     by_hand = (pictures[0, 2, 7, 1] / 255 - 0.4) / 0.3
     assert torch.isclose(whole[0, 2, 0, 1], by_hand), "mirrored, the last column is the first"
     # Two pictures of 192 bytes: 2, 2, 2 and the last alone.
-    monkeypatch.setattr(augment, "_IN_CACHE", 400)
+    monkeypatch.setattr(augment, "_CHUNK_BYTES", 400)
     assert torch.equal(augment.normalize(pictures, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), mirrored), whole)

@@ -334,7 +334,7 @@ def test_ranks_train_as_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        (["train.ema_decay=0.9", "train.ema_horizon=1"], "train.ema_horizon: and train.ema_decay say the same"),
+        (["train.ema_decay=0.9", "train.ema_horizon=1"], "train.ema_horizon: and train.ema_decay exclude each other"),
         (["train.ema_start=1"], "train.ema_start: there is no average; set train.ema_horizon or train.ema_decay"),
         (["train.ema_reestimate_bn=5"], "train.ema_reestimate_bn: there is no average"),
         (["train.ema_horizon=1", "train.ema_start=3"], "train.ema_start: 3; less than the 3 of train.epochs"),

@@ -54,12 +54,12 @@ def test_a_wrong_config_is_one_line_before_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((), "--config FILE: say what to train"),
+        ((), "--config FILE: missing"),
         (("--resume",), "--resume: name the run with --output-dir RUN"),
         (("--config", "configs/quickstart.yaml", "--nproc-per-node", "0"), "--nproc-per-node: 0; at least 1"),
         (
             ("--config", "configs/quickstart.yaml", "--nproc-per-node", "3"),
-            "train.batch_size: 64 cannot be shared by 3 ranks with 1 micro-batches; 63 or 66 can",
+            "train.batch_size: 64 cannot be shared by 3 ranks of 1 micro-batches; 63 or 66 can",
         ),
     ],
 )
@@ -121,7 +121,7 @@ def test_per_class_table_by_hand() -> None:
 
 
 def test_evaluate_refuses_what_would_not_be_that_model(finished_run: Path, picture_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.name=x: an evaluation takes"):
+    with pytest.raises(ConfigError, match=r"model\.name=x: cannot be overridden in an evaluation"):
         evaluate.main(["--checkpoint", str(finished_run), "model.name=x"])
     other = ["data.name=imagefolder", f"data.root={picture_folder}", "data.test_size=null"]
     with pytest.raises(CheckpointError, match=r"has the classes disk, .* \(10\), but the data has dark, light"):

@@ -221,7 +221,7 @@ def test_pictures_of_the_asked_size_are_kept_in_memory(tmp_path: Path) -> None:
     whole = load_data(folder_config(tmp_path, **{"data.in_memory": True}), Ranks()).splits["train"]
     assert isinstance(whole, Images)
     assert len(whole) == 9
-    with pytest.raises(ConfigError, match="val/ folder to choose on already"):
+    with pytest.raises(ConfigError, match="already has a val/ folder"):
         load_data(folder_config(tmp_path, **{"data.val_size": 1}), Ranks())
 
 
@@ -393,7 +393,7 @@ def test_the_central_crop_keeps_its_share() -> None:
 
 
 def test_an_order_too_short_is_a_config_error() -> None:
-    with pytest.raises(ValueError, match="no batch"):
+    with pytest.raises(ValueError, match="fewer than a batch"):
         TrainOrder(seed=1, count=3, batch_size=4)
 
 
@@ -415,13 +415,13 @@ def test_with_only_train_the_held_out_images_are_evaluated(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("values", "ranks", "line"),
     [
-        ({"train.batch_size": 8}, 3, "cannot be shared by 3 ranks with 1 micro-batches; 6 or 9 can"),
+        ({"train.batch_size": 8}, 3, "cannot be shared by 3 ranks of 1 micro-batches; 6 or 9 can"),
         (
             {"train.batch_size": 16, "train.ghost_batch": 8},
             4,
             "of ghost batches of 8; 32 can",
         ),
-        ({"augment.crop_padding": 16, "data.image_size": 16}, 1, "less than the image's 16"),
+        ({"augment.crop_padding": 16, "data.image_size": 16}, 1, "must be below the size 16"),
     ],
 )
 def test_what_ranks_and_sizes_forbid_is_exit_2(

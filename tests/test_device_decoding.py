@@ -215,7 +215,7 @@ def test_what_the_device_refuses_is_decoded_without_it(root: Path, caplog: pytes
         assert torch.equal(pictures, files.read(positions, (5, 1))[0])
         assert not reasons
     assert [record.getMessage() for record in caplog.records] == [
-        f"data.decode: the device refuses {refused[0]}; it is decoded without it, as others like it are"
+        f"data.decode: the device cannot decode {refused[0]}; the CPU decodes this file and others like it"
     ]
 
 
@@ -260,7 +260,9 @@ def test_a_run_on_a_cpu_is_refused_and_so_is_another_crop(tmp_path: Path, pictur
 def test_it_is_part_of_a_runs_identity(tmp_path: Path, picture_folder: Path) -> None:
     values = [*FOLDER_RUN, f"data.root={picture_folder}", CROPS, "train.epochs=1"]
     assert train_tiny(tmp_path / "run", *values) == 0
-    with pytest.raises(RunFolderError, match=r"would change the run: data\.decode workers -> device; keep those"):
+    with pytest.raises(
+        RunFolderError, match=r"would change the run: data\.decode workers -> device; keep the old values"
+    ):
         train_tiny(tmp_path / "run", *values, "data.decode=device", resume=True)
 
 

@@ -25,6 +25,8 @@ from test_imagenet import SIZES, archives  # noqa: F401 - a fixture
 from resnext_ignite import convert, pack, train
 from resnext_ignite.distributed import launch
 
+pytestmark = pytest.mark.xdist_group("docs")
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What makes any training small. Of two values for a key the last one wins, so that these come after the shown ones.
 SMALL = ["train.epochs=1", "train.batch_size=8", *(line for line in TINY if line.startswith(("model", "logging")))]
@@ -186,7 +188,8 @@ def run_timed(command: str, here: Path) -> None:
 
 
 def each_with_its_marks() -> list[object]:
-    long = ("scripts/time_to_error.sh", "configs/ablations/cifar10_resnext11_small.yaml")
+    # The exports are those of tests/test_export.py.
+    long = ("scripts/time_to_error.sh", "configs/ablations/cifar10_resnext11_small.yaml", "torch-export", "onnx")
     return [
         pytest.param(command, marks=pytest.mark.slow if any(word in command for word in long) else ())
         for command in shown()

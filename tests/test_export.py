@@ -88,7 +88,7 @@ def test_onnx(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     file = tmp_path / "model.onnx"
     run_export(finished_run, "onnx", file)
     out = capsys.readouterr().out
-    told = r": opset 18, largest logit difference \d\.\de-\d\d, relative to max(1, largest logit); model card: "
+    told = r": opset 18, largest logit difference \d\.\de-\d\d, relative to max\(1, largest logit\); model card: "
     assert re.fullmatch(re.escape(str(file)) + told + re.escape(str(tmp_path / "README.md")) + "\n", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.onnx"]
     model, metadata = load_model(finished_run)
@@ -229,7 +229,7 @@ def test_the_card_says_what_the_checkpoint_does(averaged_run: Path, tmp_path: Pa
     card = (tmp_path / "README.md").read_text()
     _, head, text = card.split("---\n", 2)
     assert yaml.safe_load(head) == {"pipeline_tag": "image-classification", "tags": ["resnext", "safetensors"]}
-    assert "# license: is missing; yours to choose" in head
+    assert "# license: missing; choose one" in head
     # Counted by hand in test_summary.py.
     assert "10 classes, 15,348 parameters, 2,063,616 multiply-adds for an image of 32x32" in text
     last = load_model(averaged_run)[1].errors["last"]
@@ -303,7 +303,7 @@ def test_what_is_not_the_model_is_not_left(
         return folded
 
     monkeypatch.setattr(networks, "fold_batch_norm", fold_wrongly)
-    with pytest.raises(CheckpointError, match=r"its logits are 1\.0e-02 from the model's.*nothing is written"):
+    with pytest.raises(CheckpointError, match=r"its logits differ by 1\.0e-02 from the model's.*nothing is written"):
         run_export(finished_run, format, tmp_path / f"model{export._SUFFIXES[format]}")
     assert list(tmp_path.iterdir()) == []
 
@@ -331,8 +331,11 @@ def test_without_its_card_no_model_is_left(finished_run: Path, tmp_path: Path, m
             ("onnx", "none/m.onnx"),
             "--output {folder}/none/m.onnx: the folder {folder}/none does not exist; create it first",
         ),
-        (("torch-export", "card/m.pt2"), "--output {folder}/card/m.pt2: {folder}/card/README.md is there already"),
-        (("safetensors", "m.safetensors", "--uint8"), "--uint8, --no-fold: a file of weights has no network"),
+        (
+            ("torch-export", "card/m.pt2"),
+            "--output {folder}/card/m.pt2: the model card {folder}/card/README.md exists already",
+        ),
+        (("safetensors", "m.safetensors", "--uint8"), "--uint8, --no-fold: a safetensors file holds no network"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(tmp_path: Path, arguments: tuple[str, ...], line: str) -> None:

@@ -99,8 +99,8 @@ def test_each_shape_of_a_network_is_computed_as_it_is_told() -> None:
     ("ways", "line"),
     [
         (["split"] * 2, "train.grouped_conv: split split; auto, one choice for all, or one for each of the 3 shapes"),
-        (["split", "auto", "split"], "train.grouped_conv: split auto split; auto, one way for all, or one for each"),
-        ([], "train.grouped_conv: empty; auto, one way"),
+        (["split", "auto", "split"], "train.grouped_conv: split auto split; auto, one choice for all, or one for each"),
+        ([], "train.grouped_conv: empty; auto, one choice"),
         ("merged3", "train.grouped_conv: 'merged3': 3 does not divide the 2 groups"),
         (["split", "split", "merged4"], "train.grouped_conv: 'merged4': 4 does not divide the 2 groups"),
         (["split", "split", "winograd"], "train.grouped_conv.2: string should match pattern"),
@@ -115,7 +115,7 @@ def test_ways_that_do_not_fit_the_network_are_refused(tmp_path: Path, ways: obje
 
 def test_a_model_is_not_built_before_its_ways_are_chosen() -> None:
     config = with_values(config_of({}), {"model.num_classes": 10, "train.grouped_conv": "auto"})
-    with pytest.raises(ValueError, match=r"grouped_conv is not settled"):
+    with pytest.raises(ValueError, match=r"grouped_conv: not resolved"):
         build_model(config)
 
 

@@ -144,7 +144,7 @@ def test_the_short_side_is_exact_and_shards_are_packed(archives: Path, tmp_path:
     before = files_below(output)
     assert imagenet.main(arguments(archives, output, "--short-side", "45", "--quality", "90", "--shards")) == 0
     assert files_below(output) == before
-    with pytest.raises(RunFolderError, match=r"was begun with the encoding the encoding .*45.*, not .*46"):
+    with pytest.raises(RunFolderError, match=r"was begun with the encoding .*45.*, not .*46"):
         imagenet.main(arguments(archives, output, "--short-side", "46", "--quality", "90"))
 
 
@@ -182,7 +182,7 @@ def test_folders_of_what_the_archives_hold_do_as_well(archives: Path, tmp_path: 
     kept = unpacked / "ILSVRC2012_img_train/n01440764/n01440764_0.JPEG"
     kept.rename(kept.with_name("n01440764_0.kept"))
     kept.symlink_to("n01440764_0.lost")
-    with pytest.raises(DataError, match=r"n01440764_0.JPEG: is a link to nothing"):
+    with pytest.raises(DataError, match=r"n01440764_0.JPEG: is a broken link"):
         imagenet.main([*given, "--output", str(tmp_path / "c"), *SIZES])
     (val / "n02100735/ILSVRC2012_val_00000001.JPEG").rename(val / "n02100735/ILSVRC2012_val_00000002.JPEG")
     (val / "ILSVRC2012_val_00000002.JPEG").unlink()
@@ -306,7 +306,7 @@ def no_val(archives: Path) -> None:
         (cut_outer, r"img_train.tar: is damaged or not a tar file: unexpected end of data"),
         (without_a_class, r"holds 2 classes, not 3; .* n02100735"),
         (without_an_image, r"train: holds 8 images, not 9: n02100735 has 1, the development kit says 2"),
-        (with_another_class, r"n02084071: is no class"),
+        (with_another_class, r"n02084071: is not a class"),
         (with_an_empty_picture, r"n02100735_0.JPEG: is empty"),
         (without_a_val_image, r"img_val.tar: holds 5 validation images of these classes, not 6"),
         (a_line_too_many, r"ground_truth.txt has 7 lines, not 6"),
@@ -400,14 +400,14 @@ def test_a_full_disk_is_told_and_gone_on_with(archives: Path, tmp_path: Path) ->
 def test_an_output_that_holds_something_else_is_refused(archives: Path, tmp_path: Path) -> None:
     output = tmp_path / "imagenet"
     (output / "train").mkdir(parents=True)
-    with pytest.raises(RunFolderError, match="is there already, and not from here"):
+    with pytest.raises(RunFolderError, match="exists already, and not from this command"):
         imagenet.main(arguments(archives, output))
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         imagenet.main(arguments(archives, tmp_path / "file"))
     given = arguments(archives, output)
     given[1] = str(output / "train")
-    with pytest.raises(ConfigError, match=r"--train .*: is a part of --output"):
+    with pytest.raises(ConfigError, match=r"--train .*: lies in --output"):
         imagenet.main(given)
 
 

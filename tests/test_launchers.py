@@ -72,7 +72,7 @@ def test_the_launcher_says_how_many_ranks_a_machine_has(environment: dict[str, s
 def test_more_ranks_than_gpus_are_refused_before_any_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ConfigError, match=r"^2 ranks on a machine where each sees 1 GPUs: start a rank a GPU"):
+    with pytest.raises(ConfigError, match=r"^2 ranks on a machine where each sees 1 GPUs: start one rank per GPU"):
         launch.launch(print, nproc_per_node=2)
 
 

@@ -226,9 +226,9 @@ class RawT7(T7):
         (t7_tensor((4,), (1,), 0, 4), "leave a storage of 4; damaged"),
         (t7_tensor((4,), (-1,), 4, 4), "leave a storage of 4; damaged"),
         (t7_tensor((-1,), (1,), 1, 4), "torch.FloatTensor of sizes (-1,); damaged"),
-        (t7_tensor((4,), (1,), 1, 2**40), f"a count of {2**40}, where"),
-        (struct.pack("<iii", 3, 900, 2**31 - 1), f"a count of {2**31 - 1}, where"),
-        (struct.pack("<ii", 2, -5), "a count of -5, where"),
+        (t7_tensor((4,), (1,), 1, 2**40), f"a count of {2**40}, but"),
+        (struct.pack("<iii", 3, 900, 2**31 - 1), f"a count of {2**31 - 1}, but"),
+        (struct.pack("<ii", 2, -5), "a count of -5, but"),
         (struct.pack("<i", 77), "a value of the unknown type 77"),
         (b"".join(struct.pack("<iii", 3, number, 1) for number in range(900, 1200)), "nested over 200 deep"),
     ],
@@ -263,7 +263,7 @@ def test_caffe(tmp_path: Path, counts: tuple[int, ...], merged: bool, caplog: py
 
 @pytest.mark.parametrize(
     ("pad", "rounding", "line"),
-    [(0, b"", "pads by 0 and rounds up"), (1, b"", "pads by 1 and rounds up"), (1, field(13, 1), "")],
+    [(0, b"", "pads by 0 and rounds sizes up"), (1, b"", "pads by 1 and rounds sizes up"), (1, field(13, 1), "")],
 )
 def test_another_pooling_is_warned_of(
     tmp_path: Path, pad: int, rounding: bytes, line: str, caplog: pytest.LogCaptureFixture
@@ -310,12 +310,12 @@ def test_what_is_no_resnext_of_caffe_is_named(tmp_path: Path) -> None:
     refused(with_field(model, 3, 123, field(1, 0.1)), "layer layer 4 (ReLU): a slope of 0.1 below 0")
     refused(with_field(model, 0, 106, field(18, b"\x02")), "layer layer 1 (Convolution): a dilated convolution")
     refused(with_field(model, 18, 110, field(2, struct.pack("<2f", 1, 2))), "layer layer 19 (Eltwise): a weighted sum")
-    refused(with_field(model, 18, 110, field(1, 2)), "layer layer 19 (Eltwise): no sum")
+    refused(with_field(model, 18, 110, field(1, 2)), "layer layer 19 (Eltwise): not a sum")
     # An average pooling in a shortcut, as ResNet-D has it: after the first block's sum and its ReLU.
     net = CaffeNet(model)
     pooling = field(1, "average") + field(2, "Pooling") + field(3, "layer 19") + field(4, "layer 19")
     net.layers.insert(20, pooling + field(121, field(1, 1)))
-    refused(net.content(), "layer layer 21 (Convolution): behind an average pooling")
+    refused(net.content(), "layer layer 21 (Convolution): after an average pooling")
     net = CaffeNet(model)
     del net.layers[-2]
     refused(net.content(), f"layer layer {len(net.layers) + 1} (InnerProduct): a classifier elsewhere")
@@ -406,17 +406,17 @@ def test_what_is_no_resnext_of_mxnet_is_named(tmp_path: Path) -> None:
         assert line in str(caught.value)
         assert str(caught.value).startswith(f"{file}: ")
 
-    refused(whole[:-3], f"byte {whole.rindex(b'arg:fc1_bias')}: a count of 12, where")
+    refused(whole[:-3], f"byte {whole.rindex(b'arg:fc1_bias')}: a count of 12, but")
     refused(whole[:24] + struct.pack("<Ii", 0xF993FAC9, 1) + whole[32:], "byte 32: a sparse array (storage type 1)")
     refused(whole[:32] + struct.pack("<i", 99) + whole[36:], "byte 36: an array of 99 dimensions; damaged")
     refused(whole[:36] + struct.pack("<q", -8) + whole[44:], "an array of shape (-8, 3, 7, 7)")
-    refused(whole[:36] + struct.pack("<q", 2**62) + whole[44:], "bytes are said to follow")
-    refused(whole[:16] + struct.pack("<Q", 2**63) + whole[24:], f"byte 24: a count of {2**63}, where")
+    refused(whole[:36] + struct.pack("<q", 2**62) + whole[44:], "bytes should follow")
+    refused(whole[:16] + struct.pack("<Q", 2**63) + whole[24:], f"byte 24: a count of {2**63}, but")
     unknown = params_file({**arrays, "arg:extra": torch.zeros(1)})
     refused(unknown, "extra: mxnet has no such weight in a ResNeXt")
     lying = {f"aux:bn_data_moving_{name}": torch.full((3,), -1.0) for name in ("mean", "var")}
     refused(params_file({**arrays, **lying, "arg:bn_data_beta": torch.zeros(3)}), "its statistics are not those of")
-    refused(params_file({**arrays, **lying}), "bn_data: beta, moving_mean and moving_var must be there")
+    refused(params_file({**arrays, **lying}), "bn_data: needs beta, moving_mean and moving_var")
 
 
 # 4. Any bytes at all

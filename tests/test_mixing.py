@@ -151,7 +151,7 @@ def test_a_mixed_run_that_is_cut_ends_the_same(tmp_path: Path) -> None:
 def test_ranks_that_part_neighbours_are_refused() -> None:
     config = load_config(ROOT / "configs/quickstart.yaml", [*TINY, "augment.mixup=0.2", "train.batch_size=12"])
     check_batch_size(config, 2)
-    with pytest.raises(ConfigError, match=r"train.batch_size: 12 cannot be shared by 4 ranks with .* pairs.*; 8 or 16"):
+    with pytest.raises(ConfigError, match=r"train.batch_size: 12 cannot be shared by 4 ranks of .* pairs.*; 8 or 16"):
         check_batch_size(config, 4)
 
 

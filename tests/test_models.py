@@ -104,13 +104,13 @@ def test_zero_init_residual_makes_blocks_the_identity() -> None:
     torch.testing.assert_close(block(x), x)
 
 
-@pytest.mark.parametrize("way", ["_in_turn", "_at_once"])
+@pytest.mark.parametrize("way", ["_one_call_per_group", "_one_call"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_ghost_batch_norm_is_batch_norm_of_each_run_of_images(
     memory_format: torch.memory_format, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The other way is a GPU's.
-    monkeypatch.setattr(GhostBatchNorm2d, "_in_turn", getattr(GhostBatchNorm2d, way))
+    monkeypatch.setattr(GhostBatchNorm2d, "_one_call_per_group", getattr(GhostBatchNorm2d, way))
     ghost = GhostBatchNorm2d(5, 4)
     nn.init.uniform_(ghost.weight)
     images = torch.randn(12, 5, 3, 3).contiguous(memory_format=memory_format).requires_grad_()

@@ -218,7 +218,7 @@ def of_another_format(folder: Path) -> None:
         (cut, r"train/000001.tar: cut short: 5000 bytes, but shards.json lists \d+"),
         (lose, r"train/000001.tar: No such file or directory; shards.json lists it"),
         (miscount, r"train/000000.tar: holds 5 images, but shards.json lists 6"),
-        (lose_the_manifest, r"val/shards.json: does not exist: .*its packing was stopped"),
+        (lose_the_manifest, r"val/shards.json: missing: .*its packing was interrupted"),
         (break_the_manifest, r"val/shards.json: classes: .*at least 1"),
         (of_another_format, r"val/shards.json: format: Input should be 1"),
     ],
@@ -256,7 +256,7 @@ def test_what_is_packed_is_not_packed_over(source: Path, tmp_path: Path) -> None
     with pytest.raises(RunFolderError, match=r"out/train: is packed already; choose another --output, or remove it"):
         packed(source, output)
     assert files_below(output) == before
-    with pytest.raises(RunFolderError, match=r"train/cat: is in the way, and no shard"):
+    with pytest.raises(RunFolderError, match=r"train/cat: is not a shard of an interrupted packing"):
         packed(source, source)
     with pytest.raises(ConfigError, match=r"lies in .*train, among its classes"):
         packed(source, source / "train/shards")
@@ -287,7 +287,7 @@ def test_killed_half_way_it_begins_anew(
 
     assert in_fork(killed) == signal.SIGKILL
     assert sorted(os.listdir(output / "train"))[-2:] == ["000000.tar", "000001.tar"]
-    with pytest.raises(DataError, match=r"train/shards.json: does not exist: .*its packing was stopped"):
+    with pytest.raises(DataError, match=r"train/shards.json: missing: .*its packing was interrupted"):
         pack.main(["--check", str(output)])
     # With larger shards, of which fewer are needed: none of the old ones may stay.
     packed(source, output, "--images-per-shard", "10")

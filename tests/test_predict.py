@@ -275,7 +275,7 @@ def test_an_evaluation_with_views_is_marked_and_its_own(
         logits = (model(images) + model(images.flip(-1))) / 2
     assert found["correct"] == int((logits.argmax(1) == test.labels).sum())
     assert found["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, test.labels)), rel=1e-4)
-    with pytest.raises(ConfigError, match=r"--views ten-crop: the data leaves no room"):
+    with pytest.raises(ConfigError, match=r"--views ten-crop: needs data of image files"):
         evaluate.main([*checkpoint, "--views", "ten-crop"])
 
     folder = tmp_path / "folder"

@@ -153,7 +153,7 @@ def test_normalisation_and_classes_travel_with_the_weights(
 
 
 def test_freezing_random_weights_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train.freeze: stem keeps random weights; set model.pretrained"):
+    with pytest.raises(ConfigError, match=r"train.freeze: stem would freeze random weights; set model.pretrained"):
         load_config(ROOT / "configs/quickstart.yaml", ["train.freeze=stem", *TINY])
 
 

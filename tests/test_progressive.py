@@ -69,7 +69,7 @@ IMAGENET = ("data.name=imagefolder", "model.name=resnext50_32x4d", "model.stem_c
         (["augment.progressive_from=4"], "progressive_from: input should be greater than or equal to 8, not 4"),
         ([*IMAGENET, "augment.progressive_from=100"], "100 pixels; a multiple of 16 below the image size 224"),
         (["augment.progressive_from=16", "augment.progressive_until=1.5"], "progressive_until: input should be less"),
-        (["augment.progressive_from=16", "train.compile=cuda_graphs"], "CUDA graphs are of one size; set train.comp"),
+        (["augment.progressive_from=16", "train.compile=cuda_graphs"], "CUDA graphs have one size; set train.comp"),
     ],
 )
 def test_what_cannot_grow_is_refused(overrides: list[str], message: str) -> None:

@@ -125,7 +125,7 @@ def test_a_run_folder_from_before_gets_its_page(copied_run: Path, tmp_path: Path
     for name in ("evaluation.json", "mistakes.png", "status.json"):
         (copied_run / name).unlink()
     page, _ = page_of(tmp_path, copied_run)
-    assert "There is no evaluation.json that can be read" in page.text
+    assert "There is no readable evaluation.json" in page.text
     assert "no status.json that could be read" in page.text
     assert "Confusion" not in page.text
 
@@ -258,6 +258,6 @@ def test_damaged_files_are_left_out(finished_run: Path, tmp_path: Path, file: st
         evaluation = json.loads((run / "evaluation.json").read_text())
         (run / "evaluation.json").write_text(json.dumps({**evaluation, file: content}))
     assert report.main([str(run), "--html", str(page), "--output", str(tmp_path / "c.png")]) == 0
-    left_out = "There is no evaluation.json that can be read" in page.read_text()
+    left_out = "There is no readable evaluation.json" in page.read_text()
     assert left_out == (file in ("evaluation.json", "confusion", "classes", "mistakes"))
     assert RunFolder(run).read_metrics() == RunFolder(finished_run).read_metrics()

@@ -152,7 +152,7 @@ def test_a_run_that_stopped_early_between_saves_is_finished(tmp_path: Path) -> N
     again = Command(folder, *values, resume=True).wait()
     assert again.code == 0, again.stderr
     assert "resuming" in again.stderr
-    assert f"{folder} is finished already" in again.stderr
+    assert f"{folder} is already finished" in again.stderr
     assert len(RunFolder(folder).read_metrics()) == 2
 
 

@@ -104,7 +104,7 @@ def test_an_epoch_drops_its_incomplete_batch_only() -> None:
 
 
 def test_what_cannot_be_shared_is_refused() -> None:
-    with pytest.raises(ValueError, match="shared evenly by 3 ranks"):
+    with pytest.raises(ValueError, match="does not divide evenly over 3 ranks"):
         TrainOrder(seed=1, count=50, batch_size=8, world_size=3)
-    with pytest.raises(ValueError, match="no batch of 8"):
+    with pytest.raises(ValueError, match="fewer than a batch of 8"):
         TrainOrder(seed=1, count=7, batch_size=8)

@@ -45,7 +45,7 @@ def first_shard(content: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (lambda path: path.unlink(), r"shards\.json: does not exist"),
+        (lambda path: path.unlink(), r"shards\.json: missing"),
         (lambda path: path.write_text('{"format": 1, "cla'), r"shards\.json: Invalid JSON"),
         (lambda path: path.write_text("[]"), r"shards\.json: .*object"),
         (lambda path: edit(path, lambda c: c.update(format=2)), r"shards\.json: format: Input should be 1"),
@@ -59,11 +59,17 @@ def first_shard(content: dict[str, Any]) -> dict[str, Any]:
         (lambda path: edit(path, lambda c: first_shard(c).pop("bytes")), r"shards\.json: shards\.0\.bytes: Field req"),
         (lambda path: edit(path, lambda c: first_shard(c).update(bytes="9")), r"shards\.json: shards\.0\.bytes: .*int"),
         (lambda path: edit(path, lambda c: first_shard(c).update(name="../0.tar")), r"shards\.json: shards\.0\.name"),
-        (lambda path: edit(path, lambda c: c["shards"].reverse()), r"000007\.tar:00000035\.\w+: where 00000000\.cls"),
-        (lambda path: edit(path, lambda c: first_shard(c).update(images=6)), r"000000\.tar: holds 5 images, .* has 6"),
+        (
+            lambda path: edit(path, lambda c: c["shards"].reverse()),
+            r"000007\.tar:00000035\.\w+: expected 00000000\.cls",
+        ),
+        (
+            lambda path: edit(path, lambda c: first_shard(c).update(images=6)),
+            r"000000\.tar: holds 5 images, .* lists 6",
+        ),
         (lambda path: (path.parent / "000003.tar").unlink(), r"000003\.tar: No such file .*; shards\.json lists it"),
-        (lambda path: os.truncate(path.parent / "000003.tar", 512), r"000003\.tar: cut short: 512 bytes, where"),
-        (lambda path: os.truncate(path.parent / "000003.tar", 10**6), r"000003\.tar: too long: 1000000 bytes, where"),
+        (lambda path: os.truncate(path.parent / "000003.tar", 512), r"000003\.tar: cut short: 512 bytes, but"),
+        (lambda path: os.truncate(path.parent / "000003.tar", 10**6), r"000003\.tar: too long: 1000000 bytes, but"),
     ],
 )
 def test_a_damaged_list_is_named(root: Path, change: Callable[[Path], object], line: str) -> None:
@@ -113,8 +119,8 @@ def test_a_damaged_header_is_named(root: Path, change: Callable[[bytearray], obj
         ([("png", b"", b"-1")], r":00000000\.cls: b'-1' is no class"),
         ([("png", b"", b"")], r":00000000\.cls: b'' is no class"),
         ([("png", b"", b"0" * 21)], r":00000000\.cls: b'0{21}' is no class"),
-        ([("txt", b"", b"0")], r":00000000\.txt: where 00000000\.cls and its picture"),
-        ([("cls", b"0", b"0")], r":00000000\.cls: where 00000000\.cls and its picture"),
+        ([("txt", b"", b"0")], r":00000000\.txt: expected 00000000\.cls and its image"),
+        ([("cls", b"0", b"0")], r":00000000\.cls: expected 00000000\.cls and its image"),
     ],
 )
 def test_a_member_that_is_not_due_is_named(tmp_path: Path, samples: Samples, line: str) -> None:

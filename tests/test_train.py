@@ -288,7 +288,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, capsys: pytest.
     assert train_tiny(folder, "train.epochs=1", "data.val_size=20", resume=True) == 0
     output = capsys.readouterr()
     assert output.out == first
-    assert "finished already" in output.err
+    assert "already finished" in output.err
     assert ((folder / "metrics.jsonl").read_text(), (folder / "checkpoints/final.pt").read_bytes()) == before
 
 

@@ -93,7 +93,7 @@ def test_the_fastest_is_chosen_and_the_hopeless_is_tried_no_more(monkeypatch: py
         return seconds[name].pop(0) if len(seconds[name]) > 1 else seconds[name][0]
 
     monkeypatch.setattr(tuning, "timed", timed)
-    monkeypatch.setattr(tuning, "timer", lambda device, way: lambda: timed(device, way))
+    monkeypatch.setattr(tuning, "kernel_timer", lambda device, way: lambda: timed(device, way))
 
     def contender(name: str) -> object:
         def run() -> str:

@@ -38,6 +38,9 @@ from resnext_ignite.runs.folder import RunFolder
 from resnext_ignite.runtime import devices
 from resnext_ignite.training import engines
 
+# In one process, which makes the runs that these tests compare once.
+pytestmark = pytest.mark.xdist_group("world sizes")
+
 OFTEN = ["checkpoint.every_iterations=2", "logging.every_iterations=1"]
 
 
