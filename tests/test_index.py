@@ -136,10 +136,25 @@ def test_a_time_that_was_set_back_deceives_nobody(root: Path, monkeypatch: pytes
     assert found.paths[3] == str(folder / "zzz.jpg")
 
 
-def test_without_a_home_nothing_is_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("home", [None, "cache"])
+def test_without_a_home_nothing_is_kept(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str | None
+) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    if home is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", home)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert listed(root, monkeypatch)[1]
+    assert len(listed(root, monkeypatch)[0].labels) == 9
+    # Neither in the cache nor in the current folder.
+    assert listed(root, monkeypatch)[1]
+    assert os.listdir() == []
+
+
+def test_where_the_cache_cannot_be_written_nothing_is_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders.Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError("read-only")))
     assert listed(root, monkeypatch)[1]
     assert len(listed(root, monkeypatch)[0].labels) == 9

@@ -1,4 +1,4 @@
-"""Arrays cached in the user's cache folder, and used only while their source is unchanged."""
+"""Caches arrays in the user's cache folder. A cached array is used only while its source is unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from resnext_ignite.runtime.storage import write_durably
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
 UNCHANGED_S = 2.0
-"""Age in seconds from which a file's times are reliable: two changes within one clock tick can have the same time."""
+"""A time of last change is reliable if it is this many seconds old: two changes in one clock tick have equal times."""
 
 
 def get_or_build(
@@ -31,38 +31,44 @@ def get_or_build(
     find: Callable[[], list[Array]],
     worth_caching: Callable[[list[Array]], bool],
 ) -> list[Array]:
-    """Return the arrays that are cached for a folder's current state; else build them, and cache them.
+    """Return the arrays that are cached for a folder's current state; if there are none, build and cache the arrays.
 
     Args:
         kind: kind of the arrays, a part of the cache file's name.
         folder: the source of the arrays.
         names: names of the arrays, in order.
-        state_of: returns the time of the source's last change (seconds since the epoch) and a text that differs after
-            any change.
+        state_of: returns the time of the source's last change (seconds since 1970), and a string that differs after
+            each change.
         find: builds the arrays.
-        worth_caching: returns whether arrays take long enough to build to be cached.
+        worth_caching: returns whether building these arrays takes long enough to cache them.
     """
-    # Take the time before the state: a change in between then counts as too recent to cache.
-    path, now = _kept_path(kind, folder), time.time()
+    # Read the clock before the state of the folder. If the folder changes between the two, its time of change is later
+    # than `now`, and the arrays are not cached.
+    path, now = _cache_path(kind, folder), time.time()
     changed_s, state = state_of()
-    arrays = _read_kept(path, state, names)
+    arrays = None if path is None else _read(path, state, names)
     if arrays is None:
         arrays = find()
-        if worth_caching(arrays) and changed_s < now - UNCHANGED_S:
-            _keep(path, state, dict(zip(names, arrays, strict=True)))
+        if path is not None and worth_caching(arrays) and changed_s < now - UNCHANGED_S:
+            _write(path, state, dict(zip(names, arrays, strict=True)))
     return arrays
 
 
-def _kept_path(kind: str, folder: Path) -> Path:
-    """Return the path of the cache file of a folder (below `XDG_CACHE_HOME`, by default ~/.cache)."""
-    # Without a home directory, "~" is not expanded, and no cache is written or found there.
+def _cache_path(kind: str, folder: Path) -> Path | None:
+    """Return the path of the cache file of a folder (below `XDG_CACHE_HOME`, by default ~/.cache).
+
+    Return None without a home directory, or if `XDG_CACHE_HOME` is relative, which its specification says to ignore.
+    """
+    # Without a home directory, expanduser leaves "~" as it is.
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if not home.is_absolute():
+        return None
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return home / "resnext_ignite" / f"{kind}-{name}.safetensors"
 
 
-def _read_kept(path: Path, state: str, names: Sequence[str]) -> list[Array] | None:
-    """Return the cached arrays; None if they are missing, damaged, or of another state."""
+def _read(path: Path, state: str, names: Sequence[str]) -> list[Array] | None:
+    """Return the cached arrays; return None if they are missing, damaged, or belong to another state."""
     try:
         arrays = load_file(path)
         found = [arrays[name] for name in names]
@@ -73,8 +79,8 @@ def _read_kept(path: Path, state: str, names: Sequence[str]) -> list[Array] | No
     return None
 
 
-def _keep(path: Path, state: str, arrays: dict[str, Array]) -> None:
-    """Write arrays to the cache for a state; if that fails, only log it at debug level."""
+def _write(path: Path, state: str, arrays: dict[str, Array]) -> None:
+    """Write the arrays of a state to the cache; if that fails, only log the error at debug level."""
     seal = np.frombuffer(_seal(state, list(arrays.values())).encode(), np.uint8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +90,7 @@ def _keep(path: Path, state: str, arrays: dict[str, Array]) -> None:
 
 
 def _seal(state: str, arrays: Sequence[Array]) -> str:
-    # Cover the arrays too: a damaged name would be a missing file, and a damaged count would give wrong labels.
+    # Hash the arrays too: a damaged name would look like a missing file, and a damaged count would give wrong labels.
     seal = hashlib.sha256(state.encode())
     for array in arrays:
         seal.update(array.tobytes())
