@@ -1,7 +1,7 @@
-"""Convert checkpoints from and to other systems: `python -m resnext_ignite.convert --checkpoint FILE --output FILE`.
+"""Converts checkpoints from and to other systems: `python -m resnext_ignite.convert --checkpoint FILE --output FILE`.
 
-The output is a checkpoint of this project. It can be evaluated, or it can initialise a training (`model.pretrained`).
-With `--to`, the output is a file of weights for the other system.
+The output is a checkpoint of this project. It can be evaluated, or used as `model.pretrained`. With `--to`, the output
+is a file of weights for another system.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from resnext_ignite.runtime.errors import ConfigError, run_command
 from resnext_ignite.runtime.storage import check_output_path
 
-# The same names as in `weights/foreign/systems.py`. They are not imported from there, because that module needs torch.
+# "auto", and the names in `weights/foreign/systems.py`. They are repeated here, because that module imports torch, and
+# that would slow down `--help`.
 _SYSTEMS = (
     "auto",
     "resnext.pytorch",
@@ -31,10 +32,10 @@ _EARLIER_NAMES = {"seed": "resnext.pytorch", "ours": "resnext_ignite"}
 
 
 def convert(checkpoint: Path, output: Path, source: str, target: str) -> str:
-    """Read one file, write the other, and return a one-line report.
+    """Convert the file `checkpoint` to the file `output`, and return a one-line report.
 
     Raises:
-        CheckpointError: the file cannot be used; the message names the first weight that does not fit.
+        CheckpointError: the checkpoint cannot be used. If a weight does not fit, the message names it.
     """
     import torch
 

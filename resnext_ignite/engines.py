@@ -1,4 +1,4 @@
-"""The public names of the two engines; the code is in `training/engines.py`."""
+"""Provides the public functions that create the two engines. Their code is in `training/engines.py`."""
 
 from resnext_ignite.training.engines import RunEvents, create_evaluator, create_trainer
 

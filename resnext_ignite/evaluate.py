@@ -1,7 +1,8 @@
-"""Count a checkpoint's errors on a split: `python -m resnext_ignite.evaluate --checkpoint RUN [--json]`.
+"""Evaluate a checkpoint on a split: `python -m resnext_ignite.evaluate --checkpoint RUN [--json]`.
 
-The evaluation uses the run's own config. On the machine of the run, the metrics therefore equal the run's to the last
-digit. The checkpoint may also be another system's, if `convert` reads its format.
+The evaluation uses the config that the checkpoint stores. On the machine of the run, its metrics are therefore equal to
+those that the run recorded, to the last digit. The checkpoint may also come from another system, if `convert` reads its
+format.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _ALLOWED_OVERRIDES = (
     "train.channels_last",
 )
 _JSON_KEYS = ("images", "correct", "correct_top5", "top1_error", "top5_error", "loss", "calibration_error")
-# Present with evaluation.flip_tta.
+# These keys exist only with evaluation.flip_tta.
 _FLIP_KEYS = ("correct_flip", "top1_error_flip", "top5_error_flip", "loss_flip")
 _MISTAKES = 32
 _VIEWS = {"one": "", "flip": " with mirror images", "ten-crop": " with ten crops"}
@@ -52,12 +53,12 @@ def evaluate(
     config has `evaluation.flip_tta` and `views` is "one".
 
     Args:
-        views: "one": as the run evaluates; "flip": mean logits over each image and its mirror image; "ten-crop": mean
-            logits over five crops and their mirror images.
+        views: "one": each image once, as in the run's own evaluations; "flip": mean logits over each image and its
+            mirror image; "ten-crop": mean logits over five crops and their mirror images.
         keep_mistakes: number of worst mistakes to list.
 
     Raises:
-        ResnextError: there is no usable checkpoint or data, or an override would change the model.
+        ResnextError: the checkpoint or the data cannot be used, or an override is not in `_ALLOWED_OVERRIDES`.
     """
     import torch
 
@@ -85,18 +86,19 @@ def evaluate(
         raise ConfigError("data.image_size: this run sets evaluation.image_size; override that key instead")
     if config.train.device == "cuda" and not torch.cuda.is_available():
         config = with_values(config, {"train.device": "cpu"})
-    # Drop what concerns training only: `progressive_from` would restrict the image size. An evaluation skips no image.
+    # `progressive_from` concerns training only, but the config's check would refuse an image size that is not above it.
     config = with_values(config, {"augment.progressive_from": None})
+    # "fail": an evaluation must count every image.
     fixed = {"data.on_error": "fail", "logging.mistakes": keep_mistakes}
     config = with_values(override_config(config, overrides), fixed)
     if views != "one" and config.evaluation.flip_tta:
         log.info(f"evaluation.flip_tta: ignored, because --views {views} already averages over views")
         config = with_values(config, {"evaluation.flip_tta": False})
     if config.evaluation.image_size:
-        # `--split train`: the training images take the evaluation size too.
+        # With `--split train`, the training images must have the evaluation size, too.
         config = with_values(config, {"data.image_size": config.evaluation.image_size})
     if views == "ten-crop":
-        # Images in memory are centre crops already.
+        # The crops are taken from the image files; images in memory are already cropped to the centre.
         config = with_values(config, {"data.in_memory": False})
     device, ranks = devices.resolve_device(config.train.device, 0), Ranks()
     devices.set_up_machine(device, deterministic=bool(config.train.deterministic))
@@ -117,7 +119,8 @@ def _check_classes(checkpoint: Path, own: tuple[str, ...], found: tuple[str, ...
     if own == found:
         return
     if foreign and len(own) == len(found):
-        # The file of another system stores no class names. The folders of ImageNet are not named as its classes.
+        # A file of another system stores no class names: `own` holds those of a known data set, or numbers. The names
+        # in the data may differ: the folders of ImageNet are not named after its classes.
         log.info(f"{checkpoint}: assuming that its {len(own)} classes are those of the data, in the same order")
         return
     raise CheckpointError(f"{checkpoint}: has the classes {_shortened(own)}, but the data has {_shortened(found)}")
@@ -145,7 +148,12 @@ def _shortened(names: tuple[str, ...]) -> str:
 
 
 def per_class_table(confusion: Any, classes: tuple[str, ...]) -> str:
-    """Return a table with images, error and most frequent wrong prediction of each class; confusion: int64 (C, C)."""
+    """Return a table with one line per class: number of images, error, most frequent wrong prediction.
+
+    Args:
+        confusion: int64 (C, C); rows are true classes, columns are predicted classes.
+        classes: the names of the C classes.
+    """
     from resnext_ignite.runs.class_metrics import metrics_by_class
 
     width = max(len("class"), *(len(name) for name in classes))

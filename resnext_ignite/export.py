@@ -1,7 +1,7 @@
-"""Export a model: `python -m resnext_ignite.export --checkpoint FILE|RUN --format onnx --output FILE`.
+"""Exports a model: `python -m resnext_ignite.export --checkpoint FILE|RUN --format onnx --output FILE`.
 
-The formats are ONNX, torch.export and safetensors. The checkpoint is this project's or another system's. The exported
-file is checked before it gets its final name. A model card is written beside it.
+The formats are ONNX, torch.export and safetensors. The checkpoint is from this project or from another system. The
+command checks the exported file before the file gets its final name. It writes a model card beside the file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def check_options(format: str, output: Path, *, changed: bool) -> None:
     """Check the options before the work starts, because an error at the end would waste it.
 
     Args:
-        changed: whether an option is given that changes the network, which a file of weights does not hold.
+        changed: whether `--uint8` or `--no-fold` is given. These options change the network, but a safetensors file
+            holds only weights.
 
     Raises:
         ConfigError: a file exists already, an option does not fit the format, or a folder or package is missing.

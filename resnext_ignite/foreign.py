@@ -1,4 +1,7 @@
-"""The earlier import path of `resnext_ignite.checkpoint.open_model`. Model cards of earlier versions use it."""
+"""Keeps the earlier import path of `open_model`, because model cards of earlier versions use it.
+
+The current path is `resnext_ignite.checkpoint`.
+"""
 
 from resnext_ignite.weights.loading import open_model
 

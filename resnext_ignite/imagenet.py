@@ -1,6 +1,7 @@
 """Unpacks ImageNet: `python -m resnext_ignite.imagenet --train TAR --val TAR --devkit TAR --output DIR`.
 
-The archives of ILSVRC2012 become a folder to train from. After an interruption, the same command resumes.
+The command unpacks the archives of ILSVRC2012 into a folder to train from. After an interruption, the same command
+resumes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _CLASSES, _TRAIN_IMAGES, _VAL_IMAGES = 1000, 1_281_167, 50_000
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; raises ResnextError for errors that the user can correct."""
+    """Run the command; raise ResnextError for an error that the user can fix."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.imagenet",
         description="Unpack ILSVRC2012 into train/<class>/ and val/<class>/. Each source may be a folder with its "

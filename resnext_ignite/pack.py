@@ -1,6 +1,6 @@
 """Packs folders into tar shards: `python -m resnext_ignite.pack FOLDER --output DIR`; `--check DIR` checks shards.
 
-Training then reads a few large files sequentially, and does not open a million small ones one by one.
+Training then reads a few large files sequentially, instead of opening a million small files one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from resnext_ignite.runtime.errors import ConfigError, run_command
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; raises ResnextError for errors that the user can correct."""
+    """Run the command; raise ResnextError for an error that the user can fix."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.pack",
         description="Pack a folder of images (train/<class>/*, val|test/<class>/*) into tar shards.",

@@ -1,7 +1,7 @@
 """Predicts the classes of images: `python -m resnext_ignite.predict --checkpoint RUN IMAGE_OR_FOLDER ...`.
 
-Images are decoded, cropped and normalised as in an evaluation. An image that cannot be read does not stop the others;
-the command reports it.
+Images are decoded, cropped and normalised as in an evaluation. The command reports an image that cannot be read, and
+continues with the other images.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of an image, in descending order; none, and an `error`, if it cannot be read."""
+    """The most probable classes of an image, the most probable one first.
+
+    If the image cannot be read, `top` is empty, and `error` is the reason.
+    """
 
     file: str
     top: tuple[Answer, ...] = ()
@@ -47,9 +50,10 @@ class Prediction:
 
 
 def find_images(names: Sequence[str]) -> list[str]:
-    """Return the files that names stand for, in order: files, folders (all images in and below them) and patterns.
+    """Return the image files that the names on the command line mean, in order.
 
-    A name that is none of these is kept, and later reported as a file that cannot be read.
+    A name is a file, a folder (all images in it and below it) or a pattern. A name that is none of these is returned
+    unchanged; the prediction later reports it as a file that cannot be read.
 
     Raises:
         DataError: a folder holds no image, or a pattern matches no file; the message names it.
@@ -74,7 +78,7 @@ def find_images(names: Sequence[str]) -> list[str]:
 
 
 def _below(folder: str) -> Iterator[str]:
-    # Follow links, as training does, and enter a folder that contains itself only once.
+    # Follow links, as training does. A link may lead back to a folder above it: enter each folder only once.
     seen: set[str] = set()
 
     def fail(error: OSError) -> None:
@@ -91,8 +95,8 @@ class Predictor:
 
     Args:
         checkpoint: a run folder, or a file of this project or of another system.
-        batch_size: images in one forward pass.
-        workers: processes that decode; None: one per core, at most 8, and at least two batches for each.
+        batch_size: number of images in one forward pass.
+        workers: number of decoding processes; None: one per core, but at most 8, and at most one for every two batches.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
@@ -116,10 +120,10 @@ class Predictor:
 
         Args:
             files: paths of images.
-            top_k: classes per image.
+            top_k: number of classes per image.
 
         Raises:
-            DataError: a process that decodes died.
+            DataError: a decoding process died.
         """
         for images, positions, unreadable in self._load(files):
             probabilities = self.network(images).double().softmax(1)
@@ -134,7 +138,7 @@ class Predictor:
                 yield Prediction(files[position], tuple(answers))
 
     def pictures(self, files: Sequence[str]) -> torch.Tensor:
-        """Return images as the model receives them, but not normalised: uint8 (n, H, W, 3)."""
+        """Return the images as the model receives them, but without the normalisation: uint8 (n, H, W, 3)."""
         import torch
 
         return torch.cat(
@@ -152,7 +156,7 @@ class Predictor:
         split = ImageFiles(Paths.of(files), count, count, self.metadata.image_size, self.config.data.eval_crop)
         workers = self.workers
         if workers is None:
-            # A process takes longer to start than this one takes to decode two batches.
+            # Starting a process takes longer than decoding two batches in this process.
             workers = min(8, len(os.sched_getaffinity(0)), len(files) // (2 * self.batch_size))
         return ImageLoader(split, self._augment(), self.device, batch_size=self.batch_size, workers=workers)
 
@@ -165,7 +169,7 @@ class Predictor:
 
 
 def table(predictions: Iterable[Prediction], files: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
-    """Yield a line for each image, in columns: its name, then the probability and class of each answer."""
+    """Yield a line for each image, with aligned columns: its name, then the probability and class of each answer."""
     width = max(map(len, files))
     name_width = min(24, max(map(len, classes)))
     for prediction in predictions:
@@ -186,7 +190,7 @@ def as_json(predictions: Iterable[Prediction]) -> str:
 
 
 def write_csv(predictions: Iterable[Prediction]) -> None:
-    """Write a row for each answer to standard output: file, rank from 1, class, index, probability."""
+    """Write a CSV row for each answer to standard output: file, rank (from 1), class, index, probability."""
     writer = csv.writer(sys.stdout)
     writer.writerow(("file", "rank", "class", "index", "probability"))
     for prediction in predictions:
@@ -204,7 +208,8 @@ def save_sheet(predictor: Predictor, predictions: Sequence[Prediction], path: Pa
 
 
 def _readable(predictions: Iterable[Prediction], broken: list[Prediction], given: str) -> Iterator[Prediction]:
-    # Report the others immediately, and add them to `broken`. `given` is the file that holds standard input.
+    # Yield the predictions for readable images. Report each other image immediately, and add it to `broken`. `given` is
+    # the name of the file that holds a copy of standard input.
     for prediction in predictions:
         if prediction.error is None:
             yield prediction
@@ -214,7 +219,7 @@ def _readable(predictions: Iterable[Prediction], broken: list[Prediction], given
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; raises ResnextError for errors that the user can correct."""
+    """Run the command; raise ResnextError for an error that the user can fix."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.predict", description="Predict the most probable classes of images."
     )
@@ -245,7 +250,7 @@ def main(arguments: list[str]) -> int:
         if _STANDARD_INPUT in parsed.pictures:
             if sys.stdin is None:
                 raise DataError("-: standard input is closed")
-            # Image readers seek, which a pipe does not allow.
+            # Copy it to a file: decoders must seek, and a pipe does not allow that.
             given.write(sys.stdin.buffer.read())
             given.flush()
         files = find_images([given.name if name == _STANDARD_INPUT else name for name in parsed.pictures])

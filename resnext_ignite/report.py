@@ -1,6 +1,6 @@
 """Report runs: `python -m resnext_ignite.report RUN [RUN ...]` prints a table and draws all curves in one plot.
 
-With `--html FILE` it also writes a page of their details, which `plots/report_page.py` builds.
+With `--html FILE`, the command also writes a page with the details of the runs; `plots/report_page.py` builds the page.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _PAGE_ONLY_KEYS = ("records", "config", "status", "folder")
 
 
 def summarize(path: Path) -> dict[str, Any]:
-    """Return a run's state, epochs, last and best errors (percent), speed and time, and its records, config and status.
+    """Return a run's state, epochs, last and best errors (percent), speed, time, records, config, status and folder.
 
-    The result is the error of the last evaluation. The best error over epochs is only reported beside it: where it is
-    chosen on the test split, it is biased and not a result.
+    The result of a run is the error of its last evaluation. The best error over epochs is only shown beside it: if the
+    best epoch is selected on the test split, its error is biased.
 
     Raises:
-        RunFolderError: there is no run, or it has not evaluated anything yet.
+        RunFolderError: `path` is not a run folder, or the run has not evaluated anything yet.
     """
     from resnext_ignite.runs.folder import RunFolder
 

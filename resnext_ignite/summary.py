@@ -1,6 +1,6 @@
 """Prints a model's layers and costs: `python -m resnext_ignite.summary MODEL [MODEL ...]`.
 
-A MODEL is a model's name or a checkpoint. Only shapes are computed, so that any model takes seconds.
+MODEL is the name of a model, or a checkpoint. The command computes only shapes, and takes seconds for any model.
 """
 
 from __future__ import annotations
@@ -50,15 +50,16 @@ class Summary:
 def summarize(
     model: str, image_size: int | None = None, classes: int | None = None, stem_channels: int | None = None
 ) -> Summary:
-    """Summarise a model by its name, or the model of a checkpoint.
+    """Return the summary of a model, which is given by its name or by a checkpoint.
 
     Args:
         model: a model's name, a checkpoint file or a run folder.
-        image_size, classes, stem_channels: None: those of the checkpoint; for a name, 224 pixels and 1000 classes in
-            the ImageNet layout, 32 pixels and 10 classes in the others, and 64 channels in all.
+        image_size, classes, stem_channels: None: the value of the checkpoint. For a name, the defaults are 224 pixels
+            and 1000 classes in the ImageNet layout, 32 pixels and 10 classes in the CIFAR layouts, and 64 channels.
 
     Raises:
-        ConfigError: `model` is neither a name nor a file, or a number is out of range or not for a checkpoint.
+        ConfigError: `model` is neither a name nor a file, a number is out of range, or `classes` or `stem_channels` is
+            given for a checkpoint.
         CheckpointError: the file cannot be used.
     """
     from resnext_ignite.config.files import override_config
@@ -78,7 +79,7 @@ def summarize(
     known |= {key: value for key, value in asked.items() if value is not None}
     config = override_config(Config(), [f"{key}={value}" for key, value in known.items()])
     name, stem = config.model.name, config.model.stem_channels
-    # Neither is null by now.
+    # Neither value is None here; `or 0` is for the type checker.
     num_classes, size = config.model.num_classes or 0, config.data.image_size or 0
 
     import torch
@@ -86,7 +87,7 @@ def summarize(
     from resnext_ignite.models import create_model
     from resnext_ignite.models.layers import layers_of
 
-    # On the meta device, weights have no values, and take neither time nor memory.
+    # On the meta device, weights have no values, and cost neither time nor memory.
     with torch.device("meta"):
         network = create_model(name, num_classes, stem_channels=stem)
     return Summary(name, stem, num_classes, size, layers_of(network, size))
@@ -106,7 +107,7 @@ def _of_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def table(summary: Summary) -> str:
-    """Return the rows of a model in aligned columns, and its totals in lines below."""
+    """Return a table with a row for each layer of a model, and its totals in the lines below the table."""
     layers = summary.layers
     rows = [_HEAD]
     for row in layers.rows:
@@ -127,7 +128,7 @@ def table(summary: Summary) -> str:
 
 
 def configuration_table(summaries: list[Summary]) -> str:
-    """Return a Markdown table with a row for each model, as in the README."""
+    """Return a Markdown table with a row for each model, as in `docs/training.md`."""
     rows: list[tuple[str, ...]] = [_MARKDOWN_HEAD]
     for summary in summaries:
         architecture, layers = summary.architecture, summary.layers
@@ -139,7 +140,7 @@ def configuration_table(summaries: list[Summary]) -> str:
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
-    """Return a summary as plain values: bytes, pixels, and the multiply-adds of one image."""
+    """Return a summary as plain values for JSON. Bytes and multiply-adds are for one image; sizes are in pixels."""
     layers = summary.layers
     return {
         "name": summary.name,
@@ -179,7 +180,7 @@ def _by_precision(bytes_: dict[str, int]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; raises ResnextError for errors that the user can correct."""
+    """Run the command; raise ResnextError for an error that the user can fix."""
     parser = argparse.ArgumentParser(
         prog="python -m resnext_ignite.summary",
         description="A model's layers, parameters, multiply-adds, memory of activations and receptive field.",

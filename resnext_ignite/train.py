@@ -29,10 +29,11 @@ log = logging.getLogger("resnext_ignite.train")
 
 
 def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False) -> None:
-    """Train on this rank, from scratch or, with `resume`, from the state in `output_dir`; rank 0 prints the result.
+    """Train on this rank, from scratch or, with `resume`, from the newest checkpoint; rank 0 prints the result.
 
     Raises:
-        ResnextError: each class has its exit code; `output_dir/status.json` reports the same error.
+        ResnextError: the run failed, or a signal stopped it. Each subclass has an exit code. If the run folder is open
+            already, rank 0 also writes the error to `output_dir/status.json`.
     """
     import torch
 
@@ -97,11 +98,13 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
 
 
 def resolve_config(config: Config, data: Data, device: torch.device) -> Config:
-    """Return the config with all values resolved that depend on the data or the device; `resolve_auto` resolves `auto`.
+    """Return the config with every value filled in that depends on the data or the device.
+
+    `resolve_auto` then replaces the remaining `auto` values.
 
     Raises:
         DataError: the data has a single class.
-        ConfigError: `model.num_classes` is not the number of classes of the data.
+        ConfigError: `model.num_classes` is set, but differs from the number of classes of the data.
     """
     from resnext_ignite.config.schema import with_values
     from resnext_ignite.runtime.devices import resolve_precision
@@ -174,9 +177,9 @@ def main(arguments: list[str]) -> int:
     output_dir = Path(parsed.output_dir) if parsed.output_dir else default_output_dir(Path(path))
 
     if config.train.device == "cpu":
-        # Hide the GPUs before torch looks for them. Otherwise `launch` chooses nccl, and Ignite a GPU for each rank.
+        # Hide the GPUs before torch looks for them. Otherwise `launch` chooses nccl, and Ignite gives each rank a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # When a rank is gone, torch's C++ code logs a stack trace; this package reports it in one line.
+    # When a rank dies, torch's C++ code logs stack traces. Hide them: this package reports the dead rank in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from resnext_ignite.distributed.launch import launch
     from resnext_ignite.runtime.console import set_up_console
@@ -195,7 +198,10 @@ def main(arguments: list[str]) -> int:
 
 
 def default_output_dir(config_path: Path) -> Path:
-    """Return `runs/<config name>/<date-time>`; the `config.yaml` of a run folder keeps that name."""
+    """Return `runs/<config name>/<date-time>`; the config name is the stem of the config file.
+
+    For the config of a run, `runs/<config name>/<date-time>/config.yaml`, the config name is taken from this path.
+    """
     name = config_path.resolve().parent.parent.name if config_path.name == "config.yaml" else config_path.stem
     return Path("runs") / name / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 

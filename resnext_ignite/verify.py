@@ -1,7 +1,7 @@
 """Check every checkpoint of a run: `python -m resnext_ignite.verify RUN [RUN ...]`.
 
-The command takes no lock and writes nothing; it can check a run while the run trains. `runs/checkpoint.py` verifies the
-single file.
+The command takes no lock and writes nothing; it can check a run while the run trains. `runs/checkpoint.py` verifies
+each file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from resnext_ignite.runtime.errors import CheckpointError, RunFolderError, run_command
 from resnext_ignite.runtime.tables import aligned
 
-# The parts that a resume reads, besides the config, and the averaged weights if the config requests them.
+# Parts that every resume reads. `_check_state` also checks the config and, if it enables them, the averaged weights.
 _PARTS = (
     "model",
     "optimizer",
@@ -41,9 +41,9 @@ class Checked:
         size: in bytes.
         ok: the file is undamaged and a checkpoint of this project.
         resumable: the file is also complete, so that a run can resume from it.
-        reason: why the file is not ok or not resumable, or another remark; None: no remark.
-        iteration, epoch: completed iterations and epochs of the run; None: unknown.
-        iterations: iterations of the whole run; None: unknown.
+        reason: why the file is not ok or not resumable, or another remark; None if there is no remark.
+        iteration, epoch: completed iterations and epochs of the run; None if unknown.
+        iterations: iterations of the whole run; None if unknown.
     """
 
     path: Path
@@ -67,9 +67,10 @@ class Checked:
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """The results for a run folder or a checkpoint file: its checkpoints, in the order in which a resume tries them.
+    """The results for a run folder or a single checkpoint file.
 
-    `remains` lists the leftover files beside the checkpoints, each with an explanation.
+    `files` holds the checkpoints, in the order in which a resume tries them. `remains` lists the leftover files beside
+    the checkpoints, each with an explanation.
     """
 
     path: Path
@@ -78,12 +79,12 @@ class CheckedRun:
 
     @property
     def candidate(self) -> Checked | None:
-        """Return the file that `--resume` uses: the first undamaged one, even if it is not resumable."""
+        """Return the file that `--resume` uses: the first undamaged file, even if it is not resumable."""
         return next((file for file in self.files if file.ok), None)
 
     @property
     def resumes_from(self) -> Checked | None:
-        """Return the file that a run resumes from; None: a resume would fail, or there is no checkpoint."""
+        """Return the file that a run resumes from; None if a resume would fail or there is no checkpoint."""
         return self.candidate if self.candidate is not None and self.candidate.resumable else None
 
 
@@ -112,7 +113,7 @@ def check_run(path: Path) -> CheckedRun:
 
 
 def check_file(path: Path) -> Checked | None:
-    """Check one file; None: it no longer exists, because a run that trains now has removed it."""
+    """Check one file; return None if it no longer exists, because a run that is training has removed it."""
     from resnext_ignite.runs.checkpoint import checksum_path, load_checkpoint
 
     while True:
@@ -128,7 +129,7 @@ def check_file(path: Path) -> Checked | None:
                 return None
             if after == before:
                 return Checked(path, size, ok=False, resumable=False, reason=_reason(path, error))
-            # A save replaced the file during the check; file and checksum may not have matched: check again.
+            # A save replaced the file during the check, so that file and checksum may not have matched: check again.
             continue
         return _check_state(path, size, state, has_sum=has_sum)
 
@@ -176,7 +177,7 @@ def _check_state(path: Path, size: int, state: dict[str, Any], *, has_sum: bool)
 
 
 def _part(state: Any, name: str) -> Any:
-    """Return a part of nested dicts by its dotted name; None if it is missing."""
+    """Return the part of nested dicts with a dotted name; None if it is missing."""
     for key in name.split("."):
         state = state.get(key) if isinstance(state, dict) else None
     return state

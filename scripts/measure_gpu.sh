@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Makes all measurements that need a GPU, in calls of at most ten minutes: the tests for a GPU, a short run of one rank
-# over NCCL, and the whole benchmark. The benchmark writes FILE.json after each part, and --continue resumes there.
+# over NCCL, and the whole benchmark. The benchmark writes FILE.json after each part; --continue skips the parts that
+# FILE.json holds.
 # Usage: bash scripts/measure_gpu.sh [--continue] [--device cpu] [FILE.json]     default: benchmarks/<GPU>.json
 # PYTHON: an interpreter with torch 2.11 and this package's dependencies; nothing is installed, no network is needed.
-# --device cpu tests the script itself on a machine without a GPU. Exit code 124: out of time; call it with --continue.
+# --device cpu tests the script itself on a machine without a GPU. Exit code 124: out of time; repeat with --continue.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
@@ -34,7 +35,7 @@ fi
 file="${1:-benchmarks/$name.json}"
 log="${file%.json}.log"
 
-# Run a step, print its exit code, and go on after a failure: the log shows that its result is missing.
+# Run a step and print its exit code. Continue after a failure: the log shows that the result of the step is missing.
 step() {
     local what="$1" code=0
     shift
@@ -47,7 +48,7 @@ if [ "${#continued[@]}" = 0 ]; then
     step "tests on the GPU" timeout 120 "$python" -m pytest -o addopts="" -q -k gpu -rs \
         tests/test_engines.py tests/test_grouped_conv.py tests/test_device_decoding.py
     run="$(mktemp -d)"
-    # Started as a user does; a small network and data set without a GPU.
+    # Start the run as a user does. Without a GPU, use a small network and a small data set.
     model=(--config configs/cifar10_resnext29_8x64d.yaml "schedule.milestones=[]")
     [ "$device" = cuda ] || model=(--config configs/quickstart.yaml data.train_size=256 data.test_size=100)
     step "a run of one rank over $backend" timeout 150 \
@@ -60,7 +61,7 @@ code=0
 timeout "$((deadline - $(date +%s)))" "$python" -m resnext_ignite.benchmark --device "$device" --json "$file" \
     "${continued[@]}" 2>&1 | tee -a "$log" || code=$?
 if [ "$code" = 124 ]; then
-    # The next call measures the interrupted part.
+    # The next call repeats the interrupted part.
     echo "out of time; continue with: bash scripts/measure_gpu.sh --continue --device $device $file"
 fi
 exit "$code"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From scratch to a trained ResNeXt: sets up the environment, trains on drawn shapes, prints the error, draws curves.
+# Sets up the environment, trains a small ResNeXt on drawn shapes, prints its error, and draws its curves.
 # Usage: bash scripts/run_quickstart.sh [KEY=VALUE ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,12 +1,12 @@
-# Sourced by the scripts: creates a virtual environment with the package and the tested versions of its dependencies, or
-# reuses it.
+# The other scripts source this file. It creates a virtual environment with the package and the tested versions of its
+# dependencies, or reuses an existing one.
 # Usage: . scripts/setup_env.sh [EXTRAS]     EXTRAS as pip takes them, e.g. "[test,export]"
 # RESNEXT_VENV: another folder for the environment. PYTHON: another interpreter to create it with.
 
 extras="${1:-}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${RESNEXT_VENV:-$root/.venv}"
-# The installed dependencies follow from these files alone. The package itself is installed as a link to its source.
+# These two files alone determine the installed dependencies. The package itself is installed as a link to its source.
 wanted="$(cat "$root/setup.cfg" "$root/constraints.txt" | sha256sum | cut -d' ' -f1) $root"
 stamp="$venv/.installed$extras"
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then

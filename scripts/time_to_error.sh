@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Measures the time of a recipe from scratch to its error: one process per seed, timed from its start to its end.
+# Measures how long a recipe takes from scratch to its error. Each seed is one process, timed from its start to its end.
 # Usage: [SEEDS="1 2 3"] [OUT=DIR] bash scripts/time_to_error.sh [CONFIG] [KEY=VALUE ...]
 #   default: configs/cifar10_resnext29_8x64d_fast.yaml; OUT: runs/time_to_error/<date-time>
-# PYTHON: an interpreter with this package's dependencies; nothing is installed. The time includes any download of data:
-# have the data there before.
+# PYTHON: an interpreter with this package's dependencies; nothing is installed. The measured time includes a download
+# of the data: download the data before.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
@@ -17,7 +17,7 @@ out="${OUT:-runs/time_to_error/$(date +%Y-%m-%d_%H-%M-%S)}"
 read -ra seeds <<<"${SEEDS:-1 2 3}"
 mkdir -p "$out"
 : >"$out/seconds.txt"
-# The run folders have the names that ablate gives them: it finds the runs finished, and only compares them.
+# The run folders have the names that `ablate` would give them. It therefore finds finished runs and only compares them.
 plan="$out/$(basename "$config")"
 {
     echo "config: '${config//\'/\'\'}'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -167,6 +168,15 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def fork() -> int:
+    """os.fork; the child's garbage collector leaves alone, and so does not copy, what it shares with this process."""
+    gc.freeze()
+    child = os.fork()
+    if child:
+        gc.unfreeze()
+    return child
+
+
 def fork_ranks() -> None:
     """Let ranks be forked from this process, in which torch is loaded, instead of spawned."""
     start = launch.mp.start_processes
@@ -224,7 +234,7 @@ class Command:
         self.outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - they are gone when closed
         self.began = time.monotonic()
         Command.all.append(self)
-        self.pid = os.fork()
+        self.pid = fork()
         if self.pid == 0:
             self._be_the_command(folder, overrides, resume, ranks, patch)
 
@@ -364,7 +374,7 @@ def in_fork() -> Callable[[Callable[[], Any]], int]:
     """Run a function in a forked child; its wait status, as os.waitpid gives it."""
 
     def run(function: Callable[[], Any]) -> int:
-        child = os.fork()
+        child = fork()
         if child == 0:
             code = 1
             try:

@@ -115,7 +115,7 @@ def test_evaluate_says_them_apart(flipped_run: Path, capsys: pytest.CaptureFixtu
     assert evaluate.main([*arguments, "--views", "flip"]) == 0
     said = capsys.readouterr()
     assert not set(FLIP) & set(json.loads(said.out))
-    assert "evaluation.flip_tta: left out" in said.err
+    assert "evaluation.flip_tta: ignored" in said.err
     assert evaluate.main(arguments[:2]) == 0
     assert f"(evaluation.flip_tta): top-1 error {last['top1_error_flip']:.2f} %" in capsys.readouterr().out
 

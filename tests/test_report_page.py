@@ -17,6 +17,7 @@ from conftest import DRAWN, train_tiny
 from PIL import Image
 
 from resnext_ignite import report
+from resnext_ignite.plots import report_page
 from resnext_ignite.runs.folder import RunFolder
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -50,6 +51,23 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] not in ("style", "title"):
             self.text += data + " "
+
+
+draw_curves_of_page = report_page._curves
+drawn: dict[str, dict[str, str]] = {}
+
+
+@pytest.fixture(autouse=True)
+def curves_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most pages here are of the same run, and its four curves take most of a page's time."""
+
+    def curves(records: dict[str, Any]) -> dict[str, str]:
+        key = repr(records)
+        if key not in drawn:
+            drawn[key] = draw_curves_of_page(records)
+        return drawn[key]
+
+    monkeypatch.setattr(report_page, "_curves", curves)
 
 
 def page_of(tmp_path: Path, *folders: Path) -> tuple[Page, Path]:

@@ -17,7 +17,18 @@ from zlib import crc32
 import pytest
 import torch
 import torchvision
-from conftest import DRAWN, Command, at_iteration, digest, fork_ranks, rank, rig_errors, tiny_arguments, train_tiny
+from conftest import (
+    DRAWN,
+    Command,
+    at_iteration,
+    digest,
+    fork,
+    fork_ranks,
+    rank,
+    rig_errors,
+    tiny_arguments,
+    train_tiny,
+)
 from ignite.engine import Engine
 from test_data import write_cifar
 from test_data_faults import CIFAR
@@ -373,7 +384,7 @@ def test_machines_that_share_a_folder_prepare_it_one_after_another(
         prepare_cifar("cifar10", tmp_path, download=True)
 
     def both() -> None:
-        other = os.fork()
+        other = fork()
         if other == 0:
             while not begun.exists():
                 time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Ablations: the plan, the statistics of its runs' errors, and their plot.
+"""This package reads the plan of an ablation, compares the errors of its runs, and draws them.
 
-`python -m resnext_ignite.ablate` makes the runs one after the other, each by `train.run`.
+`ablate.py` has the command, which trains one run after the other.
 """

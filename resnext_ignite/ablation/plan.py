@@ -1,4 +1,4 @@
-"""The plan of an ablation: a YAML file that names a recipe, its variants and seeds.
+"""Reads the plan of an ablation: a YAML file that names a recipe, its variants and the seeds.
 
 All configs are checked before the first run begins.
 """
@@ -24,7 +24,7 @@ _LONGEST_NAME = 60
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run: the variant's name, the seed, the folder relative to the ablation's, and the whole config."""
+    """One run: the variant's name, the seed, the run folder relative to the ablation's folder, and the config."""
 
     variant: str
     seed: int
@@ -34,9 +34,10 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked plan: the name of its file, the variants in order, and all runs in the order in which they are made.
+    """A checked plan: the name of its file, the variants, the seeds, and all runs in the order in which they train.
 
-    The runs are ordered by seed first, so that an interrupted ablation has complete pairs to compare.
+    All variants train with the first seed, then all with the next one. An interrupted ablation can therefore compare
+    the variants seed by seed.
     """
 
     name: str
@@ -50,13 +51,13 @@ class Plan:
 def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
     """Read a plan and build the config of each variant.
 
-    A config is the recipe, then the plan's overrides, then `overrides`, then the variant's values; later values win.
+    A config consists of the recipe, the plan's overrides, `overrides` and the variant's values; later values win.
 
     Args:
         overrides: `KEY=VALUE` config values for all variants.
 
     Raises:
-        ConfigError: one line, `PLAN:LINE: key: reason`, also for an error in the config of a variant.
+        ConfigError: the plan or a config is wrong; the message is one line, `PLAN:LINE: key: reason`.
     """
     reader = _Reader(path)
     base = reader.recipe()
@@ -65,7 +66,7 @@ def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
     if any(override.partition("=")[0] == "seed" for override in given):
         raise ConfigError(f"{COMMAND_LINE}: seed: the plan sets the seeds; leave it out")
     base.override(given)
-    # An error of all variants is reported for the recipe, not for the first variant.
+    # Check the values that all variants share first: an error in them is not an error of the first variant.
     base.config(str(path))
     seeds, variants = reader.seeds(), reader.variants()
     configs: dict[str, Config] = {}
@@ -131,7 +132,7 @@ class _Reader:
         for key, value in values.items():
             if key == "seed":
                 self.refuse((*place, key), "the plan sets the seeds; leave it out")
-            # A whole section as the value would replace all of the recipe's section.
+            # A mapping as the value of a section would replace the recipe's complete section.
             if not DOTTED_KEY.fullmatch(key) or (isinstance(value, dict) and "." not in key):
                 self.refuse((*place, key), "write a config key with its value, as train.epochs: 4")
             source.put(tuple(key.split(".")), value, self.source.places[(*place, key)])

@@ -1,4 +1,4 @@
-"""The plot of an ablation: each variant's mean error with its standard error, and each seed as a small dot."""
+"""Draws an ablation: each variant's mean error with its standard error, and the error of each seed as a small dot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def draw_ablation(results: Sequence[Result], rows: Sequence[Row], baseline: str) -> Figure:
-    """Draw the variants from top to bottom, and a line at the baseline's mean.
+    """Draw one row per variant, from top to bottom, and a vertical line at the baseline's mean.
 
     The row of a variant without a completed run stays empty.
     """

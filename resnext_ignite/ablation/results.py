@@ -1,4 +1,4 @@
-"""The statistics of an ablation's runs: means, standard errors, paired differences, and their table."""
+"""Computes the statistics of an ablation's runs (means, standard errors, paired differences), and their table."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _COLUMNS = ("variant", "seeds", "error at epoch 0 %", "last-epoch error %", "aga
 class Result:
     """The state and the result of one planned run.
 
-    `error` and `first_error` are the top-1 test errors in percent, at the last epoch and at epoch 0 (None if not
-    evaluated). `seconds` is the run's wall-clock time; `evaluation_seconds` is the part of it that evaluations took.
+    `error` is the top-1 test error in percent after the last epoch, and `first_error` the one at epoch 0; None if it is
+    not known. `seconds` is the run's wall-clock time; `evaluation_seconds` is the part of it that evaluations took.
     """
 
     variant: str
@@ -33,10 +33,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """The statistics of a variant over its completed runs. Errors and differences are in percent, None if undefined.
+    """The statistics of a variant over its completed runs. Errors and differences are in percent; None if undefined.
 
-    `difference` is the mean of the variant's error minus the baseline's, over the `pairs` seeds that both completed.
-    `exceeds`: its absolute value is more than twice its standard error.
+    `pairs` is the number of seeds for which both the variant and the baseline completed. `difference` is the mean, over
+    these seeds, of the variant's error minus the baseline's. `exceeds` is true if the absolute value of `difference` is
+    more than twice `difference_standard_error`.
     """
 
     variant: str
@@ -53,7 +54,7 @@ class Row:
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """Return the mean, or None without values."""
+    """Return the mean, or None if there are no values."""
     return statistics.fmean(values) if values else None
 
 
@@ -94,7 +95,7 @@ def _row(variant: str, results: Sequence[Result], errors: dict[str, dict[int, fl
 
 
 def table(rows: Sequence[Row], baseline: str) -> str:
-    """Return a Markdown table with aligned columns, and the legend of its marks below."""
+    """Return a Markdown table with aligned columns, and below it an explanation of its marks."""
     cells = [_COLUMNS, *(_cells(row, baseline) for row in rows)]
     lines = markdown(cells, align=True)
     notes = ["", "± is the standard error of the mean over seeds; differences are taken seed by seed."]
@@ -105,7 +106,7 @@ def table(rows: Sequence[Row], baseline: str) -> str:
 
 def _cells(row: Row, baseline: str) -> tuple[str, ...]:
     against = _with_error(row.difference, row.difference_standard_error, "+.2f") + (" *" if row.exceeds else "")
-    # Not every completed seed has a completed run of the baseline to compare with.
+    # The baseline may not have completed a run for each of the variant's seeds.
     against += f" ({row.pairs} pairs)" if 0 < row.pairs < row.completed else ""
     return (
         row.variant.replace("|", "\\|"),

@@ -1,4 +1,4 @@
-"""The run folders of an ablation: the result of each planned run, and the files of results beside them."""
+"""Reads the results of an ablation from its run folders, and writes the files that compare them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _SAME_IN_ALL = ("train.epochs", "data.root", "data.on_error", "data.max_skipped"
 def result_of(run: PlannedRun, path: Path) -> Result:
     """Read the state and the result of a run from its folder.
 
-    A run with a non-finite loss or gradient has failed for good, since it would meet the same number again. A run that
-    was stopped early (evaluation.abandon) has failed too.
+    A run that ended with a non-finite loss or gradient is `failed` and is not repeated, because it would fail again in
+    the same way. A run that `evaluation.abandon` stopped is `failed` too.
 
     Raises:
         RunFolderError: the run was made with another config.
@@ -32,7 +32,7 @@ def result_of(run: PlannedRun, path: Path) -> Result:
     if saved is None:
         return Result(run.variant, run.seed, "unfinished")
     changes = changed_values(adopt_resolved(run.config, saved), saved)
-    # A resumed run may change the keys in _SAME_IN_ALL, but compared runs must agree on them.
+    # A resumed run may change the keys in _SAME_IN_ALL, but the runs of an ablation must agree on them.
     refused = [key for key in changes if key not in SAFE_ON_RESUME or key in _SAME_IN_ALL]
     if refused:
         listed = ", ".join(f"{key} {changes[key][0]} -> {changes[key][1]}" for key in refused)

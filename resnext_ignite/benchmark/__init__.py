@@ -1,1 +1,1 @@
-"""Benchmarks of this project against the alternatives: one module per suite; the command is in `__main__.py`."""
+"""This package compares this project with the alternatives: one module per suite, and the command in `__main__.py`."""

@@ -23,7 +23,7 @@ from resnext_ignite.runtime.errors import ConfigError, run_command
 
 # A suite of several models has one part per model, for example train and train:resnext50_32x4d.
 SUITES = ("data", "train", "overhead", "eval", "startup", "checkpoint", "ranks", "kernels", "growth")
-# Not in "all", because they take long; photographs also needs image files, and export needs onnxruntime.
+# These suites are not in "all", because they take long. `photographs` needs image files, `export` onnxruntime.
 _ON_REQUEST = ("folders", "photographs", "export")
 _LARGE = Path("configs/cifar10_resnext29_8x64d.yaml")
 _SMALL = Path("configs/cifar10_resnext11_small.yaml")
@@ -59,7 +59,7 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Return the commit of the measured source, or None if it is not a git checkout."""
+    """Return the commit of the measured source, or None if the source is not in a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -73,7 +73,7 @@ def _cpu_info() -> list[str]:
 
 
 def parts(photographs: Path = Path()) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return the function that measures each part, by the part's name; batches are smaller on a CPU.
+    """Return, by the name of each part, the function that measures it; batches are smaller on a CPU.
 
     Args:
         photographs: folder of JPEG files for the suite `photographs`.
@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> int:
         results["ratios"] |= {f"{r}, {model}" if model else r: value for r, value in result["ratios"].items()}
         print_result(name, result)
         if parsed.json:
-            # After each part, so that an interruption loses only the current one.
+            # Write after each part, so that an interruption loses only the current part.
             write(parsed.json, results)
     if parsed.json:
         from resnext_ignite.benchmark.plot import draw_benchmark
@@ -178,14 +178,14 @@ def main(arguments: list[str]) -> int:
 
 
 def load_results(path: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """Return the results in a file, to add further suites to them.
+    """Return the results in a file, so that further suites can be added to them.
 
     Args:
         path: a JSON file that an earlier call of the command wrote.
-        results: the results of this call, with its machine.
+        results: the results of this call; the file must come from the same machine.
 
     Raises:
-        ConfigError: the file was measured on another machine, with other versions, or at another commit.
+        ConfigError: the results in the file are from another machine, other versions or another commit.
     """
     before: dict[str, Any] = json.loads(path.read_text())
     then, now = before["machine"], results["machine"]

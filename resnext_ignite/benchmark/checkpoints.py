@@ -1,4 +1,4 @@
-"""The cost of durable checkpoints: a synced and verified save against a plain `torch.save`."""
+"""Measures the cost of durable checkpoints: a synced and verified save against a plain `torch.save`."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _CIFAR_IMAGES = 50_000
 
 
 def measure_checkpoint(contests: dict[Path, int], rounds: int = 11, iterations: int = 5) -> dict[str, Any]:
-    """Measure the seconds of saving a run's whole state: `torch.save`, the same with fsync, and `save_checkpoint`.
+    """Measure the seconds to save a run's state by `torch.save`, `torch.save` with fsync, and `save_checkpoint`.
 
     `save_checkpoint` writes, syncs, reads back, compares and renames. `checkpoint_share` is the fraction of a run's
-    time that it takes with one save per epoch of CIFAR's 50,000 images. The time of an epoch is its number of
-    iterations times the median of some bare iterations (forward, backward, update).
+    time that `save_checkpoint` takes if it saves once per epoch of CIFAR's 50,000 images. The time of an epoch is its
+    number of iterations times the median time of an iteration that only does forward, backward and update.
 
     Args:
-        contests: the configs, each with the batch size of the bare iterations.
-        iterations: number of bare iterations.
+        contests: the configs, each with the batch size of these iterations.
+        iterations: number of these iterations.
     """
     samples: dict[str, list[float]] = {}
     models: dict[str, dict[str, Any]] = {}
@@ -39,7 +39,7 @@ def measure_checkpoint(contests: dict[Path, int], rounds: int = 11, iterations: 
         training, data, loader = prepare(path, [f"train.batch_size={batch_size}"])
         name = training.config.model.name
         ready = next(iter(loader))
-        # Before the saves: the first update creates the momentum, which is part of the state.
+        # Update before the saves: the first update creates the momentum, which is part of the state.
         updates = [training.update_alone(ready, 1) for _ in range(iterations + 1)][1:]
         saves, size = _time_saves(_state_of(training, data), rounds)
         seconds = medians({**saves, "update": updates})
@@ -55,7 +55,7 @@ def measure_checkpoint(contests: dict[Path, int], rounds: int = 11, iterations: 
 
 
 def _state_of(training: Training, data: Data) -> dict[str, Any]:
-    """Return the state that a run saves, without the few numbers of its handlers."""
+    """Return the state that a run saves, without the state of its handlers, which is only a few numbers."""
     metadata = {
         "config": training.config.model_dump(mode="json"),
         "classes": list(data.classes),
@@ -94,14 +94,14 @@ def _time_saves(state: dict[str, Any], rounds: int) -> tuple[dict[str, list[floa
             save(path)
             seconds = time.perf_counter() - start
             size = path.stat().st_size
-            # Delete now, or the system writes the pending data during the next contender's turn.
+            # Delete the files now, or the system would write the pending data while the next contender is measured.
             for file in folder.iterdir():
                 file.unlink()
             return seconds
 
         return run
 
-    # The default place of runs. A folder for temporary files may be in memory, where fsync costs nothing.
+    # Save where runs are by default. A folder for temporary files may be in memory, where fsync costs nothing.
     runs = Path("runs")
     runs.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs) as name:

@@ -1,4 +1,4 @@
-"""Input from memory: this project's batches against torchvision's transforms in a DataLoader."""
+"""Measures the input from memory: this project's batches against torchvision's transforms in a DataLoader."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _BATCH = 128
 
 
 def measure_data(rounds: int = 5) -> dict[str, Any]:
-    """Measure input of CIFAR's size in images/s: this project's batches against torchvision's transforms.
+    """Measure the images/s of input of CIFAR's size: this project's batches against torchvision's transforms.
 
-    Both crop with 4 pixels of padding, flip and normalise the same uint8 images, to float32 on the CPU. torchvision's
-    transforms run in a DataLoader.
+    Both make float32 batches on the CPU from the same uint8 images: they crop with 4 pixels of padding, flip and
+    normalise. torchvision's transforms run in a DataLoader.
     """
     devices.set_up_machine(torch.device("cpu"), deterministic=True)
     pixels = np.random.default_rng(0).integers(0, 256, (_IMAGES, 32, 32, 3), dtype=np.uint8)
@@ -73,7 +73,7 @@ def measure_data(rounds: int = 5) -> dict[str, Any]:
 
         return run
 
-    # One iterator of this project's loader for all epochs, as in a run.
+    # Use one iterator of this project's loader for all epochs, as a run does.
     contenders = {name: epoch_of(loader) for name, loader in {**loaders, "resnext_ignite": iter(ours)}.items()}
     samples = in_turns(contenders, rounds, "data")
     speeds = medians(samples)

@@ -1,4 +1,4 @@
-"""Training from JPEG files to updates: images/s, and how long the device waits for images."""
+"""Measures training from JPEG files to updates: the images/s, and how long the device waits for images."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def measure_end_to_end(
     rounds: int = 5,
     iterations: int = _ITERATIONS,
 ) -> dict[str, Any]:
-    """Measure the images/s of the trainer on random-resized crops of a folder's JPEG files, for each decoder.
+    """Measure the trainer's images/s on random-resized crops of a folder's JPEG files, for each decoder.
 
     Another contender runs the same number of iterations on one batch that is already on the device. The difference in
-    time is the time that the device waits for images. There is one worker per core. Each turn starts its own workers
-    and discards the first batches.
+    time is the time that the device waits for images. There is one worker per core. Each measurement starts its own
+    workers and discards the first batches.
 
     Args:
-        work: the config, the model and the batch; the data of the config is replaced by an imagefolder of the files.
+        work: the config, the model and the batch; an imagefolder of the files replaces the data of the config.
         decoders: values of `data.decode`.
-        iterations: iterations per turn.
+        iterations: iterations per measurement.
 
     Raises:
         DataError: there are no JPEG files.
@@ -90,10 +90,10 @@ def _loader(training: Training, data: Data, decoder: str) -> TrainLoader:
 
 
 def _turn(training: Training, loader: TrainLoader, iterations: int, ahead: int) -> Callable[[], float]:
-    """Return a turn that measures the seconds per iteration, without the first `ahead` batches of the loader."""
+    """Return a function that discards `ahead` batches of the loader, then measures the seconds per iteration."""
 
     def run() -> float:
-        # Close the iterator at the end: workers that continue to decode would slow down the next turn.
+        # Close the iterator at the end: workers that continue to decode would slow down the next measurement.
         with contextlib.closing(iter(loader)) as batches:
             for _ in islice(batches, ahead):
                 pass

@@ -1,4 +1,4 @@
-"""Evaluation: this project's implementations of inference against torchvision's network in several precisions."""
+"""Measures evaluation: this project's implementations of inference against torchvision's network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from resnext_ignite.runtime.timing import in_turns, medians, timed
 
 
 def time_inference(work: Workload, way: str) -> Turn:
-    """Return a turn that measures the seconds per batch of this project's inference, in one implementation."""
+    """Return a function that measures the seconds per batch of one implementation of this project's inference."""
     device = measured_device()
     set_up_machine(device, deterministic=device.type == "cpu")
     network = Inference(_network(work, device), torch.bfloat16, way)
@@ -31,10 +31,10 @@ def time_inference(work: Workload, way: str) -> Turn:
 
 
 def time_torchvision(work: Workload, dtype: torch.dtype, channels_last: bool, autocast: bool) -> Turn:
-    """Return a turn that measures the seconds per batch of torchvision's network.
+    """Return a function that measures the seconds per batch of torchvision's network.
 
     Args:
-        dtype: the precision of autocast, or else of weights and images.
+        dtype: the precision of autocast or, without autocast, of the weights and the images.
     """
     device = measured_device()
     torch.backends.cudnn.benchmark = True
@@ -68,9 +68,9 @@ def _repeated(
 
 
 def measure_evaluation(work: Workload, rounds: int = 5) -> dict[str, Any]:
-    """Measure the images/s of logits, and how far the bf16 logits of each implementation are from fp32.
+    """Measure the images/s of computing logits, and how much each implementation's bf16 logits differ from fp32.
 
-    The difference of `plain` is that of bf16 itself; compare those of `folded` and `compiled` with it.
+    The difference of `plain` is due to bf16 alone. Compare the differences of `folded` and `compiled` with it.
     """
     device = measured_device()
     makers: dict[str, Callable[[], Turn]] = {
@@ -114,7 +114,7 @@ def differences(work: Workload) -> dict[str, float]:
     device = measured_device()
     set_up_machine(device, deterministic=device.type == "cpu")
     model = _network(work, device)
-    # The measured batch size: torch.compile finds its code for this size in the cache on disk.
+    # Use the measured batch size: torch.compile has its code for this size in the cache on disk.
     images = random_batch(work.batch_size, work.image_size, work.num_classes, device, channels_last=True).images
     reference = Inference(model)(images)
     found = {}

@@ -1,4 +1,4 @@
-"""Exported models on the CPU: onnxruntime on an ONNX file against the same network in eager mode."""
+"""Measures exported models on the CPU: onnxruntime on an ONNX file against the same network in eager mode."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def has_onnxruntime() -> bool:
 
 
 def time_eager(name: str, batch_size: int, way: str) -> Turn:
-    """Return a turn that measures the seconds per batch of the network in fp32, `plain` or `folded`."""
+    """Return a function that measures the seconds per batch of the fp32 network; `way` is `plain` or `folded`."""
     return _turn(Inference(_network(name), torch.float32, way), batch_size)
 
 
 def time_onnxruntime(file: Path, batch_size: int) -> Turn:
-    """Return a turn that measures the seconds per batch of an ONNX file, on as many threads as torch uses."""
+    """Return a function that measures the seconds per batch of an ONNX file, on as many threads as torch uses."""
     return _turn(onnx_logits(file, torch.get_num_threads()), batch_size)
 
 
 def measure_export(name: str, batch_size: int = 32, rounds: int = 2) -> dict[str, Any]:
-    """Measure the images/s of fp32 logits on the CPU, and how far they are from those of the plain network.
+    """Measure the images/s of computing fp32 logits on the CPU, and compare the logits with those of the plain network.
 
-    The differences are the largest absolute ones, of the ONNX file's logits and of the folded network's.
+    `differences` holds the largest absolute difference for the ONNX file and for the folded network.
     """
     model = _network(name)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The cost of a list of a million images: the time to get it, and the memory that it costs each worker."""
+"""Measures the cost of a list of a million images: the time to get the list, and the memory that it costs a worker."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from resnext_ignite.runtime.timing import in_turns, medians
 
-# ImageNet's training images and classes.
+# The numbers of ImageNet's training images and classes.
 _IMAGES, _CLASSES = 1_281_167, 1000
 
 
 def measure_folders(images: int = _IMAGES, classes: int = _CLASSES, rounds: int = 3) -> dict[str, Any]:
-    """Measure the seconds to list a folder of empty image files, and the private memory that its list costs a worker.
+    """Measure the seconds to list a folder of empty image files, and the private memory that the list costs a worker.
 
-    The folder is in memory (/dev/shm) if possible, so that no disk is measured.
+    The folder is in memory (/dev/shm) if possible, so that the measurement does not depend on a disk.
     """
     where = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=where) as name:
@@ -86,7 +86,7 @@ def _measured(root: Path, rounds: int) -> dict[str, Any]:
 
 
 def _growth(samples: Sequence[Any]) -> int:
-    """Return the bytes of private memory that a forked process gains when it reads all samples once, as workers do."""
+    """Return how many bytes of private memory a forked process gains by reading all samples once, as workers do."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

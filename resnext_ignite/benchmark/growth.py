@@ -1,4 +1,7 @@
-"""How time and memory grow with batch, depth, cardinality, images and ranks; each size runs in its own process."""
+"""Measures how time and memory grow with batch, depth, cardinality, images and ranks.
+
+Each size runs in its own process.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,12 @@ from resnext_ignite.distributed.launch import launch
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.timing import in_turns, medians, timed
 
-# A larger exponent is worse than linear; the difference from 1 allows for noise.
+# A larger exponent counts as worse than linear. The limit is above 1 to allow for noise.
 LINEAR = 1.1
 
 
 def train(config_path: Path, model: str, stem_channels: int, batch_size: int) -> Turn:
-    """Return a turn that measures the seconds per iteration of a model at a width and a batch size."""
+    """Return a function that measures the seconds per iteration of a model, for a stem width and a batch size."""
     training = build_training(
         config_path,
         [f"model.name={model}", f"model.stem_channels={stem_channels}", f"train.batch_size={batch_size}"],
@@ -43,10 +46,10 @@ def train(config_path: Path, model: str, stem_channels: int, batch_size: int) ->
 
 
 def load(count: int, batches: int = 20) -> Turn:
-    """Return a turn that measures the seconds of an epoch's start: its order, and the first `batches` batches.
+    """Return a function that measures the seconds to order the images of an epoch and load the first `batches` batches.
 
     Args:
-        count: images of the data set.
+        count: number of images in the data set.
     """
     device = measured_device()
     images = Images(
@@ -58,10 +61,10 @@ def load(count: int, batches: int = 20) -> Turn:
 
 
 def sizes(config_path: Path, *, large: bool) -> dict[str, dict[int, Callable[[], Turn]]]:
-    """Return the functions that prepare the turns, by the growing quantity and its size.
+    """Return, for each growing quantity and each of its sizes, the function that prepares the measurement.
 
     Args:
-        large: take a wider network and larger batches, as for a GPU.
+        large: use a wider network and larger batches, for a GPU.
     """
     width, batch = (64, 128) if large else (24, 64)
 
@@ -77,9 +80,9 @@ def sizes(config_path: Path, *, large: bool) -> dict[str, dict[int, Callable[[],
 
 
 def measure_growth(config_path: Path, rounds: int = 3) -> dict[str, Any]:
-    """Measure seconds and peak bytes at each size, and the exponents of their growth; 1 is linear.
+    """Measure the seconds and the peak bytes at each size, and compute the exponents of their growth; 1 is linear.
 
-    The exponents are those between the two largest sizes, where a fixed cost weighs least.
+    An exponent is computed from the two largest sizes, where fixed costs have the least influence.
     """
     samples: dict[str, list[float]] = {}
     tables: dict[str, dict[str, dict[str, float]]] = {}
@@ -99,10 +102,10 @@ def measure_growth(config_path: Path, rounds: int = 3) -> dict[str, Any]:
 
 
 def measure_rank_growth(config_path: Path, batch_size: int = 128, rounds: int = 3) -> dict[str, dict[str, float]]:
-    """Return the seconds per iteration at the same global batch, and rank 0's peak bytes, by the number of ranks."""
+    """Return, for each number of ranks, the seconds per iteration of the same global batch, and rank 0's peak bytes."""
     most = torch.cuda.device_count() or 4
     table = {}
-    # Not 1: a single rank runs in this process, and its peak memory includes the earlier measurements.
+    # Leave out 1: a single rank runs in this process, so that its peak memory would include the earlier measurements.
     for world_size in (count for count in (2, 4, 8) if count <= most):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "figures.json"
@@ -123,5 +126,5 @@ def _train_on_ranks(local_rank: int, config_path: Path, batch_size: int, rounds:
 
 
 def exponent(at: Sequence[float], values: Sequence[float]) -> float:
-    """Return the slope between the two largest sizes, both axes being logarithmic."""
+    """Return the slope between the two largest sizes, on two logarithmic axes."""
     return math.log(values[-1] / values[-2]) / math.log(at[-1] / at[-2])

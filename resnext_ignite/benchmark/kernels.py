@@ -1,4 +1,4 @@
-"""The grouped 3x3 convolutions of a ResNeXt: each shape in each implementation, against the machine's limits."""
+"""Measures the grouped 3x3 convolutions of a ResNeXt, in each implementation, against the machine's limits."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from resnext_ignite.runtime.timing import in_turns, kernel_timer, medians
 from resnext_ignite.training.tuning import ComputeSettings, gradient_for
 
 PASSES = ("forward", "data gradient", "weight gradient")
-# bf16 has 8 significant bits: sums of thousands of products, rounded once, have relative errors well below this.
+# bf16 has 8 significant bits. Sums of thousands of products that are rounded once have errors well below this.
 _TOLERANCE = 0.02
 
 
 def measure_kernels(models: dict[str, tuple[int, int]], rounds: int = 3) -> dict[str, Any]:
     """Measure the seconds of each pass of each shape in each implementation, in bf16 and channels_last.
 
-    The fastest implementation of a shape has the least sum over the three passes. The output and the gradients of each
-    implementation are first compared with the grouped convolution in float64.
+    The fastest implementation of a shape is the one with the least total time of the three passes. Before each
+    measurement, the output and the gradients of every implementation are compared with the grouped convolution in
+    float64.
 
     Args:
-        models: names, each with its batch size and its image size in pixels.
+        models: the batch size and the image size in pixels for each model name.
 
     Raises:
         ValueError: an implementation computes a different result.
@@ -67,7 +68,7 @@ def measure_kernels(models: dict[str, tuple[int, int]], rounds: int = 3) -> dict
 
 
 def describe(shape: GroupedShape) -> str:
-    """Return a description, as in `8 groups of 64, 32x32 / 1`; the stride follows the slash."""
+    """Return a description such as `8 groups of 64, 32x32 / 1`; the number after the slash is the stride."""
     module = shape.module
     width = module.in_channels // module.groups
     return f"{module.groups} groups of {width}, {shape.size}x{shape.size} / {module.stride[0]}"
@@ -105,9 +106,10 @@ def _passes(module: GroupedConv2d, images: Tensor, arithmetic: ComputeSettings) 
 
 
 def _least_seconds(shape: GroupedShape, images: int, flop_per_s: float, bytes_per_s: float) -> float:
-    """Return the least seconds of a pass in bf16, by operations and by memory traffic.
+    """Return a lower bound for the seconds of a pass in bf16, from its operations and its memory traffic.
 
-    It is the same for all three: each has the same products, and moves the input, the output and the weights once.
+    The bound is the same for all three passes: each computes the same number of products, and moves tensors of the
+    sizes of the input, the output and the weights once.
     """
     module = shape.module
     pixels_in, pixels_out = shape.size**2, (shape.size // module.stride[0]) ** 2
@@ -120,11 +122,11 @@ def _least_seconds(shape: GroupedShape, images: int, flop_per_s: float, bytes_pe
 def check(shape: GroupedShape, arithmetic: ComputeSettings, images: int = 2) -> dict[str, float]:
     """Check the output and the gradients of each implementation against float64, and return the relative errors.
 
-    An error is the norm of the difference over the norm of the exact tensor: the largest of output, data gradient and
-    weight gradient.
+    The relative error of a tensor is the norm of its difference over the norm of the exact tensor. The error of an
+    implementation is the largest one of its output, data gradient and weight gradient.
 
     Raises:
-        ValueError: an error is larger than rounding explains.
+        ValueError: an error is too large to be due to rounding.
     """
     noise = arithmetic.noise(images, shape.module.in_channels, shape.size)
 

@@ -1,4 +1,4 @@
-"""The machine's limits: its measured rates, and the least time that a network needs at these rates."""
+"""Measures the machine's highest rates, and computes the least time that a network needs at these rates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Limits:
     bytes_a_number: int
 
     def training_s(self, cost: Cost, images: int) -> float:
-        """Return the least seconds of forward and backward: the larger of the compute and the memory bound."""
+        """Return the least seconds of forward and backward: the larger of the compute bound and the memory bound."""
         return images * max(
             cost.training_flop / self.flop_per_s, cost.least_training_bytes(self.bytes_a_number) / self.bytes_per_s
         )
@@ -37,7 +37,7 @@ class Limits:
 
 
 def measure_limits(device: torch.device, precision: str, rounds: int = 5) -> Limits:
-    """Return the best rates over all rounds: of matrix products of several sizes, and of a large copy."""
+    """Return the best rates over all rounds, of matrix products of several sizes and of a large copy."""
     dtype = DTYPES[precision]
     gpu = device.type == "cuda"
     sizes, count = ((4096, 8192), 2**30) if gpu else ((1024, 2048, 3072), 2**27)

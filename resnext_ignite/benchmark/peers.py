@@ -1,6 +1,7 @@
-"""The alternatives to this project: the same network from other packages, in the loops of their training scripts.
+"""Builds the alternatives to this project: the same network from other packages, in the loops of their scripts.
 
-The loops are reimplemented here from the documented flags of each script. Each receives batches on the device.
+The loops are reimplemented here from the documented flags of each script. Each loop receives batches that are already
+on the device.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ class Peer:
 
 
 def torchvision_network(name: str, num_classes: int) -> nn.Module:
-    """Build torchvision's ResNeXt of a name; the CIFAR form has a 3x3 stem and three stages.
+    """Build torchvision's ResNeXt for a model name; the network for CIFAR has a 3x3 stem and three stages.
 
     Raises:
         ValueError: torchvision cannot build the same network.
     """
     shape = parse_model_name(name)
     cifar = shape.layout == "cifar"
-    # torchvision always builds four stages; for CIFAR the fourth has one block, and is replaced below.
+    # torchvision always builds four stages. For CIFAR, the fourth stage gets one block here, and is removed below.
     blocks = [*shape.blocks, 1] if cifar else list(shape.blocks)
     model = torchvision_resnet.ResNet(
         torchvision_resnet.Bottleneck,
@@ -66,12 +67,12 @@ def has_timm() -> bool:
 
 
 def timm_network(name: str, num_classes: int) -> nn.Module:
-    """Build timm's ResNeXt of a name; the CIFAR form has a 3x3 stem and three stages.
+    """Build timm's ResNeXt for a model name; the network for CIFAR has a 3x3 stem and three stages.
 
     Raises:
         ValueError: timm cannot build the same network.
     """
-    # Any: type checkers find types only where timm is installed.
+    # The type is Any, because type checkers find the types of timm only where timm is installed.
     timm_resnet: Any = importlib.import_module("timm.models.resnet")
     shape = parse_model_name(name)
     cifar = shape.layout == "cifar"
@@ -97,7 +98,7 @@ def _same_size(model: nn.Module, name: str, num_classes: int) -> nn.Module:
 
 
 def resnext_pytorch_loop(name: str, num_classes: int, device: torch.device) -> Peer:
-    """Build ResNeXt.pytorch's loop: fp32, NCHW, a running loss that waits for the device in each iteration."""
+    """Build ResNeXt.pytorch's loop: fp32, NCHW, and a running loss, which waits for the device in each iteration."""
     model = create_model(name, num_classes).to(device)
     optimizer = torch.optim.SGD(model.parameters(), _LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
     average = 0.0
@@ -117,7 +118,7 @@ def torchvision_loop(name: str, num_classes: int, device: torch.device) -> Peer:
     """Build the loop of torchvision's references/classification/train.py with `--amp`.
 
     `--amp` is fp16 with a gradient scaler on a GPU; on a CPU it has no effect, and the loop computes in fp32. Images
-    are NCHW, since the script has no flag for channels_last. Loss, top-1 and top-5 are read in each iteration.
+    are NCHW, since the script has no flag for channels_last. The loop reads loss, top-1 and top-5 in each iteration.
     """
     model = torchvision_network(name, num_classes).to(device)
     optimizer = torch.optim.SGD(model.parameters(), _LR, momentum=0.9, weight_decay=1e-4)
@@ -142,8 +143,8 @@ def torchvision_loop(name: str, num_classes: int, device: torch.device) -> Peer:
 def amp_loop(network: Network, name: str, num_classes: int, device: torch.device, *, compiled: bool = False) -> Peer:
     """Build a loop with bf16 autocast, channels_last and torch's SGD.
 
-    timm's train.py trains in this way with `--amp --amp-dtype bfloat16 --channels-last`, and `--torchcompile` where
-    `compiled`. It reads the loss only at log points; this loop never reads it.
+    timm's train.py does the same with `--amp --amp-dtype bfloat16 --channels-last` and, if `compiled`, with
+    `--torchcompile`. timm's script reads the loss only at log points; this loop never reads it.
     """
     model = network(name, num_classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), _LR, momentum=0.9, weight_decay=5e-4, nesterov=True)

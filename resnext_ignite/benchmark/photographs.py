@@ -1,4 +1,4 @@
-"""Input from JPEG files: this project's batches against torchvision's and timm's, and against decoding alone."""
+"""Measures the input from JPEG files: this project's batches against torchvision, timm and plain decoding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from resnext_ignite.runtime.timing import in_turns, medians
 
 _BATCH = 64
 _IMAGES = 1280
-# Passes over the files in each process of the decode limit.
+# To measure the decode limit, each process decodes all files this many times.
 _PASSES = 4
 # Batches that each worker of a DataLoader prefetches by default.
 _AHEAD = 2
@@ -38,16 +38,16 @@ OURS, TORCHVISION, TIMM, LIMIT = "resnext_ignite", "torchvision", "timm", "libjp
 def measure_photographs(folder: Path, sizes: tuple[int, ...] = (224, 176, 128, 64), rounds: int = 5) -> dict[str, Any]:
     """Measure the images/s of random-resized crops of a folder's JPEG files, flipped and normalised.
 
-    The batches are float32 on the CPU. Every loader has one worker per core. An epoch has `_IMAGES` images; fewer files
-    are repeated.
+    The batches are float32 on the CPU. Every loader has one worker per core. An epoch has `_IMAGES` images. If there
+    are fewer files, they are repeated.
 
     Raises:
         DataError: there are no JPEG files.
     """
     files = jpegs_in(folder)
-    # As in a run. The freed memory that this process keeps also serves the batches of the other loaders.
+    # Set up the machine as a run does. The process then keeps the memory that it frees, for the batches of all loaders.
     devices.set_up_machine(torch.device("cpu"), deterministic=True)
-    # The workers need all cores; threads of this process that wait for work would occupy some of them.
+    # The workers need all cores. More threads of this process would occupy some of them while they wait for work.
     torch.set_num_threads(1)
     workers = len(os.sched_getaffinity(0))
     samples: dict[str, list[float]] = {}
@@ -83,7 +83,10 @@ def jpegs_in(folder: Path) -> list[Path]:
 
 
 def linked(files: list[Path], root: Path) -> Path:
-    """Make an imagefolder of two classes in `root`: `_IMAGES` links to the files, which are repeated if fewer."""
+    """Create an imagefolder of two classes in `root`, and return `root`.
+
+    It has `_IMAGES` links to the files; if there are fewer files, they are repeated.
+    """
     for number in range(_IMAGES):
         place = root / "train" / ("a", "b")[number % 2]
         place.mkdir(parents=True, exist_ok=True)
@@ -92,17 +95,17 @@ def linked(files: list[Path], root: Path) -> Path:
 
 
 def _rate(batches: Iterator[Any], workers: int) -> Callable[[], float]:
-    """Return a turn that measures the images/s of the next epoch of endless batches."""
+    """Return a function that measures the images/s over one epoch of endless `batches`."""
 
     def run() -> float:
-        # Discard the batches that were decoded outside of this turn.
+        # Discard the batches that the workers have decoded before this measurement.
         for _ in range(_AHEAD * workers):
             next(batches)
         start = time.perf_counter()
         for _ in range(_IMAGES // _BATCH):
             next(batches)
         rate = _IMAGES / (time.perf_counter() - start)
-        # Let the workers finish prefetching before the next contender's turn.
+        # Let the workers finish prefetching before the next contender is measured.
         time.sleep(2 * _AHEAD * workers * _BATCH / rate)
         return rate
 

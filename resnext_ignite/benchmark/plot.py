@@ -1,4 +1,4 @@
-"""The plot of a benchmark: a row of bars for each suite, and curves of growth."""
+"""Draws a benchmark: a row of bars for each suite, and curves of growth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Suites that are drawn as bars, with their titles. Of the others, only growth is drawn.
+# Suites that are drawn as bars, with their titles. The suite `growth` is drawn as lines; other suites are not drawn.
 _BARS = {
     "data": "input, CIFAR images",
     "train": "training",
@@ -24,7 +24,7 @@ _OWN_COLOR, _PEER_COLOR = "tab:blue", "0.65"
 
 
 def draw_benchmark(results: dict[str, Any]) -> Figure:
-    """Draw medians with their full range, this project's in colour; draw growth as lines on logarithmic axes."""
+    """Draw the medians as bars with the range of the samples, and growth as lines; this project's bars are blue."""
     found = results["suites"]
     bars = [name for name in found if name.partition(":")[0] in _BARS]
     tables = found.get("growth", {}).get("tables", {})

@@ -1,4 +1,4 @@
-"""Contenders in separate processes: each has its own allocator, threads and caches, as if it ran alone."""
+"""Runs each contender in its own process, with its own allocator, threads and caches, as if it ran alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ _turn: Turn | None = None
 
 
 class Contender:
-    """A contender in its own process, warmed up by one turn; a call takes the next turn and returns its result.
+    """A contender in its own process; each call runs one measurement there and returns its value.
+
+    The constructor runs a first measurement, to warm up.
 
     Args:
-        pool: the process.
-        make: is pickled, and prepares the turn in the process.
+        pool: an executor with this one process.
+        make: returns the function that measures; it is pickled, and called in the process.
     """
 
     def __init__(self, pool: ProcessPoolExecutor, make: Callable[[], Turn]) -> None:
@@ -37,7 +39,7 @@ class Contender:
 
 
 class Contenders(dict[str, Contender]):
-    """Contenders by name; `failed` holds the reason for each one that cannot take part."""
+    """Contenders by name; `failed` holds the reason for each contender that is left out."""
 
     failed: dict[str, str]
 
@@ -46,16 +48,16 @@ class Contenders(dict[str, Contender]):
 def in_processes(makers: Mapping[str, Callable[[], Turn]]) -> Iterator[Contenders]:
     """Start a process for each contender; the processes end with the block.
 
-    A contender that fails while it is prepared or at its first turn (a compiler is missing, the memory is full) takes
-    no part.
+    A contender that fails during its preparation or its first measurement is left out, for example if a compiler is
+    missing or the memory is full.
 
     Args:
-        makers: for each name, a function that prepares the contender's turn in its process.
+        makers: for each contender's name, a function that returns the function that measures; see `Contender`.
 
     Raises:
         RuntimeError: all contenders failed.
     """
-    # Fork from a process that has imported torch and not used it yet: a new process would need seconds to import it.
+    # Fork from a server process that has only imported torch: a fresh process would need seconds for this import.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["resnext_ignite.benchmark.setup", "resnext_ignite.benchmark.peers"])
     contenders = Contenders()
@@ -90,6 +92,6 @@ def peak_bytes() -> int:
     """Return the peak memory of this process in bytes: memory allocated on the GPU if there is one, else RAM."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    # Not from getrusage: the peak of a spawned process starts there at its parent's value.
+    # Do not use getrusage: for a spawned process, it reports at least the peak of the parent process.
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1])

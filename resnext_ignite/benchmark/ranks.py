@@ -1,4 +1,4 @@
-"""The speed of several ranks on this machine, and the cost of their communication."""
+"""Measures the speed of several ranks on this machine, and the cost of their communication."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from resnext_ignite.runtime.timing import in_turns, medians
 
 
 def measure_ranks(contests: dict[Path, int], rounds: int = 5, iterations: int = 2) -> dict[str, Any]:
-    """Measure the images/s of one rank on all cores and of one rank per core, at the same global batch.
+    """Measure the images/s of one rank on all cores and of one rank per core, with the same global batch size.
 
-    On GPUs: of one rank, and of one rank per GPU. On a single core or GPU nothing is measured. `communication_share` is
-    the fraction of an iteration's time that the reduction of gradients takes.
+    On a machine with GPUs, compare one rank with one rank per GPU instead. With a single core or GPU, measure nothing.
+    `communication_share` is the fraction of an iteration's time that the reduction of gradients takes.
 
     Args:
         contests: the configs whose models are measured, each with its global batch size.
-        iterations: iterations per turn.
+        iterations: iterations per measurement.
     """
     world_size = torch.cuda.device_count() or len(os.sched_getaffinity(0))
     samples: dict[str, list[float]] = {}
@@ -76,7 +76,7 @@ def _measure_on_ranks(
             start = time.perf_counter()
             if updates:
                 contender.update_alone(batch, updates)
-            # A waiting rank blocks here, and takes no time from the ranks that still compute.
+            # A rank that waits here is blocked; it takes no time from the ranks that still compute.
             dist.barrier()
             return time.perf_counter() - start
 

@@ -1,4 +1,4 @@
-"""What the suites measure: the model, optimizer and trainer of a config, and batches for them."""
+"""Builds what the suites measure: the model, optimizer and trainer of a config, and batches for them."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Training:
     trainer: Engine
 
     def run(self, source: Iterator[Batch], iterations: int) -> float:
-        """Return the seconds per iteration of the trainer, with the handlers that act on every iteration."""
+        """Run the trainer, with its log point and schedule, and return the seconds per iteration."""
         self.trainer.state.max_epochs = None
         return timed(self.device, lambda: self.trainer.run(source, max_epochs=1, epoch_length=iterations)) / iterations
 
     def update_alone(self, ready: Batch, iterations: int) -> float:
-        """Return the seconds per iteration of forward, backward and update alone, on a batch that is on the device."""
+        """Run forward, backward and update alone, on a batch on the device, and return the seconds per iteration."""
         self.model.train()
 
         def update() -> None:
@@ -67,7 +67,7 @@ class Training:
 def build_training(
     config_path: Path, overrides: Sequence[str], num_classes: int, local_rank: int = 0, image_size: int = 32
 ) -> Training:
-    """Build the training of a config, with the handlers that act on every iteration: log point and schedule."""
+    """Build the `Training` of a config; its trainer has a log point and a schedule, as in a run."""
     config = load_config(config_path, overrides)
     device, ranks = devices.resolve_device(config.train.device, local_rank), Ranks()
     precision = devices.resolve_precision(config.train.precision, device)
@@ -90,14 +90,14 @@ def build_training(
 def prepare(
     config_path: Path, overrides: Sequence[str] = (), local_rank: int = 0
 ) -> tuple[Training, Data, TrainLoader]:
-    """Build the training of a config on a single rank, with the embedded data set and its loader."""
+    """Return the `Training` of a config on a single rank, the embedded data set and its loader."""
     training = build_training(config_path, ["data.name=shapes", *overrides], 10, local_rank)
     data = load_data(training.config, Ranks(), ("train",))
     return training, data, build_train_loader(training.config, data, training.device, Ranks())
 
 
 def random_batch(count: int, image_size: int, num_classes: int, device: torch.device, *, channels_last: bool) -> Batch:
-    """Return a batch with labels; noise replaces normalised images: float32 (count, 3, image_size, image_size)."""
+    """Return a batch whose images are noise: float32 (count, 3, image_size, image_size), with labels int64 (count,)."""
     images = ComputeSettings(device, torch.float32, channels_last).noise(count, 3, image_size)
     indices = torch.arange(count, device=device)
     return Batch(images, indices % num_classes, indices)

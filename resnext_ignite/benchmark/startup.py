@@ -1,4 +1,4 @@
-"""The time from the start of the command to the first iteration, against the time of the imports alone."""
+"""Measures the time from the start of the command to the first iteration, against the time of the imports alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IMPORTS = "import torch, torchvision, ignite.engine, ignite.handlers, ignite.me
 
 
 def measure_startup(config_path: Path, rounds: int = 3) -> dict[str, Any]:
-    """Measure the seconds until a run on the embedded data set ends its first iteration, and of the imports alone."""
+    """Measure the seconds until a run on the embedded data completes an iteration, and those of the imports alone."""
     with tempfile.TemporaryDirectory() as folder:
         runs = iter(range(1_000_000))
 
@@ -35,7 +35,9 @@ def measure_startup(config_path: Path, rounds: int = 3) -> dict[str, Any]:
 
 
 def _seconds_until(words: str | None, command: list[str]) -> float:
-    """Return the seconds until a command writes `words` to standard error, and kill it; None: until it exits.
+    """Return the seconds until a command writes `words` to standard error, and then kill the command.
+
+    If `words` is None, return the seconds until the command exits.
 
     Raises:
         RuntimeError: the command fails, or exits before it writes `words`.

@@ -1,4 +1,4 @@
-"""Training: this trainer against the loops of other packages, and its overhead over forward, backward and update."""
+"""Measures training: this trainer against other packages' loops, and its overhead over forward, backward and update."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _RESNEXT_PYTORCH, _TORCHVISION, _AMP = "ResNeXt.pytorch's loop", "torchvision's 
 
 @dataclass(frozen=True)
 class Workload:
-    """The work of each contender: a config's model, and batches of noise.
+    """The work of each contender: a config's model on batches of noise.
 
     Args:
-        config_path: the config, which this trainer reads.
-        model: the name of its model, which the other loops build.
+        config_path: the config for this trainer.
+        model: the name of the config's model, for the other loops.
         batch_size: images per iteration.
         image_size: pixels per side.
-        iterations: iterations per turn.
+        iterations: iterations per measurement.
     """
 
     config_path: Path
@@ -59,10 +59,11 @@ class Workload:
 
 
 def time_trainer(work: Workload, overrides: list[str], forced_layout: bool = False) -> Turn:
-    """Return a turn that measures the seconds per iteration of this trainer, with some config values.
+    """Return a function that measures the seconds per iteration of this trainer.
 
     Args:
-        forced_layout: make inductor compute convolutions in channels_last; by default it does not if they are grouped.
+        overrides: further config values, `KEY=VALUE`.
+        forced_layout: make inductor use channels_last, which it does not do by default for grouped convolutions.
     """
     inductor.force_layout_optimization = forced_layout
     training = build_training(
@@ -80,7 +81,7 @@ def time_trainer(work: Workload, overrides: list[str], forced_layout: bool = Fal
 
 
 def time_peer(work: Workload, way: Callable[[str, int, torch.device], Peer], channels_last: bool) -> Turn:
-    """Return a turn that measures the seconds per iteration of another package's loop."""
+    """Return a function that measures the seconds per iteration of another package's loop."""
     device = measured_device()
     torch.backends.cudnn.benchmark = True
     peer = way(work.model, work.num_classes, device)
@@ -95,7 +96,7 @@ def time_peer(work: Workload, way: Callable[[str, int, torch.device], Peer], cha
 
 
 def contenders(work: Workload, device: torch.device) -> dict[str, Callable[[], Turn]]:
-    """Return the functions that prepare the turns, by contender; the names of this trainer's begin with `OURS`."""
+    """Return, by contender, the function that prepares its measurement; names of this trainer begin with `OURS`."""
     makers: dict[str, Callable[[], Turn]] = {
         OURS: partial(time_trainer, work, []),
         f"{OURS}, compiled": partial(time_trainer, work, ["train.compile=true"]),
@@ -111,7 +112,7 @@ def contenders(work: Workload, device: torch.device) -> dict[str, Callable[[], T
     torchvision_amp = partial(amp_loop, torchvision_network)
     makers[f"torchvision's network, {_AMP}"] = partial(time_peer, work, torchvision_amp, True)
     if device.type == "cuda" or not has_timm():
-        # At least one peer is compiled. On a CPU, where compiling takes longer, timm's is enough if it is installed.
+        # At least one peer must be compiled. Compiling takes longer on a CPU; there, timm's script alone is enough.
         compiled_way = partial(amp_loop, torchvision_network, compiled=True)
         makers[f"torchvision's network, {_AMP}, compiled"] = partial(time_peer, work, compiled_way, True)
     if has_timm():
@@ -142,7 +143,7 @@ def measure_training(work: Workload, rounds: int = 5) -> dict[str, Any]:
         ratio: max((speeds[name] for name in names if name in speeds), default=0.0) for ratio, names in peers.items()
     }
     ratios = {ratio: best / speed for ratio, speed in fastest.items() if speed}
-    # With the config as it is, against the fastest peer in bf16 and channels_last.
+    # The speed without further config values, against the fastest peer in bf16 and channels_last.
     ratios["train_default_vs_best_amp_peer"] = speeds[OURS] / fastest["train_vs_best_amp_peer"]
     ratios["train_of_limit"] = best * least / work.batch_size
     return {
@@ -159,17 +160,17 @@ def measure_training(work: Workload, rounds: int = 5) -> dict[str, Any]:
 
 
 def measure_overhead(config_path: Path, rounds: int = 11, iterations: int = 8) -> dict[str, Any]:
-    """Measure the fraction of an iteration that is not forward, backward and update, for a config's model.
+    """Measure the fraction of an iteration's time that is not forward, backward and update, for a config's model.
 
-    Two contenders take turns: the trainer with its log point, schedule and input as in a run; and forward, backward and
-    update alone on one batch on the device. The fraction is that of the medians; a second one is the median over pairs
-    of turns.
+    One contender is the trainer with log point, schedule and input, as in a run. The other contender is forward,
+    backward and update alone, on one batch on the device. `trainer_overhead` is computed from the two medians.
+    `trainer_overhead_paired_median` is the median of the fractions of the rounds.
 
     Args:
-        iterations: iterations per turn.
+        iterations: iterations per measurement.
     """
     training, _, loader = prepare(config_path)
-    # One iterator for all epochs, as in a run.
+    # Use one iterator for all epochs, as a run does.
     source = iter(loader)
     ready = next(source)
     bare = "forward, backward, update"

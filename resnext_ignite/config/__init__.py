@@ -1,4 +1,7 @@
-"""The config of a run: its keys (`sections`, `schema`), its files (`files`), the changes a resume allows (`resume`)."""
+"""The config of a run: `sections` and `schema` define its keys, and `files` reads and writes it.
+
+`resume` lists the keys that a resumed run may change.
+"""
 
 from __future__ import annotations
 

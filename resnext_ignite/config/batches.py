@@ -1,4 +1,4 @@
-"""The check that a batch divides over ranks, micro-batches, ghost batches, and the pairs of mixup and CutMix."""
+"""Checks that a batch divides evenly over ranks, micro-batches, ghost batches, and the pairs of mixup and CutMix."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from resnext_ignite.runtime.errors import ConfigError
 
 
 def check_batch_size(config: Config, world_size: int) -> None:
-    """Check that each batch divides evenly over the ranks, micro-batches, ghost batches and mixed pairs.
+    """Check that a batch divides evenly over the ranks, micro-batches, ghost batches, and pairs of images to mix.
 
     Raises:
-        ConfigError: the batch does not divide; the message names the nearest batch sizes that do.
+        ConfigError: the batch does not divide evenly; the message names the nearest batch sizes that do.
     """
     train = config.train
     unit = world_size * train.accumulate * max(train.ghost_batch, 1)
     mixed = config.augment.mixup or config.augment.cutmix
     if mixed:
-        # An image mixes with its neighbour in the same rank's micro-batch, which therefore needs an even size.
+        # Each image is mixed with its neighbour in the micro-batch of its rank. Each such micro-batch must therefore
+        # have an even number of images.
         unit = math.lcm(unit, 2 * world_size * train.accumulate)
     if train.batch_size % unit:
         fits = [size for size in (train.batch_size // unit * unit, (train.batch_size // unit + 1) * unit) if size]

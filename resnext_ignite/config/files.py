@@ -1,6 +1,6 @@
-"""Reads configs from YAML files and the command line, with the line of each key, and writes them as YAML.
+"""Reads configs from YAML files and from the command line, and writes them as YAML. Errors name the file and the line.
 
-The YAML is a plain subset: no tags, anchors, aliases or duplicate keys. `1e-4` is a number.
+A config file uses a subset of YAML: it may not contain tags, anchors, aliases or duplicate keys. `1e-4` is a number.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ from resnext_ignite.runtime.storage import write_durably
 
 COMMAND_LINE = "command line"
 _LONGEST_TEXT = 100_000
-# Errors of a path that names no readable file (EIO: /proc/self/mem). All others are storage errors.
+# These errors mean that the path does not name a readable file (EIO: for example /proc/self/mem). All other errors are
+# storage errors.
 _WRONG_NAME = {
     getattr(errno, name)
     for name in ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ENAMETOOLONG", "ELOOP", "ENXIO", "EINVAL", "EIO")
 }
 _DEEPEST = 8
 DOTTED_KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,7}")
-# No key needs these characters. In a printed path or name they would break the line or control the terminal.
+# No key or value needs these characters. In an error message they would break the line or control the terminal.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
-    """Resolves scalars by YAML 1.2.
+    """Resolves scalars by the rules of YAML 1.2.
 
-    PyYAML resolves them by YAML 1.1: `1e-4` is a string, `010` is 8, `12:30` is 750, and `no` is false.
+    PyYAML itself uses those of YAML 1.1: it reads `1e-4` as a string, `010` as 8, `12:30` as 750, and `no` as false.
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a string that YAML 1.1 (PyYAML) or 1.2 (`_Loader`) reads as another type, such as a folder `1e-4`."""
+    """Quotes each string that YAML 1.1 (PyYAML) or 1.2 (`_Loader`) would read as another type, for example `1e-4`."""
 
 
 _SCALARS = {
@@ -59,23 +60,23 @@ for _kind, (_pattern, _first_letters) in _SCALARS.items():
 
 
 class ConfigSource:
-    """The nested values of a config, each with the place that sets it: file and line, or the command line."""
+    """The nested values of a config, each with the place that sets it: a file and its line, or the command line."""
 
     def __init__(self) -> None:
         self.values: Values = {}
         self.places: dict[tuple[str, ...], str] = {}
 
     def read(self, text: str, place: str, path: tuple[str, ...] = (), *, lines: bool = True) -> None:
-        """Parse a YAML text and store its value at `path`, in place of the old one.
+        """Parse a YAML string, and replace the value at `path` by the parsed value.
 
         Args:
-            text: YAML of the plain subset.
+            text: a string in the subset of YAML that config files use.
             place: the file or the command line, for error messages.
-            path: key by key; (): the whole config.
-            lines: name the line in places, too.
+            path: the keys that lead to the value, one by one; (): the value is the whole config.
+            lines: add the line number to the place of each value.
 
         Raises:
-            ConfigError: the text is not in the subset, or is too long.
+            ConfigError: the string is not in the subset, or is too long.
         """
 
         def where(mark: Any) -> str:
@@ -93,7 +94,7 @@ class ConfigSource:
         except yaml.YAMLError as error:
             raise ConfigError(f"{place}: not YAML: {' '.join(str(error).split())}") from None
         except (ValueError, OverflowError):
-            # PyYAML does not catch these errors, which `%YAML 1.999...` and `"\UFFFFFFFF"` cause.
+            # `%YAML 1.999...` and `"\UFFFFFFFF"` cause these errors, and PyYAML does not catch them.
             raise ConfigError(f"{place}: not YAML: a version or a \\U escape with too large a number") from None
         if not path:
             if plain is not None and not isinstance(plain, dict):
@@ -103,7 +104,7 @@ class ConfigSource:
         self.put(path, plain, place)
 
     def put(self, path: tuple[str, ...], value: Any, place: str) -> None:
-        """Set one value, in place of the old one."""
+        """Replace the value at `path`, and record the place that sets the new value."""
         target: Any = self.values
         for part in path[:-1]:
             if not isinstance(target.get(part), dict):
@@ -113,7 +114,11 @@ class ConfigSource:
         self.places[path] = place
 
     def override(self, overrides: Iterable[str]) -> None:
-        """Apply `KEY=VALUE` overrides in order: the last one for a key wins."""
+        """Apply `KEY=VALUE` overrides in order; the last value of a key counts.
+
+        Raises:
+            ConfigError: an override is not `KEY=VALUE`, or its value is not in the subset of YAML.
+        """
         for override in overrides:
             key, equals, value = override.partition("=")
             if not equals or not DOTTED_KEY.fullmatch(key):
@@ -124,16 +129,17 @@ class ConfigSource:
         """Return the validated config.
 
         Args:
-            fallback: the place to name for an error at a value that nothing sets.
+            fallback: the place that an error message names for a value without a recorded place.
 
         Raises:
-            ConfigError: a value is wrong, or the config as a file would be too long.
+            ConfigError: a value is not valid, or the config would be too long for a file.
         """
         try:
             config = config_of(self.values)
         except ValidationError as error:
             raise ConfigError(_first_line(error, self.places, fallback)) from None
-        # A run stores its config with all keys, which is longer than the user's file, and must be able to read it.
+        # A run stores its config with all keys. The stored file is longer than the user's, and the run must be able to
+        # read it.
         if len(dump_config(config)) > _LONGEST_TEXT:
             raise ConfigError(f"{fallback}: longer than a config can be ({_LONGEST_TEXT} characters)")
         return config
@@ -166,7 +172,8 @@ class ConfigSource:
 
 
 def _refuse_extras(text: str, where: Any) -> None:
-    # Check the stream of events, before any node is built: multiplied aliases and endless nesting cost no memory.
+    # Check the parser's events before any node is built: otherwise nested aliases or deep nesting could exhaust the
+    # memory.
     depth = 0
     documents = 0
     for event in yaml.parse(text, Loader=_Loader):
@@ -186,8 +193,9 @@ def _refuse_extras(text: str, where: Any) -> None:
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Limit the message of a ConfigError from the block to one printable line of at most 400 characters."""
-    # The user chooses paths, keys and values: they must not break or flood the line, or send escapes to the terminal.
+    """Limit the message of a ConfigError of the block to one printable line of at most 400 characters."""
+    # The message holds paths, keys and values that the user chose. They must not break the line, make it very long, or
+    # send control characters to the terminal.
     try:
         yield
     except ConfigError as error:
@@ -198,14 +206,15 @@ def one_line() -> Iterator[None]:
 
 @one_line()
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
-    """Read a config file and apply `KEY=VALUE` overrides in order: the last one for a key wins.
+    """Read a config file, and apply `KEY=VALUE` overrides in order; the last value of a key counts.
 
     Args:
-        path: None: start from the defaults.
-        overrides: as "train.epochs=5".
+        path: the file; None: start from the defaults.
+        overrides: for example "train.epochs=5".
 
     Raises:
-        ConfigError: one line, `FILE:LINE: key: reason (did you mean 'x'?)`.
+        ConfigError: the file cannot be read, or a key or value is wrong. The message is one line,
+            `FILE:LINE: key: reason (did you mean 'x'?)`.
     """
     source = ConfigSource() if path is None else read_source(path)
     source.override(overrides)
@@ -214,7 +223,7 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
 
 @one_line()
 def override_config(config: Config, overrides: Iterable[str]) -> Config:
-    """Return a config with `KEY=VALUE` overrides applied; raises as `load_config`."""
+    """Return a copy of a config with `KEY=VALUE` overrides applied; raise errors as `load_config` does."""
     source = ConfigSource()
     source.values = config.model_dump(mode="json")
     source.override(overrides)
@@ -222,14 +231,14 @@ def override_config(config: Config, overrides: Iterable[str]) -> Config:
 
 
 def read_source(path: str | Path, option: str = "--config") -> ConfigSource:
-    """Read a YAML file, with the line of each value.
+    """Read a YAML file, and record the line of each value.
 
     Args:
         path: the file.
         option: the command-line option that names the file, for error messages.
 
     Raises:
-        ConfigError: the file cannot be read, or is not in the plain subset of YAML.
+        ConfigError: the file cannot be read, or is not in the subset of YAML that config files use.
     """
     source = ConfigSource()
     source.read(_read_text(Path(path), option), str(path))
@@ -238,7 +247,7 @@ def read_source(path: str | Path, option: str = "--config") -> ConfigSource:
 
 def _read_text(path: Path, option: str) -> str:
     try:
-        # A pipe may block its reader for ever. A device such as /dev/zero has no end.
+        # Reading a pipe may block for ever. A device such as /dev/zero has no end: limit the number of characters.
         if path.is_fifo():
             raise ConfigError(f"{path}: is a pipe; {option} takes a YAML file, as in configs/")
         with path.open(encoding="utf-8") as file:
@@ -252,16 +261,16 @@ def _read_text(path: Path, option: str) -> str:
 
 
 def _first_line(error: ValidationError, places: dict[tuple[str, ...], str], fallback: str) -> str:
-    """Describe the first error in one line: `place: key: reason`."""
+    """Return a one-line description of the first error: `place: key: reason`."""
     first = error.errors(include_url=False)[0]
     parts = [str(part) for part in first["loc"]]
     message = first["msg"].removeprefix("Value error, ")
-    # The message of a check over several keys begins with the key to name.
+    # If a check concerns several keys, its message begins with the key to name.
     named = re.match(r"([a-z_]+\.[a-z_0-9]+): ", message)
     if named is not None:
         parts, message = named[1].split("."), message[named.end() :]
     dotted = ".".join(parts)
-    # Without quotes, an empty or blank key is invisible.
+    # Quote an unusual key: without quotes, an empty or blank key would be invisible.
     key = dotted if re.fullmatch(r"[\w.]*\w", dotted) else _shown(dotted)
     prefixes = (tuple(parts[:length]) for length in range(len(parts), 0, -1))
     place = next((places[prefix] for prefix in prefixes if prefix in places), fallback)
@@ -289,7 +298,7 @@ def _closest(dotted: str) -> str | None:
     keys = [*Config.model_fields, *flatten(Config())]
     here = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
     anywhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    # One wrong letter halves the similarity of a key as short as `lr`.
+    # In a key as short as `lr`, one wrong letter halves the similarity: accept a lower similarity there.
     near = 0.6 if len(word) > 2 else 0.5
     for known, cutoff in ((here, 1.0), (anywhere, 1.0), (here, near), (anywhere, 0.75)):
         found = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)

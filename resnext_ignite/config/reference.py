@@ -1,4 +1,4 @@
-"""Builds the reference of all config keys from the docstrings in the code (`docs/config.md`, `--help-config`)."""
+"""Builds the reference of all config keys (`docs/config.md`, `--help-config`) from the docstrings in the code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from resnext_ignite.config.sections import Section
 
 
 def config_reference() -> str:
-    """Return all keys with default, meaning and choices, as Markdown."""
+    """Return the reference as Markdown: each key with its default, its meaning and its choices."""
     lines = [
         "# Config reference",
         "",

@@ -1,4 +1,4 @@
-"""The config keys that a resumed run may change, and those that it takes over from the first start."""
+"""Defines which config keys a resumed run may change, and which values it takes over from its first start."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from resnext_ignite.config.schema import Config, flatten, with_values
 
-# A run may resume with new values of these keys. None of them changes what an iteration computes from its state, except
-# `train.epochs`: from the resume on, the learning rate and the growing image size follow the new number of epochs.
+# A resumed run may have new values of these keys. None of them changes the result of an iteration, with one exception:
+# after a change of `train.epochs`, the learning rate and the size of growing images follow the new number of epochs.
 SAFE_ON_RESUME = (
     "train.epochs",
     "train.max_hours",
@@ -31,7 +31,8 @@ SAFE_ON_RESUME = (
     "logging.images",
     "logging.histograms",
 )
-# The first start resolves these, where they are open (null, auto), from the machine or the data; a resume keeps them.
+# If the config leaves one of these keys open (null or auto), the first start of the run resolves its value from the
+# machine or the data. A resumed run keeps that value.
 _RESOLVED_AT_START = (
     "model.num_classes",
     "data.image_size",
@@ -46,7 +47,7 @@ _RESOLVED_AT_START = (
 
 
 def adopt_resolved(config: Config, saved: Config) -> Config:
-    """Return `config` with the values that it leaves open (null, auto) taken from the resolved config of a run."""
+    """Return `config` with its open values (null or auto) replaced by those of `saved`, a run's resolved config."""
     now = flatten(config)
     before = flatten(saved)
     return with_values(config, {key: before[key] for key in _RESOLVED_AT_START if now[key] in (None, "auto", ["auto"])})
@@ -59,7 +60,7 @@ def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def differing_values(configs: Sequence[Config]) -> dict[str, list[Any]]:
-    """Return the keys whose values are not the same in all configs, each with its value in every config."""
+    """Return the keys whose values differ between the configs, each with the list of its values, one per config."""
     values = [flatten(config) for config in configs]
     listed = {key: [value[key] for value in values] for key in values[0]}
     return {key: column for key, column in listed.items() if any(value != column[0] for value in column)}

@@ -1,4 +1,7 @@
-"""The typed, frozen config of a run, and its conversion to and from plain values. `files.py` reads config files."""
+"""Defines the typed, immutable config of a run, and converts it to and from plain values.
+
+`files.py` reads and writes config files.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class Config(Section):
     """The config of a whole run."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
-    """Seed of the run's randomness: initial weights, order of the images, augmentation, held-out images."""
+    """Seed of all random numbers of a run: initial weights, order of the images, augmentation, held-out images."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -41,8 +44,8 @@ class Config(Section):
 
     @property
     def image_size(self) -> int:
-        """Height and width of the images in pixels: `data.image_size`, or the default that null means."""
-        # The ImageNet layout was published at 224 pixels, those with a 3x3 stem at 32.
+        """Height and width of the images in pixels: `data.image_size`, or its default if it is null."""
+        # Published image sizes: 224 pixels for the ImageNet layout, 32 for the layouts with a 3x3 stem.
         photographs = (
             self.data.name in ("imagefolder", "shards") and parse_model_name(self.model.name).layout == "imagenet"
         )
@@ -115,7 +118,7 @@ Values = dict[str, Any]
 
 
 def flatten(config: Config) -> Values:
-    """Return all values by dotted path, in the order of definition, as plain YAML and JSON values."""
+    """Return all values by dotted path (`train.epochs`), in the order of definition, as plain YAML and JSON values."""
     flat: Values = {}
     for name, value in config.model_dump(mode="json").items():
         if isinstance(value, dict):
@@ -126,7 +129,7 @@ def flatten(config: Config) -> Values:
 
 
 def nest(flat: Values) -> Values:
-    """Return the inverse of `flatten`: a section for each first part of a path."""
+    """Invert `flatten`: return nested values, with the first part of each dotted path as the section."""
     nested: Values = {}
     for path, value in flat.items():
         *sections, key = path.split(".")
@@ -138,16 +141,16 @@ def nest(flat: Values) -> Values:
 
 
 def config_of(nested: Values) -> Config:
-    """Return the config of nested plain values (from YAML or JSON); missing keys take their defaults.
+    """Return the config that nested plain values (from YAML or JSON) describe. Missing keys take their defaults.
 
     Raises:
-        pydantic.ValidationError: a key is unknown, or a value of the wrong type or out of range.
+        pydantic.ValidationError: a key is unknown, or a value has the wrong type or is out of range.
     """
     return Config.model_validate(_with_tuples(nested))
 
 
 def with_values(config: Config, values: Values) -> Config:
-    """Return a copy of `config` with some values, given by dotted path, replaced and validated.
+    """Return a validated copy of `config` with new values for some keys, given by dotted path.
 
     Raises:
         pydantic.ValidationError: as `config_of`.
@@ -156,7 +159,7 @@ def with_values(config: Config, values: Values) -> Config:
 
 
 def _with_tuples(value: Any) -> Any:
-    # YAML and JSON have lists; strict, frozen models need tuples.
+    # YAML and JSON give lists; the strict, immutable config needs tuples.
     if isinstance(value, dict):
         return {key: _with_tuples(inner) for key, inner in value.items()}
     if isinstance(value, list):

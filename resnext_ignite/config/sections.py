@@ -1,6 +1,6 @@
-"""The sections of a config: every key with its type, unit and default. `schema.py` combines them into `Config`.
+"""Defines the sections of a config: every key with its type, unit and default. `schema.py` combines them into `Config`.
 
-This module does not import torch, so that a wrong config is refused immediately.
+This module does not import torch, so that an error in a config is reported immediately.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ PerChannel = tuple[float, float, float]
 
 
 class Section(BaseModel):
-    """A group of keys: frozen, strict (no string for a number, no boolean for an integer), without unknown keys."""
+    """A group of keys. It is immutable, and refuses unknown keys and values of the wrong type.
+
+    Types are strict: a string does not count as a number, nor a boolean as an integer.
+    """
 
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
@@ -31,18 +34,21 @@ class ModelConfig(Section):
     """The network and its initial weights."""
 
     name: str = "cifar_resnext29_8x64d"
-    """Architecture: `cifar_resnext<9n+2>_<C>x<W>d` or `resnext50|101|152_<C>x<W>d`, with depth, cardinality C and base
-    width W. `cifar4_resnext50|101|152_<C>x<W>d` has the four stages of the latter after a 3x3 stem."""
+    """Architecture, with cardinality C and base width W: `cifar_resnext<9n+2>_<C>x<W>d` (depth 9n+2, 3x3 stem, three
+    stages), `resnext50|101|152_<C>x<W>d` (7x7 stem, four stages), or `cifar4_resnext50|101|152_<C>x<W>d` (3x3 stem,
+    four stages)."""
     num_classes: Annotated[int, Field(ge=2, le=100_000)] | None = None
-    """Number of classes; null: that of the data."""
+    """Number of classes; null: as many as the data has."""
     stem_channels: Annotated[int, Field(ge=1, le=1024)] = 64
-    """Output channels of the stem: 64 as published, fewer for small machines. All stages scale with it."""
+    """Output channels of the stem: 64 as published, fewer for a small machine. The width of every stage scales with
+    it."""
     pretrained: str | None = None
-    """Initial weights: a checkpoint file or run folder of this project, another system's file that `convert` reads, or
-    torchvision's weights of this network (`torchvision:IMAGENET1K_V2`). If their number of classes differs, the
-    classifier keeps its random weights. null: all weights are random."""
+    """Initial weights: a checkpoint file or run folder of this project, a file of another system that `convert` reads,
+    or torchvision's weights of this network (`torchvision:IMAGENET1K_V2`). If the weights are for another number of
+    classes, the classifier keeps its random initial weights. null: all initial weights are random."""
     zero_init_residual: bool = False
-    """Initialise the last BatchNorm weight of each block to 0, so that every block begins as the identity."""
+    """Initialise the weight of the last BatchNorm of each block to 0, so that each block initially outputs only its
+    shortcut."""
 
     @field_validator("name")
     @classmethod
@@ -65,93 +71,108 @@ class DataConfig(Section):
     """The images: their source, decoding and normalisation."""
 
     name: Literal["cifar10", "cifar100", "imagefolder", "shards", "shapes"] = "shapes"
-    """Data set. `shapes`: images drawn from a fixed seed, without files. `imagefolder`: `train/<class>/*` and
-    `val/<class>/*` or `test/<class>/*` in `root`. `shards`: tar files of images in `train/` and `val/` or `test/`; the
-    keys for an `imagefolder` apply to them too. If both `val/` and `test/` exist, `val/` selects the best weights, and
-    the run evaluates `test/` once, at its end."""
+    """Data set. `shapes`: images that the program draws, the same in every run. `imagefolder`: image files
+    `train/<class>/*` and `val/<class>/*` or `test/<class>/*` in `root`. `shards`: tar files of images in `train/` and
+    `val/` or `test/`; all keys for an `imagefolder` apply to them too. If only one of `val/` and `test/` exists, it is
+    the test split. If both exist, the run selects the best weights on `val/`, and evaluates `test/` once, at its
+    end."""
     root: str = "data"
-    """Folder of the data; `~` is expanded. `shapes` does not use it."""
+    """Folder of the data; a leading `~` is expanded. `shapes` does not use it."""
     download: bool = True
-    """Download CIFAR if it is missing; false: never. An archive in `root` is checked and unpacked in either case."""
+    """Download CIFAR if `root` does not hold it; false: never download. In both cases, an archive in `root` is checked
+    and unpacked if the unpacked files are missing."""
     val_size: Annotated[int, Field(ge=0)] = 0
-    """Number of training images to hold out, chosen by `seed`, to select the best weights; the run then evaluates the
-    test split once, at its end. 0: none; the run evaluates on the test split."""
+    """Number of training images to hold out, chosen at random by `seed`. The run then selects the best weights on these
+    images, and evaluates the test split once, at its end. 0: hold out none, and evaluate on the test split."""
     train_size: Annotated[int, Field(ge=1)] | None = None
-    """Use only this many training images, the same for every seed (`shapes`: draw this many); null: all."""
+    """Use only this many training images, the same ones for every seed; null: all. With `shapes`, this many images are
+    drawn (null: 8192)."""
     test_size: Annotated[int, Field(ge=1)] | None = None
-    """Use only this many test images, the same for every seed (`shapes`: draw this many); null: all."""
+    """Use only this many test images, the same ones for every seed; null: all. With `shapes`, this many images are
+    drawn (null: 2000)."""
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
-    """Height and width of the images in pixels; null: 224 for an `imagefolder` with an ImageNet layout, else 32."""
+    """Height and width of the images in pixels; null: 224 if the data is an `imagefolder` and the network has a 7x7
+    stem, else 32."""
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """`imagefolder`: side of the central square that evaluation uses, over the shorter side (ImageNet: 0.875)."""
+    """`imagefolder`: side of the central square that is cropped from an image, as a fraction of the image's shorter
+    side (usual for ImageNet: 0.875). Evaluation uses this crop, and so does training without
+    `augment.random_resized_crop`."""
     in_memory: bool | None = None
-    """`imagefolder`: decode each split once and hold it in memory; true excludes `augment.random_resized_crop`. null:
-    only if the split fits, its images have the input size already, and it has no random-resized crops."""
+    """`imagefolder`: decode each split once, and keep it in memory; true is incompatible with
+    `augment.random_resized_crop`. null: do this for a split only if it fits into memory, its images already have the
+    input size, and it needs no random-resized crops."""
     workers: Annotated[int, Field(ge=0, le=256)] | None = None
-    """Decoding processes per rank for an `imagefolder`; 0: the main process; null: one per core, at most 8."""
+    """`imagefolder`: number of processes per rank that decode images; 0: the main process decodes; null: one per core
+    of the rank, at most 8."""
     decode: Literal["workers", "device"] = "workers"
-    """`imagefolder`: decoder of the training JPEGs. `workers`: the worker processes. `device`: the GPU (nvJPEG); the
-    workers then read the files, and decode those that are not plain JPEGs. `device` needs
-    `augment.random_resized_crop`. The crops are the same; the pixels differ as the decoders do. In evaluation the
-    workers always decode, so that the metrics do not depend on this key."""
+    """`imagefolder`: where training JPEGs are decoded. `workers`: in the worker processes. `device`: on the GPU
+    (nvJPEG); the worker processes then only read the files, but still decode each file that is not a plain JPEG.
+    `device` needs `augment.random_resized_crop`. Both choices give the same crops, but slightly different pixel values.
+    Evaluation always decodes in the worker processes; its metrics do not depend on the decoder."""
     on_error: Literal["fail", "skip"] = "fail"
-    """`imagefolder`: reaction to a training image that cannot be read. `fail`: end the run (exit code 3). `skip`: warn,
-    and leave it out of the loss and the metrics."""
+    """`imagefolder`: reaction to a training image that cannot be read. `fail`: end the run (exit code 3). `skip`: print
+    a warning, and exclude the image from the loss and the metrics."""
     max_skipped: Annotated[int, Field(ge=0)] = 100
-    """Unreadable training images per epoch that `on_error=skip` tolerates; one more ends the run (exit code 3)."""
+    """With `on_error=skip`: maximum number of unreadable training images per epoch. One more ends the run (exit code
+    3)."""
     shuffle_shards: Annotated[int, Field(ge=1)] = 16
     """`shards`: number of shards that training reads at a time; their images are shuffled together. The order of the
     shards changes every epoch."""
     mean: PerChannel | None = None
-    """Mean of red, green and blue, on a scale of 0 to 1. null: that of `model.pretrained`; without it, the data set's
-    published mean (for an `imagefolder`, ImageNet's)."""
+    """Mean of red, green and blue for the normalisation, on a scale of 0 to 1. null: the mean with which the weights of
+    `model.pretrained` were trained; without `model.pretrained`, the published mean of the data set (`imagefolder`: that
+    of ImageNet)."""
     std: tuple[Positive, Positive, Positive] | None = None
-    """Standard deviation of red, green and blue, on the same scale; set with `mean`, or null for both."""
+    """Standard deviation of red, green and blue, on the same scale. Set both `mean` and `std`, or neither."""
 
 
 def size_step(image_size: int) -> int:
-    """Return the step in pixels by which the side of the training images grows to `image_size`."""
+    """Return the step in pixels by which progressive resizing enlarges the training images up to `image_size`."""
     return 16 if image_size >= 128 else 4
 
 
 class AugmentConfig(Section):
-    """The augmentation of training images. (seed, epoch, index) determines every random draw."""
+    """The augmentation of training images. Its random numbers depend only on (seed, epoch, index of the image)."""
 
     crop_padding: Annotated[int, Field(ge=0, le=64)] = 4
-    """Pixels of padding on each side, before a random crop to the original size; 0: no crop."""
+    """Pixels of padding on each side; a random crop then restores the original size. 0: no padding and no crop."""
     crop_fill: Literal["zero", "mean", "reflect"] = "zero"
-    """Content of the padding: black (`zero`), the mean colour of the data, or the reflected image."""
+    """Content of the padding: black (`zero`), the mean colour of the data (`mean`), or the reflected image
+    (`reflect`)."""
     flip: Literal["none", "random", "alternating"] = "random"
-    """Mirror left to right. `random`: with probability 0.5 in each epoch. `alternating`: in every second epoch; each
-    image draws at random whether it begins mirrored."""
+    """Mirror images left to right. `random`: in each epoch, each image with probability 0.5. `alternating`: each image
+    in every second epoch; whether it is mirrored in the first epoch is random."""
     trivial: bool = False
-    """Apply TrivialAugment (wide): one of 14 operations at one of 31 strengths per image (arXiv:2103.10158)."""
+    """Apply TrivialAugment (wide, arXiv:2103.10158): one random operation out of 14 to each image, at one random
+    strength out of 31."""
     cutout: Annotated[int, Field(ge=0, le=512)] = 0
-    """Side in pixels of a square that is set to the mean colour; its centre is anywhere in the image. 0: none."""
+    """Cutout: side in pixels of a square that is set to the mean colour, with a random pixel as its centre; 0: no
+    cutout."""
     erasing: Fraction = 0.0
-    """Probability of random erasing: a box of 2 to 33 % of the area, with an aspect ratio of 0.3 to 3.3, is set to the
-    mean colour (arXiv:1708.04896)."""
+    """Probability of random erasing (arXiv:1708.04896): a random box of 2 to 33 % of the area, with an aspect ratio of
+    0.3 to 3.3, is set to the mean colour."""
     random_resized_crop: bool = False
-    """`imagefolder`: crop 8 to 100 % of the area, at an aspect ratio of 3/4 to 4/3, and resize it; replaces the padded
-    crop."""
+    """`imagefolder`: crop a random box of 8 to 100 % of the area, with an aspect ratio of 3/4 to 4/3, and resize it to
+    the image size. This replaces the padding and its crop (`crop_padding`)."""
     color: Fraction = 0.0
-    """Strength s of brightness, contrast and saturation jitter, in random order, each with a factor from 1 - s to 1 + s
-    (fb.resnet.torch on ImageNet: 0.4)."""
+    """Strength s of colour jitter: brightness, contrast and saturation are changed in random order, each by a random
+    factor from 1 - s to 1 + s. 0: no jitter. fb.resnet.torch uses 0.4 on ImageNet."""
     lighting: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Standard deviation of the coefficients of a random shift along the principal axes of ImageNet's colours (AlexNet,
-    section 4.1; fb.resnet.torch: 0.1)."""
+    """Strength of AlexNet's colour shift (section 4.1 of its paper): a random shift along the principal axes of
+    ImageNet's colours, whose coefficients have this standard deviation. 0: no shift. fb.resnet.torch uses 0.1."""
     mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Mixup's alpha: each image draws lambda from Beta(alpha, alpha) and is mixed with its neighbour in the batch,
-    lambda being its own weight (arXiv:1710.09412). 0: no mixup."""
+    """Alpha of mixup (arXiv:1710.09412). For each image, lambda is drawn from Beta(alpha, alpha). The image becomes
+    lambda times itself plus 1 - lambda times its neighbour in the batch. 0: no mixup."""
     cutmix: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """CutMix's alpha: each image draws lambda from Beta(alpha, alpha); a box of its neighbour replaces 1 - lambda of
-    its area (arXiv:1905.04899). 0: no CutMix. With `mixup`, each image gets one of the two at random."""
+    """Alpha of CutMix (arXiv:1905.04899). For each image, lambda is drawn from Beta(alpha, alpha). A box of its
+    neighbour in the batch replaces the fraction 1 - lambda of its area. 0: no CutMix. If `mixup` is on too, each image
+    gets one of the two at random."""
     progressive_from: Annotated[int, Field(ge=8, le=512, multiple_of=4)] | None = None
-    """Side in pixels of the training images in the first epoch. It grows linearly to `data.image_size`, in steps of 4
-    pixels (16 if the image size is at least 128), and must be a multiple of the step. Evaluation images keep one size.
-    null: training images do, too."""
+    """Progressive resizing: side in pixels of the training images in the first epoch. The side grows linearly to
+    `data.image_size`, in steps of 4 pixels (16 pixels if `data.image_size` is at least 128). This value must be a
+    multiple of the step. Evaluation images always have their full size. null: no progressive resizing."""
     progressive_until: Fraction = 0.5
-    """Fraction of the epochs after which training images have their full size."""
+    """Progressive resizing: fraction of the epochs after which the training images have their full size."""
 
     @field_validator("mixup", "cutmix")
     @classmethod
@@ -165,42 +186,47 @@ class OptimizerConfig(Section):
     """The optimizer."""
 
     name: Literal["sgd", "muon"] = "sgd"
-    """`sgd`: stochastic gradient descent with momentum. `muon`: the same, but the steps of all convolutions except the
-    stem are orthogonalised, each convolution group alone."""
+    """`sgd`: stochastic gradient descent with momentum. `muon`: Muon for all convolutions except the stem, and SGD for
+    all other weights. Muon orthogonalises each update, separately for each group of a convolution."""
     lr: Annotated[float, Field(gt=0, le=100)] = 0.1
-    """Learning rate at schedule factor 1. It applies to the whole `train.batch_size`, and is not scaled with it."""
+    """Learning rate where the factor of the schedule is 1. It is not scaled by `train.batch_size` or by the number of
+    ranks."""
     backbone_lr_factor: Annotated[float, Field(gt=0, le=10)] = 1.0
-    """Factor on the learning rate of all layers except the classifier; below 1, pretrained weights change less."""
+    """Factor for the learning rate of all layers except the classifier. Below 1, pretrained weights change less."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum; with `muon`, of all weights except its convolutions."""
+    """Momentum of SGD. The convolutions that Muon updates use `muon_momentum` instead."""
     nesterov: bool = True
-    """Use Nesterov momentum, with `muon` for all weights."""
+    """Use Nesterov momentum, in SGD and in Muon."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 5e-4
-    """Coefficient of the L2 penalty: the weights times this value are added to the gradient."""
+    """Coefficient of SGD's L2 penalty: this value times the weight is added to the gradient of each weight."""
     decay_norm_and_bias: bool = True
-    """Decay BatchNorm weights and all biases too, as published; false: only convolution and classifier weights."""
+    """Apply `weight_decay` also to BatchNorm weights and all biases, as published; false: only to the weights of
+    convolutions and of the classifier."""
     muon_lr: Annotated[float, Field(gt=0, le=100)] = 0.05
-    """`muon`: learning rate of its convolutions at schedule factor 1."""
+    """Learning rate of the convolutions that Muon updates, where the factor of the schedule is 1."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """`muon`: momentum of its convolutions; 0.6 for runs of a few epochs, up to 0.95 for long ones."""
+    """Momentum of the convolutions that Muon updates. Suitable values: 0.6 for runs of a few epochs, up to 0.95 for
+    long runs."""
     muon_weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """`muon`: decoupled weight decay of its convolutions, in place of `weight_decay`: each update multiplies their
-    weights by 1 - (learning rate) * (this value)."""
+    """Decoupled weight decay of the convolutions that Muon updates; it replaces `weight_decay` there. Each update
+    multiplies their weights by 1 - (learning rate) * (this value)."""
 
 
 class ScheduleConfig(Section):
     """The learning-rate schedule. The rate is set before each iteration."""
 
     name: Literal["multistep", "cosine", "triangular", "constant"] = "multistep"
-    """Shape of the learning rate after the warm-up."""
+    """Course of the learning rate after the warm-up. `multistep`: it changes only at the `milestones`. `cosine`: it
+    falls along half a cosine wave. `triangular`: it falls linearly. `constant`: it does not change."""
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """`multistep`: epochs, in ascending order, after which the rate is multiplied by `gamma`."""
+    """`multistep`: epochs, in ascending order, after which the learning rate is multiplied by `gamma`."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """`multistep`: factor on the rate at each milestone."""
+    """`multistep`: factor by which the learning rate is multiplied at each milestone."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs of warm-up, in which the rate rises linearly from 0 (`triangular`: to its peak); 0: no warm-up."""
+    """Number of epochs of the warm-up, in which the learning rate rises linearly from 0 to its full value; 0: no
+    warm-up."""
     final_factor: Fraction = 0.0
-    """`cosine`, `triangular`: rate after the last iteration, as a fraction of `optimizer.lr`."""
+    """`cosine`, `triangular`: learning rate after the last iteration, as a fraction of `optimizer.lr`."""
 
     @model_validator(mode="after")
     def _check_milestones(self) -> ScheduleConfig:
@@ -215,58 +241,62 @@ class TrainConfig(Section):
     epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     """Number of passes over the training images."""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 128
-    """Images per update, over all ranks and micro-batches. The incomplete last batch of an epoch is dropped."""
+    """Images per update, over all ranks and micro-batches together. The incomplete last batch of an epoch is
+    dropped."""
     accumulate: Annotated[int, Field(ge=1)] = 1
-    """Micro-batches per update; their gradients are accumulated."""
+    """Number of micro-batches per update; their gradients are accumulated. More micro-batches need less memory."""
     freeze: Literal["none", "stem", "backbone"] = "none"
-    """Layers that keep the weights and BatchNorm statistics of `model.pretrained`: the stem, or everything but
-    the classifier (`backbone`)."""
+    """Layers whose weights and BatchNorm statistics stay as in `model.pretrained`: no layers, the stem, or all layers
+    except the classifier (`backbone`)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto: a GPU if there is one, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """ComputeSettings of the forward pass (autocast); auto: bf16 if the hardware computes in it, else fp32."""
+    """Precision of the forward pass (autocast); auto: bf16 if the hardware computes in bf16, else fp32."""
     channels_last: bool = True
-    """Store images and weights as NHWC (channels_last), which suits convolution kernels; false: NCHW."""
+    """Store images and weights as NHWC (channels_last), where convolutions are usually faster; false: as NCHW."""
     compile: Literal[False, True, "cuda_graphs"] = False
-    """Compile the model with torch.compile; cuda_graphs: also replay its kernels as CUDA graphs (GPU only)."""
+    """Compile the model with torch.compile; cuda_graphs: also record and replay its kernels as CUDA graphs (GPU
+    only)."""
     grouped_conv: tuple[GroupedConvImplementation, ...] = ("grouped",)
-    """Implementation of the grouped 3x3 convolution: `grouped` (the library's), `split` (a dense convolution per group)
-    or `merged<m>` (m groups in one, filled with zeros). Give one for all shapes, or one for each shape in the network's
-    order. auto: the fastest for each shape, measured at the first start."""
+    """Implementation of the grouped 3x3 convolutions. `grouped`: torch's grouped convolution. `split`: a dense
+    convolution for each group. `merged<m>`: m groups merged into one, with zeros between them. Give one implementation
+    for all shapes of this convolution, or a list with one for each shape, in the order in which the network uses them.
+    `auto`: the fastest for each shape, measured at the first start of the run."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability that the targets of the training loss spread evenly over all classes."""
+    """Part of the target probability that the training loss spreads evenly over all classes; 0: no label smoothing."""
     clip_grad_norm: Annotated[float, Field(ge=0)] = 0.0
-    """Largest norm of the whole gradient, to which it is clipped; 0: no clipping."""
+    """Maximum norm of the gradient of all weights together. A larger gradient is scaled down to it; 0: no clipping."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay per iteration of a moving average of weights and BatchNorm statistics. Evaluations use the average where
-    there is one. 0: none, unless `ema_horizon` is set."""
+    """Decay per iteration of an exponential moving average of the weights and BatchNorm statistics. If there is an
+    average, evaluations use it. 0: no average, unless `ema_horizon` is set."""
     ema_horizon: Annotated[float, Field(gt=0)] | None = None
-    """Horizon of the moving average in epochs, equal to 1 / (1 - decay) iterations. It takes the place of `ema_decay`.
-    null: not set."""
+    """Horizon of the moving average in epochs; an alternative to `ema_decay`. If the horizon is h iterations, the decay
+    is 1 - 1 / h. null: not set."""
     ema_start: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs after which the moving average begins; until then it equals the current weights."""
+    """Number of epochs after which averaging begins; until then, the average equals the current weights."""
     ema_reestimate_bn: Annotated[int, Field(ge=0)] = 0
-    """Number of training batches from which the BatchNorm statistics of the moving average are recomputed before each
-    evaluation: the first ones of the epoch, at most all. 0: the statistics are averaged, as the weights are."""
+    """Before each evaluation, recompute the BatchNorm statistics of the moving average from this many training batches:
+    the first batches of the epoch, or all of them if there are fewer. 0: average the statistics like the weights."""
     lookahead: Annotated[int, Field(ge=0)] = 0
-    """Iterations between two steps of Lookahead's slow weights (arXiv:1907.08610). Training continues from the slow
-    weights after a step, and ends on them after the last epoch. 0: no Lookahead."""
+    """Lookahead (arXiv:1907.08610): number of iterations between two steps of the slow weights. After each step,
+    training continues from the slow weights. After the last epoch, the model has the slow weights. 0: no Lookahead."""
     lookahead_alpha: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Size of a Lookahead step: the fraction of the way from the slow weights to the current weights."""
+    """Lookahead: a step moves the slow weights by this fraction of their distance to the current weights."""
     sync_bn: bool = False
-    """Compute BatchNorm statistics over the images of all ranks (GPU only)."""
+    """Compute the training statistics of BatchNorm over the micro-batches of all ranks together (GPU only)."""
     ghost_batch: Annotated[int, Field(ge=0)] = 0
-    """Images in a group over which BatchNorm computes its training statistics (on each of the paper's 8 GPUs: 16); 0:
-    the micro-batch of a rank."""
+    """Compute the training statistics of BatchNorm over groups of this many images (on CIFAR, the paper used 16 on each
+    of 8 GPUs). 0: over the whole micro-batch of a rank."""
     deterministic: bool | None = None
-    """Make repeated runs bit-identical, which is slower on a GPU; null: true on a CPU, false on a GPU."""
+    """Make repeated runs bit-identical; this is slower on a GPU. null: true on a CPU, false on a GPU."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
-    """Stop the process after this many hours, with the run saved and resumable; null: no limit."""
+    """Save the run and stop it after this many hours. A resumed run may train for as many hours again. null: no
+    limit."""
 
     @field_validator("compile", mode="before")
     @classmethod
     def _no_number(cls, value: object) -> object:
-        # 0 equals false, and 1 equals true: both would pass.
+        # In Python, 0 equals False and 1 equals True: without this check, both numbers would be accepted.
         if isinstance(value, int) and not isinstance(value, bool):
             raise ValueError(f"{value}: false, true or cuda_graphs")
         return value
@@ -289,36 +319,38 @@ class TrainConfig(Section):
 
     @property
     def averages(self) -> bool:
-        """Whether the run has a moving average of the weights, which evaluations then use."""
+        """Whether the run has a moving average of the weights. If so, evaluations use it."""
         return bool(self.ema_decay or self.ema_horizon)
 
 
 class EvaluationConfig(Section):
-    """When and how to evaluate, and when the result ends the run."""
+    """When and how a run evaluates, and which results end it early."""
 
     every: Annotated[int, Field(ge=1)] = 1
-    """Epochs between evaluations; the last epoch is always evaluated."""
+    """Number of epochs between two evaluations; the last epoch is always evaluated."""
     early: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
-    """Additional epochs to evaluate, whatever `every` is; 0: before the first iteration."""
+    """Epochs to evaluate in addition to those of `every`; 0: before the first iteration."""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 500
     """Images per rank in one forward pass of an evaluation."""
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
-    """Height and width of the images in pixels in evaluations, and in later predictions; null: `data.image_size`."""
+    """Height and width, in pixels, of the images in evaluations and later predictions; null: `data.image_size`."""
     patience: Annotated[int, Field(ge=0)] = 0
     """Stop after this many consecutive evaluations without a lower error; 0: never."""
     min_delta: Annotated[float, Field(ge=0, le=100)] = 0.0
     """Percentage points by which the error must fall to count as lower for `patience`."""
     inference: Literal["plain", "folded", "compiled", "auto"] = "plain"
-    """Implementation of the forward pass. `plain`: the network as it is. `folded`: BatchNorm is folded into the
-    convolutions. `compiled`: folded and compiled. auto: the fastest, measured at the first start. All of them agree to
-    rounding."""
+    """Implementation of the forward pass in evaluations. `plain`: the network as it is. `folded`: BatchNorm is folded
+    into the convolutions. `compiled`: the folded network, compiled. `auto`: the fastest, measured at the first start of
+    the run. The results agree up to rounding."""
     target_error: Annotated[float, Field(ge=0, le=100)] | None = None
     """Stop when the error, in percent, is at most this value; null: never."""
     abandon: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[float, Field(ge=0, le=100)]], ...] = ()
-    """Largest error, in percent, by epoch: `{5: 60, 20: 15}` (stored as pairs). If the error after one of these epochs
-    is larger, and it is not the last epoch, the run stops. They are evaluated whatever `every` is."""
+    """Limits of the error, in percent, by epoch, for example `{5: 60, 20: 15}` (stored as pairs). The run stops if its
+    error after one of these epochs is above the limit, except after the last epoch. These epochs are evaluated in
+    addition to those of `every`."""
     flip_tta: bool = False
-    """Also evaluate the mean of the probabilities of each image and its mirror image, as separate metrics."""
+    """Also evaluate predictions that average the class probabilities of each image and its mirror image. Their metrics
+    are reported separately."""
 
     @field_validator("abandon", mode="before")
     @classmethod
@@ -342,34 +374,38 @@ class CheckpointConfig(Section):
     """When to save the state of the run."""
 
     every_epochs: Annotated[int, Field(ge=1)] = 1
-    """Epochs between saves; the last epoch is always saved."""
+    """Number of epochs between two saves; the last epoch is always saved."""
     every_iterations: Annotated[int, Field(ge=0)] = 0
-    """Iterations between saves inside an epoch; 0: none."""
+    """Number of iterations between two saves inside an epoch; 0: save only at the end of an epoch."""
     keep: Annotated[int, Field(ge=2)] = 2
-    """Number of newest checkpoints to keep, besides `best.pt` and `final.pt`."""
+    """Number of checkpoints to keep: the newest ones. `best.pt` and `final.pt` are kept in addition."""
 
 
 class DistributedConfig(Section):
     """Training on several ranks."""
 
     timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 600.0
-    """Seconds that ranks wait for another one. Then it counts as failed, and the run ends with exit code 8."""
+    """Seconds that ranks wait for another rank. After this time, the other rank counts as failed, and the run ends with
+    exit code 8."""
     compress_gradients: bool = False
-    """Exchange and sum the gradients of the ranks in bf16: half the bytes, with 8 significant bits."""
+    """Send and sum the gradients of the ranks in bf16: half as many bytes, but only 8 significant bits."""
 
 
 class LoggingConfig(Section):
     """What a run records."""
 
     every_iterations: Annotated[int, Field(ge=1)] = 50
-    """Iterations between log points of the training metrics. The console also shows them about every five seconds."""
+    """Number of iterations between two log points of the training metrics. The console also shows these metrics about
+    every five seconds."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run folder."""
     curves: bool = True
     """Draw `curves.png`: error, loss and learning rate over the epochs."""
     mistakes: Annotated[int, Field(ge=0, le=256)] = 64
-    """Number of worst mistakes of an evaluation to store in `evaluation.json` and draw in `mistakes.png`; 0: none."""
+    """Number of worst mistakes of an evaluation that are stored in `evaluation.json` and drawn in `mistakes.png`; 0:
+    none."""
     images: Annotated[int, Field(ge=0, le=256)] = 64
-    """Images on a TensorBoard sheet (augmented training images, worst mistakes); 0: no sheets, no confusion matrix."""
+    """Number of images on each TensorBoard sheet (augmented training images, worst mistakes). 0: TensorBoard gets no
+    sheets and no confusion matrix."""
     histograms: bool = False
     """Write TensorBoard histograms of all weights at each evaluation."""

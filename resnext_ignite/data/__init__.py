@@ -1,4 +1,4 @@
-"""Build a config's data pipeline: the splits, the augmentation, and the loaders of training and evaluation."""
+"""Builds the data pipeline of a config: the splits, the augmentation, and the loaders for training and evaluation."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def build_augment(config: Config, data: Data) -> Augment:
 
 
 def build_mixing(config: Config) -> Mixing | None:
-    """Build mixup and CutMix as a config requests them; None if both are off."""
+    """Build mixup and CutMix from a config; return None if both are off."""
     mixup, cutmix = config.augment.mixup, config.augment.cutmix
     return Mixing(config.seed, mixup, cutmix) if mixup or cutmix else None
 
 
 def build_sizes(config: Config) -> GrowingSize | None:
-    """Build the schedule of progressive resizing of a config; None if the training images have one size."""
+    """Build the schedule of progressive resizing from a config; return None if the config does not use it."""
     first, full = config.augment.progressive_from, config.image_size
     if first is None:
         return None
@@ -74,8 +74,8 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
     """Build the loader of this rank's training batches.
 
     Raises:
-        ConfigError: `data.decode` is device and `device` is no GPU; the batch size exceeds the number of images or does
-            not divide; or `augment.crop_padding` is not smaller than the image.
+        ConfigError: `data.decode` is device, but `device` is not a GPU; the batch size exceeds the number of images, or
+            fails `check_batch_size`; or `augment.crop_padding` is not smaller than the image.
         DataError: there are no training images.
     """
     on_device = config.data.decode == "device"
@@ -137,7 +137,7 @@ def build_eval_loader(config: Config, data: Data, split: str, device: torch.devi
     """Build the loader of this rank's slice of a split, for evaluation.
 
     Raises:
-        DataError: the data has no such split, or images of the split are marked as unreadable.
+        DataError: the data has no such split, or images of the split have the label UNREADABLE.
     """
     if split not in data.splits:
         others = f"; it has {', '.join(data.splits)}" if data.splits else ""

@@ -1,4 +1,7 @@
-"""A split of a data set in memory, and the label that marks unreadable images. `image_files.py` has splits as files."""
+"""Defines a split of a data set in memory, and the label of unreadable images.
+
+`reading/image_files.py` defines a split as files.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ UNREADABLE = -100
 
 
 def color_to_uint8(color: tuple[float, float, float]) -> tuple[int, int, int]:
-    """Return a colour of 0 to 1 as uint8 values. The error is at most 0.5/255: about 0.01 standard deviations."""
+    """Convert a colour on a scale of 0 to 1 to uint8 values.
+
+    The rounding error is at most 0.5/255, about 0.01 standard deviations of a data set's pixels.
+    """
     red, green, blue = (round(255 * value) for value in color)
     return red, green, blue
 
@@ -23,8 +29,9 @@ class Images:
 
     Args:
         pixels: uint8 (N, H, W, 3).
-        labels: int64 (N,); UNREADABLE for an image that could not be read. Its pixels are one colour.
-        indices: int64 (N,), the index of each image in its whole split: the key of its random numbers.
+        labels: int64 (N,). An image that could not be read has the label UNREADABLE, and all its pixels are equal.
+        indices: int64 (N,), the index of each image in its whole split; random numbers depend only on (seed, epoch,
+            index).
     """
 
     pixels: Tensor
@@ -47,7 +54,7 @@ class Images:
         return self.pixels[positions.to(self.pixels.device)]
 
     def resized(self, size: int) -> Images:
-        """Resize square images to (size, size) with antialiasing; return this object if they have that size already."""
+        """Resize square images to (size, size) with antialiasing; return `self` if they already have that size."""
         if self.pixels.shape[1] == size:
             return self
         from torchvision.transforms.v2.functional import resize

@@ -1,6 +1,6 @@
-"""The loaders that the engines iterate over: batches of normalised images on the device.
+"""Defines the loaders of the engines, which yield batches of normalised images on the device.
 
-A split in memory and a split as files give the same batches. `sampling.py` defines the order of the images.
+The batches do not depend on whether a split is in memory or in files. `sampling.py` defines the order of the images.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Split = Images | ImageFiles
 
 @dataclass(frozen=True)
 class Batch:
-    """Images float32 (n, 3, H, W), labels int64 (n,), and the images' indices in their whole split int64 (n,).
+    """Images float32 (n, 3, H, W), labels int64 (n,), and the index of each image in its whole split, int64 (n,).
 
-    A training image that could not be read has the label UNREADABLE and is built from the mean colour. `lambdas`,
-    float32 (n,) from 0 to 1, is the fraction of each mixed image that is its own; the rest is its neighbour's (0 and 1,
-    2 and 3, ... are neighbours). None without mixing.
+    A training image that could not be read has the label UNREADABLE, and the mean colour replaces its pixels.
+    `lambdas`, float32 (n,) from 0 to 1, is the fraction of each mixed image that comes from the image itself; the rest
+    comes from its neighbour (images 0 and 1, 2 and 3, ... are neighbours). `lambdas` is None without mixing.
     """
 
     images: Tensor
@@ -43,21 +43,22 @@ class Batch:
 
 
 class TrainLoader:
-    """Augmented batches of every iteration after the first `start_iteration` ones, in an endless sequence of epochs.
+    """Yields augmented batches in an endless sequence of epochs, and skips the first `start_iteration` batches.
 
     Args:
         split: the training images.
         order: the images of each iteration.
         augment: turns uint8 images into the model's input.
-        device: where batches are made.
+        device: the device of the batches.
         mixing: mixes the augmented images; None: no mixing.
         workers: number of processes that decode files.
-        random_resized_crop: for files: take a keyed random-resized crop instead of the centre.
-        sizes: side of the images in each epoch; None: that of the split. With random-resized crops of files, the crop
-            is resized to this side and `cutout` is scaled with it; otherwise the augmented image is resized.
-        skip_unreadable: for files: mark an image that cannot be read, and warn once a rank, instead of raising.
-        decode_on: for files: the workers read JPEGs, and this device decodes and crops them (random-resized crops);
-            None: the workers decode and crop.
+        random_resized_crop: for files: take a random-resized crop instead of the central square.
+        sizes: side of the images in each epoch; None: the size of the split. With random-resized crops of files, the
+            crop is resized to this side, and `cutout` is scaled with it; otherwise the augmented image is resized.
+        skip_unreadable: for files: give an image that cannot be read the label UNREADABLE and log a warning (once per
+            image and rank), instead of raising an error.
+        decode_on: for files: the device that decodes JPEG files and takes random-resized crops of them, after the
+            workers have read the bytes; None: the workers decode and crop.
     """
 
     def __init__(
@@ -106,8 +107,8 @@ class TrainLoader:
 
     @property
     def _by_workers(self) -> bool:
-        # TrivialAugment is slow and needs many processes. Crop and flip must run there too, because they come first: if
-        # the flip followed it, a mirrored image would be sheared about the upper right corner, not the upper left.
+        # TrivialAugment is slow, so the workers apply it. They must also crop and flip, because these come before it:
+        # if the flip came after it, a mirrored image would be sheared about the upper right corner, not the upper left.
         return not isinstance(self.split, Images) and self.augment.trivial and self.decode_on is None
 
     def _decoded(self, files: ImageFiles, batches: Iterable[tuple[int, Tensor]]) -> Iterator[Decoded]:
@@ -135,7 +136,7 @@ class TrainLoader:
         chosen: Tensor | None = None,
         unreadable: Sequence[int] = (),
     ) -> Batch:
-        # `positions` index the split, `chosen` indexes `padded` (None: all of it, in order).
+        # `positions` are positions in the split; `chosen` are positions in `padded` (None: all of it, in order).
         indices = self.split.indices[positions].to(self.device, non_blocking=True)
         labels = self.split.labels[positions]
         if unreadable:
@@ -150,7 +151,7 @@ class TrainLoader:
     def _augmented(self, padded: Tensor, chosen: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
         augment, by_workers = self.augment, self._by_workers
         if self.sizes is not None:
-            # Files may be decoded to a smaller size already; `cutout` is given for the full size.
+            # `cutout` is given for the full size, but files may already be decoded at the smaller size of this epoch.
             side = padded.shape[1] - (0 if by_workers else 2 * augment.crop_padding)
             augment = replace(augment, cutout=round(augment.cutout * side / self.sizes.full))
         images = augment.on_images(padded, epoch, indices) if by_workers else augment(padded, chosen, epoch, indices)
@@ -158,20 +159,21 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Batches of this rank's slice of a split: each image once, in order. The slices of all ranks are the whole split.
+    """Yields this rank's slice of a split in batches, each image once, in order.
 
-    `common_batches` is the number of batches that every rank has.
+    The slices of all ranks together are the whole split. `common_batches` is the number of batches that every rank has;
+    some ranks may have one more.
 
     Args:
         split: the images.
         augment: gives the normalisation.
-        device: where batches are made.
+        device: the device of the batches.
         batch_size: images per batch.
         rank, world_size: this rank takes a contiguous slice of the split.
         workers: number of processes that decode files.
 
     Raises:
-        DataError: images of the split are marked UNREADABLE; an evaluation must count every image.
+        DataError: images of the split have the label UNREADABLE; an evaluation must count every image.
     """
 
     def __init__(
@@ -223,7 +225,7 @@ class EvalLoader:
 
 
 class CropsLoader:
-    """Batches of an evaluation on several crops of each image: `images` is float32 (n, crops, 3, H, W).
+    """Yields batches with several crops of each image, for an evaluation: `images` is float32 (n, crops, 3, H, W).
 
     Args:
         loaders: one loader for each crop, with the same images in the same order.
@@ -236,13 +238,17 @@ class CropsLoader:
         return len(self.loaders[0])
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches; raise as `EvalLoader.__iter__`."""
+        """Yield the batches.
+
+        Raises:
+            DataError: as `EvalLoader.__iter__`.
+        """
         for batches in zip(*self.loaders, strict=True):
             yield replace(batches[0], images=torch.stack([batch.images for batch in batches], dim=1))
 
 
 class ImageLoader:
-    """Batches of images outside a data set, preprocessed as in an evaluation.
+    """Yields batches of image files that belong to no data set, preprocessed as in an evaluation.
 
     Each item is images float32 (n, 3, H, W), their positions int64 (n,), and a dict from the position of each
     unreadable image to the reason. The mean colour replaces an unreadable image.
@@ -250,7 +256,7 @@ class ImageLoader:
     Args:
         files: the images; their labels are not used.
         augment: gives the normalisation.
-        device: where batches are made.
+        device: the device of the batches.
         batch_size: images per batch.
         workers: number of processes that decode.
     """

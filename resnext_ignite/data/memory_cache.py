@@ -1,4 +1,4 @@
-"""Data that stays in memory between the runs of one process, if they load the same data. See also `disk_cache.py`."""
+"""Keeps data in memory between the runs of one process. `sources/disk_cache.py` caches lists of images on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _cached: dict[Hashable, Data] | None = None
 
 @contextlib.contextmanager
 def keep_data_loaded() -> Iterator[None]:
-    """Keep the data that was loaded last in memory, inside the block."""
+    """Let `load_or_reuse` keep the data that it loaded last in memory, until the block ends."""
     global _cached
     _cached = {}
     try:
@@ -24,11 +24,11 @@ def keep_data_loaded() -> Iterator[None]:
 
 
 def load_or_reuse(config: Config, load: Callable[[], Data]) -> Data:
-    """Load the splits of a config. Inside a `keep_data_loaded` block, return the last ones if they are the same."""
+    """Load the splits of a config. In a `keep_data_loaded` block, reuse the last data if the config needs it."""
     if _cached is None:
         return load()
-    # Everything of the config that `load_data` depends on. The seed selects the held-out images; a random-resized crop
-    # prevents decoding into memory.
+    # The key holds everything in the config that `load_data` depends on. The seed selects the held-out images; with
+    # random-resized crops, the images are not decoded into memory.
     held_out = config.seed if config.data.val_size else None
     sizes = (config.image_size, config.evaluation.image_size)
     key = (config.data, held_out, sizes, config.augment.random_resized_crop)

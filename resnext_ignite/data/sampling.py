@@ -1,7 +1,7 @@
-"""Keyed randomness: (seed, epoch) gives an epoch's order, (seed, epoch, index, purpose) a random number of a sample.
+"""Random numbers that depend only on (seed, epoch, index) and their purpose; and the order of the training images.
 
-A counter-based hash replaces random generators. It has no hidden state: the numbers do not depend on the workers, the
-ranks or an interruption of the run. It uses int64 arithmetic only, which is exact and equal on every device.
+A counter-based hash replaces random generators. It has no state: any number of workers and ranks, and a resumed run,
+compute the same numbers. It uses only int64 arithmetic, which gives the same result on every device.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Purpose(IntEnum):
     CONTRAST = 10
     SATURATION = 11
     COLOR_ORDER = 12
-    LIGHTING = 13  # to 16: two pairs, each for two normal variates
-    RESIZED_CROP = 20  # to 59: ten attempts, four numbers each
+    LIGHTING = 13  # 13 to 16: two pairs of uniform numbers; each pair gives two normal numbers
+    RESIZED_CROP = 20  # 20 to 59: ten attempts, four numbers each
     MIX_KIND = 60
     MIX_LAMBDA = 61
     MIX_Y = 62
     MIX_X = 63
-    ERASE = 64  # to 68: decision, area, aspect, top, left
-    TRIVIAL = 70  # to 72: operation, strength, sign
+    ERASE = 64  # 64 to 68: decision, area, aspect ratio, top, left
+    TRIVIAL = 70  # 70 to 72: operation, strength, sign
     PACKED = 75
     SHARDS = 76
-    SHAPES = 100  # to 199
+    SHAPES = 100  # 100 to 199
 
 
 def _signed(value: int) -> int:
@@ -61,12 +61,12 @@ def _mix_int(value: int) -> int:
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
-    # A shift of int64 repeats the sign bit; the hash needs zeros in its place.
+    # A right shift of int64 fills the upper bits with the sign bit; the hash needs zeros there.
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def keyed_hash(seed: int, epoch: int, indices: Tensor, purpose: int) -> Tensor:
-    """Return 64 uniform bits for each index: int64 (N,) -> int64 (N,), on the device of `indices`."""
+    """Return 64 random bits for each index: int64 (N,) -> int64 (N,), on the device of `indices`."""
     key = _mix_int(_mix_int(_mix_int(seed) ^ epoch) ^ purpose)
     values = indices * _signed(_GAMMA) + _signed(key)
     values = (values ^ _shift_right(values, 30)) * _signed(_MIX1)
@@ -75,43 +75,43 @@ def keyed_hash(seed: int, epoch: int, indices: Tensor, purpose: int) -> Tensor:
 
 
 def uniform(seed: int, epoch: int, indices: Tensor, purpose: int) -> Tensor:
-    """Return a number in [0, 1) for each index, a multiple of 2**-24: int64 (N,) -> float32 (N,)."""
+    """Return a uniform number in [0, 1) for each index, a multiple of 2**-24: int64 (N,) -> float32 (N,)."""
     return _shift_right(keyed_hash(seed, epoch, indices, purpose), 40).to(torch.float32) * 2.0**-24
 
 
 def integers(seed: int, epoch: int, indices: Tensor, purpose: int, below: int) -> Tensor:
-    """Return an integer in [0, below) for each index: int64 (N,) -> int64 (N,)."""
-    # 40 bits: for `below` under 2**16, all values are equally likely to a relative error of 2**-24.
+    """Return a uniform integer in [0, below) for each index: int64 (N,) -> int64 (N,)."""
+    # Use 40 bits: if `below` is under 2**16, the probabilities of the integers differ by less than a factor 1 + 2**-24.
     return _shift_right(keyed_hash(seed, epoch, indices, purpose), 24) % below
 
 
 def permutation(seed: int, epoch: int, count: int, purpose: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return a keyed random order of 0 .. count-1: int64 (count,)."""
+    """Return a random order of 0 .. count-1 that depends only on the arguments: int64 (count,)."""
     keys = keyed_hash(seed, epoch, torch.arange(count, device=device), purpose)
     return keys.argsort(stable=True)
 
 
 def rank_slice(count: int, rank: int, world_size: int) -> range:
-    """Return the contiguous slice of 0 .. count-1 that a rank takes; the slices of all ranks hold each number once."""
+    """Return a rank's contiguous slice of 0 .. count-1. Each number is in the slice of exactly one rank."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
 class TrainOrder:
-    """The images of each iteration on this rank, in an endless sequence of epochs.
+    """Selects the images of each iteration on this rank, in an endless sequence of epochs.
 
-    The images of iteration k depend only on k and the arguments below: a run can resume at any iteration.
+    The images of iteration k depend only on k and the arguments below, so a run can resume at any iteration.
 
     Args:
-        seed: key of the order.
+        seed: random seed of the order.
         count: number of training images; an epoch drops the incomplete last batch.
         batch_size: images per iteration, over all ranks.
         rank, world_size: this rank takes a contiguous slice of each micro-batch.
         accumulate: micro-batches per iteration, each a contiguous slice of the global batch.
         device: where the orders are computed.
-        groups: int64 (count,), the group (from 0) of each image, for example its shard. The groups come in a keyed
-            order; the images of each `window` consecutive groups are shuffled together. None: shuffle all images
-            together.
-        window: number of groups that are shuffled together.
+        groups: int64 (count,), the group (from 0) of each image, for example its shard. Each epoch puts the groups in
+            random order, then shuffles the images of each `window` consecutive groups together. None: shuffle all
+            images together.
+        window: number of groups whose images are shuffled together.
 
     Raises:
         ValueError: an epoch would hold no batch, or a batch does not divide evenly over ranks and micro-batches.
@@ -143,25 +143,28 @@ class TrainOrder:
         self.groups, self.window = None if groups is None else groups.to(device), window
 
     def batches(self, start_iteration: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (epoch from 1, positions int64 (n,)) of every iteration after the first `start_iteration` ones."""
+        """Yield (epoch from 1, positions int64 (n,)) for every iteration after the first `start_iteration` ones."""
         epoch, first = divmod(start_iteration, self.iterations_per_epoch)
         while True:
             epoch += 1
             order = self.epoch_order(epoch)
             for index in range(first, self.iterations_per_epoch):
                 batch = order[index * self.batch_size : (index + 1) * self.batch_size]
-                # (accumulate * m,) -> (accumulate, m), then this rank's slice of each row. Micro-batches and ghost
-                # batches hold the same images on any number of ranks.
+                # (accumulate * m,) -> (accumulate, m): each row is a micro-batch. Take this rank's slice of each row:
+                # micro-batches and ghost batches then hold the same images on any number of ranks.
                 yield epoch, batch.view(self.accumulate, -1)[:, self.share.start : self.share.stop].flatten()
             first = 0
 
     def epoch_order(self, epoch: int) -> Tensor:
-        """Return the order of all images in an epoch (from 1), with those of the dropped last batch: int64 (count,)."""
+        """Return the order of all images in an epoch (from 1): int64 (count,).
+
+        The last images of the order, which do not fill a batch, are included; `batches` drops them.
+        """
         order = permutation(self.seed, epoch, self.count, Purpose.ORDER, self.device)
         if self.groups is None:
             return order
         windows = self._group_order(epoch).argsort() // self.window
-        # The sort is stable: inside a window the images keep their keyed order.
+        # The sort is stable: inside a window, the images keep their random order.
         return order[windows[self.groups[order]].argsort(stable=True)]
 
     def _group_order(self, epoch: int) -> Tensor:
@@ -169,10 +172,11 @@ class TrainOrder:
         return permutation(self.seed, epoch, groups, Purpose.SHARDS, self.device)
 
     def groups_ahead(self, start_iteration: int) -> Iterator[list[int]]:
-        """Yield, for each item of `batches`, the groups to read ahead: about a window early, each group once an epoch.
+        """Yield a list of the groups to read ahead for each item of `batches`.
 
-        Each list is short, so that the reading does not delay a worker's batch for long. The lists are only a hint:
-        they assume that all groups hold equally many images.
+        Each group is listed once per epoch, about `window` groups before its images are needed. Each list is short, so
+        that reading ahead does not delay a worker's batch for long. The lists are only a hint: they assume that all
+        groups hold the same number of images.
         """
         epoch, first = divmod(start_iteration, self.iterations_per_epoch)
         while True:

@@ -1,4 +1,4 @@
-"""Load the splits of a config's data, into memory (`images.py`) or as files (`reading/image_files.py`)."""
+"""Loads the splits of a data set, into memory (`images.py`) or as files (`reading/image_files.py`)."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Data:
     """The requested splits of a data set, and the properties of the data that a model needs.
 
     Args:
-        splits: the images, by name of split: train, val, test.
+        splits: the images of each split; the keys are train, val and test.
         classes: the names of the labels.
         mean, std: normalisation of red, green and blue, on a scale of 0 to 1.
         image_size: side of the training images in pixels.
         evaluation_size: side of all other images in pixels.
         workers: number of processes per rank that decode files.
-        contents: by split, the number of images and, for files, a hash that identifies them.
-        shards: int64 (N,), the shard of each training image, if the data is in shards.
+        contents: for each split, a description: the number of images and, for files, a hash that identifies them.
+        shards: int64 (N,), the shard of each training image; None if the data is not in shards.
 
-    `selection` is the split that selects the best weights: val if there is one, else test.
+    `selection` is the split whose metrics select the best weights: val if it exists, else test.
     """
 
     splits: dict[str, Split]
@@ -56,14 +56,16 @@ class Data:
 def load_data(config: Config, ranks: Ranks, splits: tuple[str, ...] | None = None) -> Data:
     """Load the splits of a config: train, val (a folder of that name, or held-out training images), and test.
 
-    If `data.on_error` is skip, unreadable images of a training split in memory are marked (see `Images.labels`).
+    If `data.on_error` is skip and the training split is loaded into memory, its unreadable images get the label
+    UNREADABLE.
 
     Args:
-        splits: load only these; None: all that exist.
+        splits: names of the splits to load; None: all that exist.
 
     Raises:
-        DataError: something is missing, damaged or unreadable; the message names it.
-        ConfigError: a requested size is not available, or keys of `data` contradict each other or the data.
+        DataError: a file or folder is missing, damaged or unreadable; the message names it.
+        ConfigError: the config requests more images than there are or more memory than is available, or its keys
+            contradict each other or the data.
     """
     root = Path(config.data.root).expanduser()
     size = config.image_size

@@ -1,1 +1,5 @@
-"""Training on several ranks: start (`launch`), agreement (`ranks`, `stopping`), model (`ddp`), errors (`failures`)."""
+"""Training on several ranks.
+
+`launch` starts the ranks, `ranks` has their collectives, `stopping` lets them agree on stops, `ddp` wraps the model,
+and `failures` reports errors.
+"""

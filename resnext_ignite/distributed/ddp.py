@@ -1,4 +1,4 @@
-"""One model on several ranks: the DistributedDataParallel wrapper, and the average of the BatchNorm statistics."""
+"""Wraps a model in DistributedDataParallel (DDP), and averages its BatchNorm statistics over ranks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def wrap_for_ranks(
     accumulate: int = 1,
     compress_gradients: bool = False,
 ) -> nn.Module:
-    """Return the model that the training iteration calls: the model itself on one rank, else wrapped in DDP.
+    """Return the module that a training iteration calls: the model itself for one rank, the model in DDP for several.
 
     Args:
-        compiled: True: compile with torch.compile, once for each image size, when that size first occurs.
-            "cuda_graphs": also record CUDA graphs; they need one fixed image size.
+        compiled: True: use torch.compile, which compiles for each image size when this size first occurs.
+            "cuda_graphs": also record CUDA graphs, which need one fixed image size.
         accumulate: micro-batches per iteration.
         compress_gradients: send and sum the gradients as bf16.
 
@@ -39,14 +39,16 @@ def wrap_for_ranks(
     if compiled:
         if compiled == "cuda_graphs" and device.type != "cuda":
             raise ConfigError("train.compile: cuda_graphs is for GPUs only; set it to true or false")
-        # Growing images have up to 32 sizes. torch compiles for 8 sizes by default, then falls back to eager execution.
-        torch._dynamo.config.recompile_limit = 40
+        # Progressive resizing has at most 64 sizes (1024 pixels in steps of 16). By default, torch compiles for 8
+        # sizes, then falls back to eager execution.
+        torch._dynamo.config.recompile_limit = 72
         # Compile in place: torch.compile(model) would add a prefix to every key of the state dict.
         model.compile(dynamic=False, mode="reduce-overhead" if compiled == "cuda_graphs" else None)
     if ranks.world_size == 1:
         return model
-    # Not idist.auto_model: with several visible GPUs and one process, it silently uses DataParallel. Each rank has its
-    # own buffers; `average_statistics` averages them before an evaluation.
+    # Do not use idist.auto_model: with several visible GPUs and one process, it silently uses DataParallel.
+    # broadcast_buffers=False: each rank has its own BatchNorm statistics. `average_statistics` averages them before an
+    # evaluation.
     wrapped = nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
@@ -64,11 +66,11 @@ def warm_up_ddp_buckets(wrapped: nn.Module, images: Tensor) -> None:
     """Run two backward passes, so that DDP rebuilds its gradient buckets now; weights and buffers do not change.
 
     DDP rebuilds its buckets after the first two backward passes of a process. Without this warm-up, the first
-    iterations of a resumed run would sum gradients in another order than the uninterrupted run; with three or more
-    ranks, the results would differ in the last bits.
+    iterations of a resumed run would sum gradients in another order than those of an uninterrupted run. With three or
+    more ranks, the results would then differ in the last bits.
 
     Args:
-        images: float32 (n, 3, H, W), any values; n must be valid for the model's ghost batches.
+        images: float32 (n, 3, H, W), any values; if the model has ghost batches, n must be a multiple of their size.
     """
     if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return
@@ -85,7 +87,7 @@ def warm_up_ddp_buckets(wrapped: nn.Module, images: Tensor) -> None:
 
 
 def own_statistics(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """Return the BatchNorm running statistics of this rank, by their state-dict names; empty if there is one rank."""
+    """Return the BatchNorm running statistics of this rank by state-dict name; an empty dict if there is one rank."""
     if ranks.world_size == 1:
         return {}
     return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}

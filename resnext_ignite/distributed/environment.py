@@ -1,9 +1,12 @@
-"""Who started this process, by the variables of torchrun and srun; and torchrun's error files. Without torch.
+"""Reads the environment variables of torchrun and srun, and reads and writes torchrun's error files.
+
+This module does not import torch.
 
 torchrun restarts failed ranks (`--max-restarts`), whatever their exit code. Its agent gives each rank the path of an
-error file, in a folder of the attempt. A rank writes its exit code there. If a later attempt finds an exit code that a
-restart cannot cure, it ends immediately with the same code. `failures.refuse_restart_of` does the same for the errors
-of other machines, which it reads from the store that the ranks share.
+error file; each attempt has its own folder of these files. A failed rank writes its exit code to its file. If the ranks
+of a later attempt find the exit code of an error that a restart cannot fix, they exit immediately with the same code.
+`failures.refuse_restart_of` does the same for errors on other machines; it reads them from the store that all ranks
+share.
 """
 
 from __future__ import annotations
@@ -39,8 +42,8 @@ def launched_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
 def launched_by_srun(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether this process is one of several tasks of an `srun`.
 
-    A process that a batch script starts without `srun` is not one: it runs alone, although its environment holds the
-    number of tasks of the job.
+    A process that a batch script starts without `srun` is not such a task: it runs alone, although its environment
+    holds the job's number of tasks.
     """
     return "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1
 
@@ -71,8 +74,8 @@ def record_exit_for_torchrun() -> Iterator[None]:
     """Write an error of the block to torchrun's error file; refuse to run the block if a restart cannot help.
 
     Raises:
-        ResnextError: an earlier attempt ended with an error of the config, the data, a checkpoint or a non-finite
-            number, or with a preemption; the same error again.
+        ResnextError: an earlier attempt ended with an error that a restart cannot fix (config, data, checkpoint,
+            non-finite number, preemption). This error has the same class and exit code.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
@@ -84,7 +87,7 @@ def record_exit_for_torchrun() -> Iterator[None]:
     except BaseException as error:
         known = as_resnext_error(error)
         if known is not None:
-            # torchrun's summary shows the message of the first rank that failed.
+            # torchrun's summary shows the message with the earliest timestamp.
             word = {"message": str(known), "timestamp": int(time.time()), "exit_code": known.exit_code}
             with contextlib.suppress(OSError):
                 Path(file).write_text(json.dumps(word), encoding="utf-8")
@@ -92,10 +95,10 @@ def record_exit_for_torchrun() -> Iterator[None]:
 
 
 def refuse_restart_after(exit_code: int, message: str) -> None:
-    """Raise the error of an earlier attempt, if a restart would only fail in the same way.
+    """Raise the error of an earlier attempt again if a restart would only fail in the same way.
 
     Raises:
-        ResnextError: `exit_code` is that of an error that no restart cures.
+        ResnextError: `exit_code` belongs to an error that a restart cannot fix.
     """
     kind = _FINAL_ERRORS.get(exit_code)
     if kind is not None:
@@ -105,8 +108,9 @@ def refuse_restart_after(exit_code: int, message: str) -> None:
 
 
 def _refuse_earlier_attempts(file: Path) -> None:
-    # The path is .../attempt_<n>/<local rank>/error.json. When machines join or leave, the agent restarts its ranks
-    # within the same attempt, after it has removed the files of that attempt.
+    # The path is .../attempt_<n>/<local rank>/error.json. Skip the files of the current attempt: they come from the
+    # current ranks. When machines join or leave, the agent restarts its ranks within the same attempt, but it removes
+    # the files of the attempt first.
     attempt = file.parent.parent
     for other in sorted(attempt.parent.glob("attempt_*/*/error.json")):
         word = _read(other) if other.parent.parent != attempt else {}

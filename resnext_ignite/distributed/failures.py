@@ -1,6 +1,6 @@
-"""Failure reports between ranks: after a failure all ranks end soon, and one error message names the cause.
+"""Reports failures between ranks: after a rank fails, all ranks exit soon, and one error message names the cause.
 
-A rank that fails posts its failure in the TCPStore that all ranks share. A rank that lost contact with another one
+A rank that fails posts its failure in the TCPStore that all ranks share. A rank that lost contact with another rank
 reads the cause there.
 """
 
@@ -26,13 +26,13 @@ from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.distributed.rendezvous import with_timeout
 from resnext_ignite.runtime.errors import PreemptedError, RankError, ResnextError, as_resnext_error
 
-# A rank that lost contact with another one waits this long for a posted failure. A rank that fails itself waits this
-# long for rank 0, which may fail in the same way.
+# A rank that lost contact with another rank waits this long for a posted failure.
 _WAIT_FOR_FAILURE_S = 3.0
+# A failed rank waits this long for rank 0, which may report the same error.
 _WAIT_FOR_RANK_0_S = 0.5
-# Interval at which a rank checks whether another one has failed.
+# Each rank checks at this interval whether another rank has failed.
 _POLL_S = 1.0
-# A rank that has not ended this long after a failure is taken to hang.
+# A rank that still runs this long after a failure counts as hung.
 _HANG_AFTER_S = 5.0
 # gloo raises plain RuntimeErrors; recognise them by the source location or the first words of the message.
 _GLOO_ERROR = re.compile(r"\[\S*/gloo/\S*:\d+\]|^Gloo \w+ failed")
@@ -40,9 +40,9 @@ _GLOO_ERROR = re.compile(r"\[\S*/gloo/\S*:\d+\]|^Gloo \w+ failed")
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank's failure: its exit code and a message of one line.
+    """A rank's failure: the exit code and a one-line message.
 
-    `reported_by` is the rank that posted it; -1: the process that spawned the ranks.
+    `reported_by` is the rank that posted the failure, or -1 for the process that spawned the ranks.
     """
 
     rank: int
@@ -52,7 +52,7 @@ class Failure:
 
 
 class FailureBoard:
-    """The board for failures, in the store of the ranks; only the first posted failure counts.
+    """A board in the store that the ranks share; ranks post failures on it, and only the first posted failure counts.
 
     Args:
         store: the store that the ranks share.
@@ -67,7 +67,7 @@ class FailureBoard:
     @classmethod
     @functools.cache
     def connect(cls) -> FailureBoard:
-        """Return the board of this process's ranks; the first call connects to the store.
+        """Return the board that this rank shares with the other ranks; the first call connects to the store.
 
         Make the first call before any failure: a connection after a failure may take too long.
 
@@ -78,24 +78,24 @@ class FailureBoard:
         return cls(dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5)), cls.current_generation)
 
     def post(self, failure: Failure) -> Failure:
-        """Post a failure, and return the first posted one, which may be from another rank."""
+        """Post a failure; return the failure that was posted first, which may be another rank's."""
         text = json.dumps(asdict(failure))
         return Failure(**json.loads(with_timeout(lambda: self._store.compare_set("first", "", text))))
 
     def first(self) -> Failure | None:
-        """Return the first posted failure; None: there is none yet."""
+        """Return the failure that was posted first, or None if there is none yet."""
         text = with_timeout(lambda: self._store.get("first") if self._store.check(["first"]) else None)
         return None if text is None else Failure(**json.loads(text))
 
     def wait_for_first(self, seconds: float) -> Failure | None:
-        """Return the first failure as soon as one is posted; None: none was posted within `seconds`."""
+        """Wait until a failure is posted, and return it; return None if none is posted within `seconds`."""
         deadline = time.monotonic() + seconds
         while (found := self.first()) is None and time.monotonic() < deadline:
             time.sleep(0.05)
         return found
 
     def answer(self, rank: int) -> None:
-        """Record that a rank is alive, although it lost contact with others."""
+        """Record that a rank is alive, although it lost contact with other ranks."""
         with_timeout(lambda: self._store.set(f"alive/{rank}", ""))
 
     def silent(self, world_size: int) -> list[int]:
@@ -105,17 +105,17 @@ class FailureBoard:
 
 
 def refuse_restart_of(generation: str, store: dist.Store) -> None:
-    """Refuse to start if the ranks before a restart, on any machine, failed with an error that no restart cures.
+    """Refuse to start if the ranks before the restart, on any machine, failed with an error that a restart cannot fix.
 
     Args:
-        generation: name of those earlier ranks.
+        generation: name of the generation of ranks before the restart.
 
     Raises:
-        ResnextError: the first failure of those ranks.
+        ResnextError: the first failure of that generation.
     """
     first = FailureBoard(store, generation).first()
-    # When a machine joins or leaves, torchrun stops the ranks of the other machines with SIGTERM, and then restarts
-    # them.
+    # When a machine joins or leaves, torchrun stops the ranks of the other machines with SIGTERM in order to restart
+    # them. This stop must not prevent the restart.
     launched_by_torchrun = first is not None and first.text.startswith("stopped by SIGTERM")
     if first is not None and not launched_by_torchrun:
         refuse_restart_after(first.code, first.text)
@@ -154,7 +154,7 @@ def _error_to_report(error: BaseException, ranks: Ranks) -> ResnextError:
         board = FailureBoard.connect()
         if lost_contact:
             return _lost_contact_error(error, board, ranks)
-        # Rank 0 reports an error that all ranks find.
+        # If all ranks find the same error, rank 0 reports it.
         if ranks.rank and board.wait_for_first(_WAIT_FOR_RANK_0_S):
             known.quiet = True
             return known
@@ -194,8 +194,8 @@ def _lost_contact_error(error: BaseException, board: FailureBoard, ranks: Ranks)
 def watch_other_ranks(ranks: Ranks) -> Iterator[None]:
     """End this process soon after any rank has failed, even if the block hangs in a collective.
 
-    Before that, a rank that hangs prints the stacks of its threads: one that the others report, immediately; any other
-    after `_HANG_AFTER_S`.
+    A hung rank prints the stacks of its threads before it exits. If another rank has reported this rank as hung or
+    gone, this happens immediately; otherwise, it happens after `_HANG_AFTER_S` seconds.
     """
     if ranks.world_size == 1:
         yield
@@ -206,7 +206,7 @@ def watch_other_ranks(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     finally:
-        # Join the thread: if it is still in torch's C++ when the interpreter ends, it aborts the process (SIGABRT,
+        # Join the thread: if it is still in torch's C++ code when the interpreter ends, it aborts the process (SIGABRT,
         # "terminate called without an active exception").
         over.set()
         watcher.join(_HANG_AFTER_S)

@@ -1,4 +1,7 @@
-"""The start of the ranks, spawned here or by torchrun or srun; the parent of spawned ranks reports their failures."""
+"""Runs a function on every rank; torchrun or srun has started the ranks, or this module spawns a process for each.
+
+The parent of spawned ranks reports the failures that they could not report themselves.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ from resnext_ignite.runtime.signals import (
     signals_unblocked,
 )
 
-# A rank that still runs this long after another one failed is killed.
+# The parent of spawned ranks kills a rank that still runs this long after another rank failed.
 _GRACE_S = 8.0
 
 
@@ -59,18 +62,19 @@ def launch(
     backend: str | None = None,
     timeout_s: float = 600.0,
 ) -> None:
-    """Run `function(local_rank, *args)` on every rank that a launcher (torchrun, srun) started, or that this spawns.
+    """Run `function(local_rank, *args)` in this process, or in a spawned process for each rank.
 
     Args:
-        nproc_per_node: number of processes to spawn; None: this process is the only rank, or one of a launcher's.
+        nproc_per_node: number of ranks; if there are several, spawn a process for each. None: spawn no processes; this
+            process is one of the ranks that a launcher (torchrun, srun) started, or the only rank.
         backend: "nccl" or "gloo"; None: nccl if there are GPUs, else gloo.
-        timeout_s: a rank has failed if the others wait for it this long, in seconds.
+        timeout_s: a rank counts as failed if the other ranks wait for it this long, in seconds.
 
     Raises:
-        ConfigError: `nproc_per_node` is set although a launcher started this process, or there are fewer GPUs than
-            ranks.
+        ConfigError: `nproc_per_node` is set although a launcher started this process, or this machine has GPUs, but
+            fewer than ranks.
         ResnextError: the function's own error, or RankError if another rank failed.
-        SystemExit: spawned ranks failed; their error is printed already.
+        SystemExit: a spawned rank failed, and its error is already printed.
     """
     launched = launched_by_torchrun() or launched_by_srun()
     if nproc_per_node is not None and launched:
@@ -84,7 +88,7 @@ def launch(
         return
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if 0 < gpus < count:
-        # Refuse here, before any rank waits for the others.
+        # Refuse here, before any rank waits for the other ranks.
         raise ConfigError(
             f"{count} ranks on a machine where each sees {gpus} GPUs: start "
             "one rank per GPU, and let each rank see all GPUs "
@@ -123,12 +127,12 @@ def _run_as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: 
     ranks = Ranks.current()
     with watch_other_ranks(ranks), report_failures(ranks):
         function(idist.get_local_rank(), *args)
-        # Not after an error: it may wait for a rank that is gone.
+        # Do not call this after an error: it may wait for a rank that is gone.
         idist.finalize()
 
 
 def _initialize(backend: str, store: dist.Store, local_rank: int, timeout_s: float) -> None:
-    """Do the work of `idist.initialize`, which does not accept a store."""
+    """Initialise torch.distributed and Ignite with a given store; `idist.initialize` does not accept one."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -142,7 +146,7 @@ def _spawn_and_wait(
     function: Callable[..., None], args: tuple[Any, ...], count: int, backend: str, timeout_s: float
 ) -> int:
     """Spawn the ranks and wait for all; return the exit code of the first failure, or 0."""
-    # The parent holds the store, as torchrun does: it outlives every rank, and port 0 selects a free port.
+    # The parent holds the store, because the parent outlives every rank. Port 0 selects a free port.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {
         "MASTER_ADDR": "127.0.0.1",
@@ -152,7 +156,7 @@ def _spawn_and_wait(
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     arguments = (os.getpid(), environment, function, args, backend, timeout_s)
-    # A signal that arrives before a rank has its handlers stays pending until then.
+    # The ranks inherit the blocked signals: a signal that arrives before a rank has its handlers stays pending.
     with signals_blocked():
         ranks = mp.start_processes(_run_spawned_rank, arguments, nprocs=count, join=False).processes
 
@@ -190,7 +194,7 @@ def _wait_for_all(ranks: list[mp.Process], board: FailureBoard) -> int:
 
 
 def _exit_code_of(number: int, code: int, board: FailureBoard) -> int:
-    """Report the failure of a rank that could not report it itself; return the exit code of the rank."""
+    """Return the exit code of a rank; report the failure of the rank if it could not do so itself."""
     if code < 0 or code == 1:
         how = (
             f"was killed by {signal.Signals(-code).name}"

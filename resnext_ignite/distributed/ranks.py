@@ -1,4 +1,4 @@
-"""The rank of this process, and the collectives for start-up, evaluation and saving."""
+"""Defines `Ranks`: the rank of this process, and the collectives for start-up, evaluation and saving."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of this process among all ranks, and among those of its machine. The default is a single process."""
+    """The rank of this process among all ranks and among the ranks of its machine. The default is a single rank."""
 
     rank: int = 0
     world_size: int = 1
@@ -33,7 +33,7 @@ class Ranks:
         return cls(idist.get_rank(), idist.get_world_size(), idist.get_local_rank(), idist.get_nproc_per_node())
 
     def cores(self) -> int:
-        """Return how many cores this rank may use: those that Slurm bound it to, else an equal part of all."""
+        """Return how many cores this rank may use: all that Slurm bound it to, else an equal part of the machine's."""
         own = len(os.sched_getaffinity(0))
         bound = launched_by_srun() and own < (os.cpu_count() or own)
         return own if bound else max(1, own // self.local_world_size)
@@ -47,12 +47,12 @@ class Ranks:
         return f"{self.world_size} ranks ({places}; {dist.get_backend()})"
 
     def first_on_node(self, prepare: Callable[[], None]) -> None:
-        """Call `prepare` on one rank per machine before the others continue; its failure is an error on all ranks.
+        """Call `prepare` on one rank per machine, while the other ranks wait; if it fails, all ranks raise an error.
 
-        Not idist.one_rank_first: after a failure of the first rank, the others would wait for ever.
+        idist.one_rank_first is not used: if the first rank failed, the other ranks would wait for ever.
 
         Raises:
-            ResnextError: on the rank that failed, its own error; on the others, RankError.
+            ResnextError: on the rank that failed, its own error; on the other ranks, RankError.
         """
         error = _result_or_error(prepare)[1] if self.local_rank == 0 else None
         # The all-reduce is also the barrier.
@@ -66,7 +66,7 @@ class Ranks:
         """Call `make` on rank 0, and return its result on every rank.
 
         Raises:
-            ResnextError: `make` failed; the same error on every rank.
+            ResnextError: `make` failed; every rank raises the same error.
         """
         if self.world_size == 1:
             return make()
@@ -85,7 +85,7 @@ class Ranks:
         return items
 
     def gather_on_rank_zero(self, item: T) -> list[T]:
-        """Return the items of all ranks, in rank order, on rank 0; an empty list on the others."""
+        """Return the items of all ranks, in rank order, on rank 0; return an empty list on the other ranks."""
         if self.world_size == 1:
             return [item]
         items: list[Any] = [None] * self.world_size if self.rank == 0 else []
@@ -94,7 +94,7 @@ class Ranks:
 
 
 def _result_or_error(make: Callable[[], T]) -> tuple[T | None, ResnextError | None]:
-    """Return the result of a call, or the error to report to the other ranks; a bug is raised."""
+    """Call `make`; return its result, or its error if it is a ResnextError. Any other error is a bug, and is raised."""
     try:
         return make(), None
     except Exception as caught:

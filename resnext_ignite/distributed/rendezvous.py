@@ -1,9 +1,10 @@
-"""The rendezvous of ranks that torchrun started, also after a restart.
+"""Connects the ranks that torchrun started to one another, also after a restart.
 
 torchrun 2.11 uses one store for all its restarts, although its documentation says otherwise. Keys of dead ranks (gloo's
-addresses, NCCL's key) stay in it; restarted ranks read them and wait for ranks that no longer exist. torchrun's restart
-count does not separate one generation of ranks from the next either: it does not count machines that it stopped without
-restarting them. The ranks therefore agree on a name for each generation, and use it as the prefix of all their keys.
+addresses, NCCL's key) stay in this store; restarted ranks read them and wait for ranks that no longer exist. torchrun's
+restart count cannot separate one generation of ranks from the next: each machine counts only the restarts after a
+failure of its own ranks, not the restarts after another machine has joined or left. The ranks therefore agree on a name
+for each generation, and use this name as the prefix of all their keys.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _LAST_GENERATION = "resnext_ignite/last_generation"
 
 
 def with_timeout(ask: Callable[[], T]) -> T:
-    """Return the answer of a store, or raise after a timeout (`_ANSWER_S`).
+    """Return the result of `ask`, a request to a store, or raise an error after `_ANSWER_S` seconds.
 
-    `Store.check` of torch 2.11 itself waits for ever if the network link is broken.
+    A request may have no timeout of its own: `Store.check` of torch 2.11 waits for ever if the network link is broken.
 
     Raises:
         RuntimeError: no answer came in time, or the store is gone.
@@ -55,11 +56,11 @@ def torchrun_keeps_store() -> bool:
 
 
 def agree_on_generation(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
-    """Return a name that exactly the ranks that were started together share; call it on all of them.
+    """Return a name for the generation of these ranks, the same on all of them; call it on all of them.
 
-    Each rank except rank 0 writes a random word into the store. Rank 0 answers each word with the name. It returns when
-    every other rank has confirmed the name. Rank 0 also answers the word of a dead rank, until the restarted rank
-    replaces that word.
+    Each rank except rank 0 writes a random word into the store. Rank 0 answers each word with the name, and returns
+    when every other rank has confirmed the name. The word of a dead rank may still be in the store. Rank 0 answers this
+    word too, but no rank confirms the answer; the restarted rank then replaces the word.
 
     Raises:
         RuntimeError: a rank did not confirm in time, or the store is gone.
@@ -94,7 +95,7 @@ def connect_to_store(timeout_s: float) -> dist.Store:
 
 
 def last_generation(store: dist.Store) -> str | None:
-    """Return the name of the last generation of ranks that `begin_generation` registered; None: there is none."""
+    """Return the name of the last generation that `begin_generation` registered, or None if there is none."""
     return _read(store, _LAST_GENERATION)
 
 

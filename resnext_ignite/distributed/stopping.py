@@ -1,7 +1,7 @@
-"""Early stops of a run: all ranks agree on the iteration at which they stop.
+"""Stops a run early: all ranks agree on the iteration at which they stop.
 
-Between saves and evaluations, `StopAgreement.exchange`, one packed all-reduce, is the only collective besides those of
-the model (DDP, SyncBatchNorm).
+`StopAgreement.exchange` is a single all-reduce. Between saves and evaluations, it is the only collective besides those
+of the model (DDP, SyncBatchNorm).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _EXCHANGE_INTERVAL_S = 5.0
 
 
 class StopReason(IntEnum):
-    """The reason why a run ends before its last epoch. If ranks differ, the largest value counts."""
+    """The reason why a run ends before its last epoch. If ranks have different reasons, the largest value counts."""
 
     NONE = 0
     PATIENCE = 1
@@ -40,15 +40,16 @@ class StopReason(IntEnum):
     TIME_LIMIT = 4
     SIGNAL = 5
     ORPHANED = 6
-    """The process that started a rank, forwards signals to it and restarts it, is gone."""
+    """The process that started a rank is gone. It would have forwarded signals to the rank and restarted it."""
 
 
 class StopAgreement:
-    """Agrees on every stop: each rank may request one, and all ranks stop at the same iteration.
+    """Makes all ranks stop at the same iteration; each rank may request a stop.
 
-    `exchange` sends the requests (a signal, the time limit) to all ranks, in training together with the metrics. The
-    verdict of an evaluation (patience, target, abandon) is the same on all ranks and takes effect immediately. The
-    metrics also show a non-finite number; the handler that reads them raises the error.
+    `exchange` sends the requests (a signal, the time limit) to all ranks; in training, it sends the metrics in the same
+    all-reduce. If the result of an evaluation ends the run (patience, target, abandon), all ranks know this without an
+    exchange, and stop immediately. A non-finite number needs no request: all ranks find it in the exchanged metrics,
+    and their log points raise the error.
 
     Args:
         max_hours: request a stop this many hours from now; None: never.
@@ -72,18 +73,19 @@ class StopAgreement:
         self._requested, self._signal = max(self._requested, reason), signal_number or self._signal
 
     def decide(self, reason: StopReason) -> None:
-        """Stop for a reason that every rank has found on its own."""
+        """Set the reason to stop; every rank must call this at the same iteration."""
         self.reason = max(self.reason, reason)
 
     def exchange(self, numbers: Tensor) -> Tensor:
-        """Gather float64 (k,) to (world_size, k) on all ranks, and resolve the stop requests, in one all-reduce."""
+        """Gather float64 (k,) to (world_size, k) on all ranks, and combine the stop requests, in one all-reduce."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self.request_stop(StopReason.TIME_LIMIT)
         packed = torch.zeros(self.ranks.world_size, len(numbers) + 2, dtype=torch.float64)
         packed[self.ranks.rank, :-2] = numbers
         packed[self.ranks.rank, -2], packed[self.ranks.rank, -1] = self._requested, self._signal
         if self.ranks.world_size > 1:
-            # Each rank fills only its own row, so the sum is a gather; callers can also take a minimum or a maximum.
+            # Each rank fills only its own row, so that the sum contains the numbers of each rank. The caller can then
+            # take a sum, a minimum or a maximum over ranks.
             shared = packed.to(idist.device())
             dist.all_reduce(shared)
             packed = shared.cpu()
@@ -94,7 +96,7 @@ class StopAgreement:
 
 
 class SyncSchedule:
-    """The schedule of the exchanges: one after the first position, to measure the speed, then about every five seconds.
+    """Schedules the exchanges: the first after one position, to measure the speed, then about every five seconds.
 
     A position is an iteration of training or a batch of an evaluation. Each exchange computes the position of the next
     one from the time of the slowest rank, so that all ranks use the same position.
@@ -106,11 +108,11 @@ class SyncSchedule:
         self.start(0)
 
     def start(self, position: int) -> None:
-        """Start at a position; call it again after other work, such as an evaluation, which must not be timed."""
+        """Start the clock at a position; call it again after other work, such as an evaluation, to exclude its time."""
         self._last, self._next, self._since = position, position + self._stride, time.monotonic()
 
     def due(self, position: int) -> bool:
-        """Return whether an exchange is due at this position; for a single rank, also when a stop is requested."""
+        """Return whether an exchange is due at this position; a single rank also exchanges when a stop is requested."""
         return position >= self._next or (self.stop.ranks.world_size == 1 and self.stop.stop_requested)
 
     def exchange(self, position: int, numbers: Tensor) -> Tensor:
@@ -125,11 +127,12 @@ class SyncSchedule:
 
 @contextlib.contextmanager
 def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
-    """Turn SIGTERM, SIGUSR1, SIGHUP and Ctrl-C into a stop at the next exchange, inside the block.
+    """Turn SIGTERM, SIGUSR1, SIGHUP and Ctrl-C inside the block into a stop at the next exchange.
 
     The caller calls the yielded function before the first iteration. Until then there is nothing to save, and a signal
-    ends the start immediately. Further stop signals have no effect. `signals.PARENT_GONE`, the signal for the death of
-    the parent, is not a request of the user: the run is saved too, but it counts as a failure of the ranks.
+    ends the process immediately. After the first stop signal, further stop signals have no effect. The death of the
+    parent process (`signals.PARENT_GONE`) also stops and saves the run, but it counts as a failure of the ranks, not as
+    a request of the user.
 
     Raises:
         KeyboardInterrupt: a signal came before there was anything to save (`errors.as_resnext_error` turns it into exit
@@ -160,6 +163,7 @@ def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
     finally:
         signal_received = True
         for number, handler in before.items():
-            # A process that only makes this run is about to exit; a late signal must not change its exit code.
+            # If the previous handler belongs to the start of a command, keep `on_signal`, which now ignores stop
+            # signals: the process is about to exit, and a late signal must not change its exit code.
             if handler not in (exit_during_start, exit_on_signal):
                 signal.signal(number, handler)

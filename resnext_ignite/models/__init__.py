@@ -22,12 +22,12 @@ def create_model(
         name: `cifar_resnext<9n+2>_<C>x<W>d` or `[cifar4_]resnext50|101|152_<C>x<W>d`.
         num_classes: number of outputs.
         stem_channels: channels after the stem; the stages output 4, 8, 16 (and a fourth stage 32) times as many.
-        ghost_batch: number of images over which BatchNorm computes its training statistics; 0: the batch.
-        zero_init_residual: initialise each block as the identity.
-        grouped_conv: implementations of the grouped 3x3, see ResNeXt.
+        ghost_batch: number of images over which BatchNorm computes its training statistics; 0: the whole batch.
+        zero_init_residual: initialise the last BatchNorm weight of each block to 0: a block begins as its shortcut.
+        grouped_conv: implementations of the grouped 3x3 convolutions; see ResNeXt.
 
     Raises:
-        ValueError: the name does not follow the grammar, or a group has no channel.
+        ValueError: the name does not follow the grammar, or a group would have no channel.
     """
     architecture = parse_model_name(name)
     planes = architecture.planes(stem_channels)

@@ -1,4 +1,4 @@
-"""The cost of a network for one image: operations, bytes and parameters, counted on the `meta` device."""
+"""Counts the cost of a network for one image on the `meta` device: operations, bytes and parameters."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Memory accesses of each activation: a write and a read in the forward pass, two reads and a write in the backward.
+# Memory accesses of each activation: the forward pass writes and reads it once; the backward pass reads it twice and
+# writes it once.
 _PASSES_OVER_ACTIVATIONS = 5
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost for one image; a multiply-add is two operations.
+    """The cost for one image; a multiply-add counts as two operations.
 
     Args:
         forward_flop: operations of the forward pass; the backward pass has twice as many.
-        activations: number of values that all layers output.
-        convolved: number of values that the convolutions and the classifier output. If all other layers are fused with
-            these, only these values go through memory.
+        activations: total number of values that the layers output.
+        convolved: number of values that the convolutions and the classifier output. Only these values go through memory
+            if every other layer is fused with a convolution or the classifier.
         parameters: number of parameters; it does not depend on the image.
     """
 
@@ -42,15 +43,15 @@ class Cost:
         return 3 * self.forward_flop
 
     def training_bytes(self, bytes_a_number: int) -> int:
-        """Return the bytes of activations that both passes move if every layer reads and writes memory."""
+        """Return the bytes of activations that both passes read and write if no layers are fused."""
         return _PASSES_OVER_ACTIVATIONS * bytes_a_number * self.activations
 
     def least_training_bytes(self, bytes_a_number: int) -> int:
-        """Return `training_bytes` with every layer between the convolutions fused with them."""
+        """Return `training_bytes` for the case that every other layer is fused with a convolution or the classifier."""
         return _PASSES_OVER_ACTIVATIONS * bytes_a_number * self.convolved
 
     def least_forward_bytes(self, bytes_a_number: int) -> int:
-        """Return the bytes that a forward pass writes and reads, with the fusion of `least_training_bytes`."""
+        """Return the bytes of activations that a forward pass writes and reads, fused as in `least_training_bytes`."""
         return 2 * bytes_a_number * self.convolved
 
 
@@ -63,7 +64,7 @@ def cost_of(model: nn.Module, image_size: int) -> Cost:
 
 
 def costs_of(model: nn.Module, image_size: int, names: Sequence[str]) -> dict[str, Cost]:
-    """Return the costs of modules by their names, as `cost_of` does; "" is the whole network."""
+    """Return the cost of each module in `names`, counted as in `cost_of`; the name "" means the whole network."""
     activations, convolved = Counter[str](), Counter[str]()
     model = model.to("meta").eval()
 

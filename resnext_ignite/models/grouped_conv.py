@@ -1,4 +1,4 @@
-"""The grouped 3x3 convolution and its implementations; `training/tuning.py` measures which one is fastest."""
+"""Defines the grouped 3x3 convolution in several implementations. `training/tuning.py` measures which is fastest."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ _MOST_SPLIT_GROUPS = 16
 
 
 class GroupedConv2d(nn.Conv2d):
-    """A grouped 3x3 convolution with as many output as input channels, in one of several equivalent implementations.
+    """A grouped 3x3 convolution with equal numbers of input and output channels, in one of several implementations.
 
     - `grouped`: torch's own grouped convolution.
     - `split`: a separate dense convolution for each group.
-    - `merged<m>`: merges m groups into one, with the groups' weights on the diagonal and zeros elsewhere. This takes m
-      times the operations, in fewer and wider groups. `merged<cardinality>` is a dense convolution.
+    - `merged<m>`: merges every m groups into one wider group. Its weight has the weights of the m groups as blocks on
+      the diagonal, and zeros elsewhere. This needs m times as many operations. `merged<cardinality>` is a dense
+      convolution.
 
-    The weights and their names are the same in every implementation.
+    All implementations compute the same function, with the same weights under the same names.
 
     Args:
         channels: number of input channels and of output channels.
         groups: cardinality.
-        stride: of the window.
-        way: the implementation, as above.
+        stride: stride of the convolution.
+        way: name of the implementation, from the list above.
 
     Raises:
-        ValueError: `merged<m>` with an m that does not divide the groups.
+        ValueError: the m of `merged<m>` does not divide the number of groups.
     """
 
     def __init__(self, channels: int, groups: int, stride: int, way: str = "grouped") -> None:
@@ -50,7 +51,9 @@ class GroupedConv2d(nn.Conv2d):
         return super().forward(input)
 
     def _merged_weight(self) -> Tensor:
-        # (G*m*o, i, 3, 3) -> (G, m, o, 1, i, 3, 3); the product with the (m, m) identity -> (G*m*o, m*i, 3, 3)
+        # G merged groups of m groups; each of the m groups has i input and o output channels.
+        # (G*m*o, i, 3, 3) -> (G, m, o, 1, i, 3, 3), times the (m, m) identity -> (G, m, o, m, i, 3, 3)
+        # -> (G*m*o, m*i, 3, 3)
         apart = self.weight.view(self.groups // self.merge, self.merge, -1, 1, *self.weight.shape[1:])
         identity = torch.eye(self.merge, dtype=self.weight.dtype, device=self.weight.device)
         merged = apart * identity.view(1, self.merge, 1, self.merge, 1, 1, 1)
@@ -67,7 +70,7 @@ def implementations_for(groups: int, channels: int) -> list[str]:
 
 
 def in_each_implementation(convolution: GroupedConv2d) -> dict[str, GroupedConv2d]:
-    """Return a grouped convolution in each implementation worth measuring, with the same weights."""
+    """Return copies of a grouped convolution, one for each name in `implementations_for`, with the same weights."""
     channels, groups = convolution.in_channels, convolution.groups
     modules = {}
     for way in implementations_for(groups, channels // groups):
@@ -78,12 +81,12 @@ def in_each_implementation(convolution: GroupedConv2d) -> dict[str, GroupedConv2
 
 @dataclass(frozen=True)
 class GroupedShape:
-    """One shape (channels, input side, stride) of a network's grouped 3x3.
+    """A shape (channels, input side, stride) that occurs among the grouped 3x3 convolutions of a network.
 
     Args:
         name: name of the first module with this shape.
         module: that module.
-        size: side of its input in pixels.
+        size: side in pixels of the module's input.
     """
 
     name: str
@@ -92,7 +95,10 @@ class GroupedShape:
 
 
 def grouped_shapes(model: nn.Module, image_size: int) -> list[GroupedShape]:
-    """Return the shapes of a network's grouped 3x3, in network order, for images of `image_size` pixels a side."""
+    """Return the shapes of a network's grouped 3x3 convolutions, in network order.
+
+    The images have `image_size` pixels a side.
+    """
     found: dict[tuple[int, ...], GroupedShape] = {}
     names = {module: name for name, module in model.named_modules()}
 

@@ -1,4 +1,4 @@
-"""Computes logits for evaluation: with the network as it is, or faster, with BatchNorm folded into the convolutions."""
+"""Computes logits for evaluation, with the network itself or with a faster copy of it without BatchNorms."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Inference:
     """Computes a network's logits with one of three implementations, which agree up to rounding.
 
     - `plain`: the network itself, under autocast.
-    - `folded`: a copy with each BatchNorm folded into its convolution, and with its weights in `dtype`.
-    - `compiled`: that copy, compiled for the size of the first batch.
+    - `folded`: a copy in `dtype`, with each BatchNorm folded into the convolution before it.
+    - `compiled`: the same copy, compiled for the size of the first batch.
 
     Args:
         model: a network whose convolutions and BatchNorms are named as in `resnext.py`.
-        dtype: of the arithmetic.
-        way: the implementation, as above.
+        dtype: precision of the computation.
+        way: name of the implementation, from the list above.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32, way: str = "plain") -> None:
@@ -45,18 +45,20 @@ class Inference:
         """Map images (N, 3, H, W) to logits, float32 (N, num_classes)."""
         if self._folded is None:
             with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                # Use `forward`: a call would compile a network for these batches if it is compiled for training.
+                # Use `forward`: if the network is compiled for training, a call would compile it again for this size.
                 return self.model.forward(images).float()
         network: Callable[[Tensor], Tensor] = self._folded
         if self._compiled is not None:
             self._compiled_size = self._compiled_size or len(images)
-            # The last batch of a split may be smaller. Compiling for it takes longer than computing it.
+            # The last batch of a split may be smaller. Its compilation takes longer than its uncompiled computation.
             network = self._compiled if len(images) == self._compiled_size else network
         return network(images.to(self.dtype)).float()
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode with each BatchNorm (its running statistics) folded into the convolution before it.
+    """Return a copy in evaluation mode, with each BatchNorm folded into the convolution before it.
+
+    The folded BatchNorm uses its running statistics.
 
     Raises:
         ValueError: a BatchNorm has no convolution before it.
@@ -65,7 +67,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         children = dict(parent.named_children())
         for name, norm in children.items():
-            # In a block, bn1 follows conv1. In a shortcut's Sequential, 1 follows 0.
+            # In the stem and in a block, bn1 follows conv1. In a shortcut's Sequential, module "1" follows module "0".
             before = name.replace("bn", "conv") if name.startswith("bn") else "0"
             convolution = children.get(before)
             if isinstance(norm, _BatchNorm) and isinstance(convolution, nn.Conv2d):
@@ -80,7 +82,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 class MeanOverViews(nn.Module):
     """Averages a network's logits over several views of each image.
 
-    It averages logits, as facebookresearch/ResNeXt does for its ten crops.
+    It averages logits, not probabilities, like facebookresearch/ResNeXt for its ten crops.
 
     Args:
         model: (N, 3, H, W) -> (N, num_classes).
@@ -99,5 +101,5 @@ class MeanOverViews(nn.Module):
         logits = self.model(views)
         if self.flip:
             logits = (logits + self.model(views.flip(-1))) / 2
-        # (N * views, C) -> (N, views, C) -> (N, C)
+        # (N * views, classes) -> (N, views, classes) -> (N, classes)
         return logits.view(count, -1, logits.shape[1]).mean(1)

@@ -1,4 +1,7 @@
-"""A network as a table, with receptive fields: a row for the stem, the max pooling, each block and the classifier."""
+"""Describes a network as a table of costs and receptive fields.
+
+Its rows are the stem, the max pooling (if there is one), each block, and the classifier.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Row:
-    """A part of a network, for one image.
+    """A part of a network, with its costs for one image.
 
     Args:
-        name: name of a block's module; "stem", "max pooling" or "classifier" for the others.
-        kernels: its windows, in order, as in "1x1, 3x3 / 2 in 32 groups, 1x1".
+        name: name of a block's module; "stem", "max pooling" or "classifier" for the other parts.
+        kernels: its windows in order, such as "1x1, 3x3 / 2 in 32 groups, 1x1"; "/ 2" means stride 2.
         output: (channels, height, width), or (classes,).
         cost: cost of this part.
-        kept: bytes in fp32 that training saves in this part for the backward pass.
-        receptive_field: side in pixels of one output's receptive field; for the classifier, before the average pooling.
+        kept: bytes that the forward pass of this part saves for the backward pass, in fp32.
+        receptive_field: side in pixels of one output's receptive field; for the classifier: that of the last block.
     """
 
     name: str
@@ -42,8 +45,8 @@ class Layers:
     Args:
         rows: parts of the network, in the order of the forward pass.
         cost: cost of the whole network.
-        kept: bytes that training saves for the backward pass, by precision.
-        inference_peak: largest number of bytes that are live at the same time in inference, by precision.
+        kept: bytes that the forward pass saves for the backward pass, by precision.
+        inference_peak: largest number of bytes that tensors take at the same time in inference, by precision.
     """
 
     rows: tuple[Row, ...]
@@ -85,12 +88,15 @@ def layers_of(model: ResNeXt, image_size: int) -> Layers:
 
 
 def receptive_fields(model: ResNeXt, names: list[str]) -> dict[str, int]:
-    """Return the side in pixels of one output's receptive field for each module; `names` are in forward order.
+    """Return, for each module, the side in pixels of the receptive field of one output.
 
-    r is the side, and j is the distance in pixels between neighbouring outputs. Both begin as 1 at the image. A window
-    of side k and stride s first sets r to r + (k - 1) * j, and then j to s * j (Araujo, Norris and Sim, "Computing
-    Receptive Fields of Convolutional Neural Networks", Distill 2019, equation 2). The longest path of a block, through
-    the 3x3, gives its receptive field. A receptive field that extends beyond the image's edge covers padding there.
+    Let r be this side, and j the distance in pixels between neighbouring outputs. Both are 1 for the image itself. A
+    window of side k and stride s changes r to r + (k - 1) * j, and then j to s * j (Araujo, Norris and Sim, "Computing
+    Receptive Fields of Convolutional Neural Networks", Distill 2019, equation 2). In a block, only the branch counts,
+    because the receptive field of the shortcut is smaller. Beyond the image's edge, a receptive field covers padding.
+
+    Args:
+        names: names of the modules, in the order of the forward pass.
     """
     side = jump = 1
     fields = {}
@@ -112,7 +118,7 @@ def _parts(model: ResNeXt) -> dict[str, tuple[str, ...]]:
 
 
 def _windows(module: nn.Module) -> list[nn.Conv2d | nn.MaxPool2d]:
-    # Skip a block's shortcut: it is the shorter path.
+    # Skip a block's shortcut: its receptive field is smaller than the branch's.
     named = module.named_modules()
     return [m for name, m in named if isinstance(m, nn.Conv2d | nn.MaxPool2d) and not name.startswith("downsample")]
 

@@ -1,6 +1,6 @@
-"""The memory of one image's activations, counted by running a network on the `meta` device, without values.
+"""Counts the memory of one image's activations. The network runs on the `meta` device, where tensors have no values.
 
-Only activations count: weights, their gradients and the workspaces of libraries do not.
+Only activations count. Weights, gradients of weights, and the workspaces of libraries do not.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from torch.utils._pytree import tree_leaves
 
 
 def kept_bytes(model: nn.Module, image_size: int, dtype: torch.dtype, rows: dict[str, str]) -> dict[str, int]:
-    """Return the bytes that autograd saves in the forward pass for the backward pass, per image and row.
+    """Return the bytes per image that the forward pass saves for the backward pass, for each row of `layers.py`.
 
-    A tensor that two layers save counts once, for the first layer. With `dtype` bfloat16 the bytes are those under
-    autocast, without its copies of the weights. The indices of a max pooling are int64 in either precision.
+    A tensor that two layers save counts once, for the first layer. With `dtype` bfloat16, the result is valid for bf16
+    autocast, but does not include autocast's copies of the weights. The indices of a max pooling are int64 for every
+    `dtype`.
 
     Args:
         model: on the `meta` device; afterwards it is in `dtype` and in training mode.
-        rows: by module name, the row that begins when this module is entered.
+        rows: maps the name of a module to the name of the row that begins with this module.
     """
-    # BatchNorm also saves statistics, whose size does not depend on the batch. The difference omits them.
+    # BatchNorm also saves statistics, whose size does not depend on the batch. The difference does not contain them.
     two, three = (_kept(model, image_size, dtype, rows, batch) for batch in (2, 3))
     return {row: three[row] - two[row] for row in dict.fromkeys(rows.values())}
 
@@ -52,7 +53,8 @@ def _kept(model: nn.Module, image_size: int, dtype: torch.dtype, rows: dict[str,
 
     hooks = [model.get_submodule(n).register_forward_pre_hook(entering(name)) for n, name in rows.items()]
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        # Hold the output until all is counted: another tensor could take the address of a freed storage.
+        # `seen` holds addresses of storages. The output keeps the saved tensors alive until everything is counted;
+        # otherwise, a new tensor could get the address of a freed storage and would not count.
         logits = model(torch.empty(batch, 3, image_size, image_size, dtype=dtype, device="meta"))
     del logits
     for hook in hooks:
@@ -61,12 +63,12 @@ def _kept(model: nn.Module, image_size: int, dtype: torch.dtype, rows: dict[str,
 
 
 def inference_peak_bytes(model: nn.Module, image_size: int, dtype: torch.dtype) -> int:
-    """Return the largest number of bytes that one image's tensors, with the image, take at the same time, unfused.
+    """Return the largest number of bytes that an image and its activations take at the same time, without fused layers.
 
     Args:
         model: on the `meta` device; afterwards it is in `dtype` and in evaluation mode.
     """
-    # As in `kept_bytes`: omit outputs of BatchNorm whose size does not depend on the batch.
+    # As in `kept_bytes`, the difference does not contain BatchNorm's outputs whose size does not depend on the batch.
     one, two = (_peak(model, image_size, dtype, batch) for batch in (1, 2))
     return two - one
 
@@ -79,7 +81,7 @@ def _peak(model: nn.Module, image_size: int, dtype: torch.dtype, batch: int) -> 
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations have created and that are still live."""
+    """Counts the bytes of the tensors that operations have created and that still exist."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The network: one bottleneck block in several layouts, built from plain values.
+"""Defines the network: bottleneck blocks in one of several layouts. Its arguments are plain values, not a config.
 
-Parameter names are torchvision's (`layer1.0.conv2.weight`, `fc.bias`), so that weights need no renaming.
+Parameter names are torchvision's (`layer1.0.conv2.weight`, `fc.bias`), so that torchvision's weights need no renaming.
 `runtime/model_names.py` parses the names of models; `models/__init__.py` builds models from names and configs.
 """
 
@@ -21,7 +21,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm that computes its training statistics over consecutive groups of `ghost_batch` images.
 
     The published CIFAR runs split 128 images over 8 GPUs, so that BatchNorm used 16 images. The running statistics
-    become the mean over the groups; averaging them over as many ranks gives the same. Evaluation is plain BatchNorm.
+    become the mean over the groups. A run with one group per rank that averages the running statistics over the ranks
+    gets the same result. In evaluation, this is plain BatchNorm.
 
     Args:
         channels: number of channels C of the input.
@@ -48,8 +49,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         groups = n // self.ghost_batch
         mean, var = self.running_mean.repeat(groups), self.running_var.repeat(groups)
-        # On a GPU, calls are expensive; on a CPU, copies are: there one call per group takes a third of the time
-        # (channels_last).
+        # On a GPU, calls are expensive. On a CPU, copies are expensive: with channels_last, one call per group takes a
+        # third of the time of a single call.
         out = (
             self._one_call_per_group(input, mean, var)
             if input.device.type == "cpu"
@@ -88,14 +89,15 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 class Bottleneck(nn.Module):
     """1x1 -> grouped 3x3 (with the stride) -> 1x1, each with BatchNorm; ReLU after the first two and after the sum.
 
-    Paper: figure 3c and section 4; post-activation, as facebookresearch/ResNeXt trained it. The shortcut is the
-    identity, or a 1x1 convolution with BatchNorm if the shapes differ (type B).
+    This is the block of the paper's figure 3c and section 4, with the last ReLU after the sum, as in
+    facebookresearch/ResNeXt. The shortcut is the identity, or a 1x1 convolution with BatchNorm if the shapes of input
+    and output differ (type B).
 
     Args:
-        in_channels, out_channels: of the block.
+        in_channels, out_channels: channels of the block's input and output.
         width: channels of the 3x3, over all groups.
         cardinality: number of groups of the 3x3.
-        stride: of the 3x3.
+        stride: stride of the 3x3.
         norm: makes a BatchNorm for a number of channels.
         way: implementation of the 3x3 (`grouped_conv.py`).
     """
@@ -138,11 +140,11 @@ class ResNeXt(nn.Module):
         group_widths: channels per group in each stage's 3x3.
         cardinality: number of groups.
         num_classes: number of outputs.
-        ghost_batch: number of images over which BatchNorm computes its training statistics; 0: the batch.
+        ghost_batch: number of images over which BatchNorm computes its training statistics; 0: the whole batch.
         zero_init_residual: initialise the weight of each block's last BatchNorm to 0.
         grouped_conv: implementations of the grouped 3x3 (`grouped_conv.py`): one for all shapes, or one for each shape
-            in network order. In a stage after the first, the first block, with the stride, and the other blocks differ
-            in shape.
+            in network order. The first stage has one shape. Each later stage has two: that of its first block, with the
+            stride, and that of its other blocks, if it has any.
 
     Raises:
         ValueError: `grouped_conv` holds neither one implementation nor one for each shape.
@@ -211,7 +213,10 @@ class ResNeXt(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ResNeXt:
-        """Set the mode as in every module, but leave frozen parts in evaluation mode: they use running statistics."""
+        """Set the mode of all parts that are not frozen; frozen parts stay in evaluation mode.
+
+        In evaluation mode, BatchNorm uses its running statistics and does not change them.
+        """
         super().train(mode)
         for name in self._frozen:
             self.get_submodule(name).eval()

@@ -1,4 +1,4 @@
-"""The optimizer and the learning-rate schedule of a config; their keys are in `config/sections.py`."""
+"""Builds the optimizer and the learning-rate schedule of a config. `config/sections.py` defines their keys."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def parameter_groups(
     backbone_lr_factor: float = 1.0,
     without: Container[str] = (),
 ) -> list[dict[str, Any]]:
-    """Return the trainable parameters as optimizer groups, by weight decay and by `lr_factor` (absent if it is 1).
+    """Return the trainable parameters as optimizer groups, one for each pair of weight decay and `lr_factor`.
 
-    Norm weights and biases are the parameters with one dimension. The backbone is everything but `fc`. `without` names
-    the parameters to leave out.
+    If the factor is 1, the group has no `lr_factor`. Norm weights and biases are the parameters with one dimension.
+    The backbone is everything except `fc`. `without` names the parameters to leave out.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -55,10 +55,11 @@ def parameter_groups(
 
 
 def hidden_convolutions(model: nn.Module) -> dict[str, int]:
-    """Return the trainable convolutions that Muon updates: the name of each weight and its number of groups.
+    """Return the number of groups of each trainable convolution that Muon updates, by the name of its weight.
 
-    The stem is not among them; Muon's author also leaves the first layer to another optimizer. A window of an
-    image is mostly its mean brightness; orthogonalisation would scale the noise in all other directions to that size.
+    SGD updates the stem. Muon's author also leaves the first layer to another optimizer. In a window of an image, the
+    mean brightness dominates, so the stem's gradient is large in this one direction. Orthogonalisation would scale all
+    other directions, which are mostly noise, to the same size.
     """
     return {
         f"{name}.weight": module.groups

@@ -1,4 +1,4 @@
-"""Muon: orthogonalised updates for convolutions, separately for each group; SGD for all other weights."""
+"""Defines the optimizer Muon. It orthogonalises the updates of convolutions, group by group; SGD updates the rest."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-# K. Jordan, 'Muon: An optimizer for hidden layers in neural networks' (kellerjordan.github.io/posts/muon): a quintic
-# with a slope at 0 as large as possible. Five iterations map singular values from [0.002, 1] into [0.68, 1.21].
+# Coefficients from K. Jordan, 'Muon: An optimizer for hidden layers in neural networks'
+# (kellerjordan.github.io/posts/muon): a quintic polynomial with a slope at 0 as large as possible. Five iterations map
+# singular values from [0.002, 1] into [0.68, 1.21].
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 
@@ -39,15 +40,18 @@ def orthogonalised(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor
 class Muon(torch.optim.Optimizer):
     """Muon for convolutions and SGD for all other weights; `conv_groups` of a parameter group selects the method.
 
-    `conv_groups` 0 selects SGD; `weight_decay` is an L2 penalty. `conv_groups` g > 0 selects Muon, for weights
-    (out, in / g, k, k) of convolutions with g groups. The update of such a weight is split into g matrices
-    (out / g, in / g * k * k), which map the input window of a group to its outputs, and each matrix is orthogonalised
-    alone. One matrix (out, ...) would make the rows of different groups orthogonal to each other, although these groups
-    have different inputs. The step is `lr` times sqrt(max(1, rows / columns)). `weight_decay` is decoupled from the
-    gradient: it multiplies the weights by 1 - `lr` * `weight_decay`. Momentum and its Nesterov form are those of
-    `torch.optim.Muon`, which is not used because it supports only single matrices and only bf16.
+    `conv_groups` = 0 selects SGD, where `weight_decay` is an L2 penalty.
 
-    With a GradScaler (fp16), the host waits in each iteration for the result of the check whether to skip the update.
+    `conv_groups` = g > 0 selects Muon, for weights (out, in / g, k, k) of convolutions with g groups. Muon splits the
+    update of a weight into g matrices (out / g, in / g * k * k), one for each group, and orthogonalises each matrix
+    alone. With one matrix for all groups, the rows of different groups would become orthogonal to each other, although
+    these groups have different inputs. The step is the orthogonalised matrix times `lr` * sqrt(max(1, rows / columns)).
+    `weight_decay` is decoupled from the gradient: each step multiplies the weights by 1 - `lr` * `weight_decay`.
+    Momentum and its Nesterov form are those of `torch.optim.Muon`. That class supports only single matrices and only
+    bf16, so it is not used.
+
+    With a GradScaler (fp16), the host waits in each iteration for the overflow check, which decides whether to skip the
+    update.
 
     Args:
         groups: parameter groups.

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the iteration, and the handler that sets the rate."""
+"""Defines the learning-rate schedules, as pure functions of the iteration, and the handler that sets the rate."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ignite.handlers.param_scheduler import ParamScheduler
 
 
 def warmup(iteration: int, length: int) -> float:
-    """Return (iteration + 1) / length, which reaches 1 at the last of `length` iterations; after it, 1."""
+    """Return (iteration + 1) / length, but at most 1; the last of the `length` iterations has factor 1."""
     return min(1.0, (iteration + 1) / length) if length else 1.0
 
 
 def multistep(iteration: int, milestones: Sequence[int], gamma: float) -> float:
-    """Return gamma to the power of the number of milestones (in iterations) that are reached."""
+    """Return gamma ** n, where n is the number of milestones (in iterations) that are reached."""
     return gamma ** sum(iteration >= milestone for milestone in milestones)
 
 
@@ -26,7 +26,7 @@ def cosine(iteration: int, start: int, end: int, final: float) -> float:
 
 
 def linear(iteration: int, start: int, end: int, final: float) -> float:
-    """Return a value on the line from 1 at `start` to `final` at `end`; with a warm-up before it, a triangle."""
+    """Return a value on the line from 1 at `start` to `final` at `end`. With a warm-up, it forms a triangle."""
     return final + (1 - final) * (1 - _progress(iteration, start, end))
 
 
@@ -37,8 +37,8 @@ def _progress(iteration: int, start: int, end: int) -> float:
 class IterationLRScheduler(ParamScheduler):
     """Sets the learning rate before each iteration to `lr` times a pure function of the iteration.
 
-    Ignite's schedulers count their calls; this one reads the iteration from the engine. A run that is resumed at any
-    iteration, or continued with more epochs, therefore has the rate of its iteration, whatever state was saved.
+    Ignite's schedulers count their calls. This one reads the iteration from the engine, so it needs no saved state. A
+    resumed run, or a run continued with more epochs, therefore has the right rate in each iteration.
 
     Args:
         optimizer: each of its groups gets the rate, times its `lr_factor` if it has one.

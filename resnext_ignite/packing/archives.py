@@ -1,4 +1,4 @@
-"""Reads tar files and folders of images. No path in a tar file decides where a file is written."""
+"""Reads tar files and folders of images. Tar files are not trusted: a path that leads out of the folder is an error."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _BLOCK = 512
 
 @contextlib.contextmanager
 def opened(file: Path | IO[bytes], name: str) -> Iterator[tarfile.TarFile]:
-    """Open an uncompressed tar file; errors of opening it, or of reading it in the block, become DataErrors.
+    """Open an uncompressed tar file for the block.
 
     Args:
-        file: its path, or its content.
-        name: its name in errors.
+        file: path of the tar file, or a stream of its content.
+        name: name of the tar file in error messages.
 
     Raises:
-        DataError: the file cannot be read, is damaged, or is not a tar file.
+        DataError: the file cannot be opened, is not a tar file, or is found to be damaged during the block.
     """
     try:
         source = open(file, "rb") if isinstance(file, Path) else contextlib.nullcontext(file)  # noqa: SIM115
@@ -40,8 +40,8 @@ def files_in(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
     """Yield the files in a tar file from `opened`, and check that the tar file is complete.
 
     Raises:
-        DataError: the tar file is cut short, or has a member whose path leads out of the folder, or that is neither a
-            file nor a folder.
+        DataError: the tar file is truncated; or the path of a member leads out of the folder, or the member is neither
+            a file nor a folder.
     """
     for member in archive:
         path = PurePosixPath(member.name)
@@ -51,7 +51,8 @@ def files_in(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
             yield member
         elif not member.isdir():
             raise DataError(f"{name}: {member.name}: is neither a file nor a folder; do not trust this file")
-    # tarfile takes the end of the file, or an invalid header, for the end of the archive. A whole one ends with zeros.
+    # tarfile treats the end of the file, or an invalid header, as the end of the archive. A whole archive ends with a
+    # block of zeros.
     content = archive.fileobj
     if content is not None:
         content.seek(archive.offset)
@@ -60,13 +61,13 @@ def files_in(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
 
 
 def content_in(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Return the content of a file in a tar file; raises tarfile.ReadError if the tar file is cut short in it."""
+    """Return the content of a file in a tar file; raise tarfile.ReadError if the tar file ends inside this file."""
     file = archive.extractfile(member)
     return b"" if file is None else file.read()
 
 
 def entries_of(folder: Path) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder, without hidden ones, sorted by name; raises DataError."""
+    """Return the entries of a folder, without hidden ones, sorted by name; raise DataError if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)

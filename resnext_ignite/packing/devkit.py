@@ -22,7 +22,7 @@ _FOLDER = "ILSVRC2012_devkit_t12"
 
 @dataclass(frozen=True)
 class Synset:
-    """A class: its WordNet ID (`n01440764`), its words, and its number of training images."""
+    """A class: its WordNet ID (`n01440764`), its names in words, and its number of training images."""
 
     wnid: str
     words: str
@@ -36,7 +36,7 @@ class Devkit:
     Args:
         path: the archive or folder that it was read from.
         synsets: the classes by WordNet ID, without the inner nodes of the hierarchy.
-        ground_truth: the WordNet ID of each validation image's class, in the order of the images' numbers from 1.
+        ground_truth: the WordNet ID of the class of each validation image, in the order of their numbers from 1.
     """
 
     path: Path
@@ -48,14 +48,14 @@ def read_devkit(path: Path) -> Devkit:
     """Read the kit from `ILSVRC2012_devkit_t12.tar.gz`, or from a folder with its contents.
 
     Raises:
-        DataError: it is not the kit, or is damaged; the message names what is wrong.
+        DataError: the path does not hold the kit, or the kit is damaged; the message names the wrong part.
     """
     meta, lines = _content(path, META), _content(path, GROUND_TRUTH).decode(errors="replace").split()
     try:
         table = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         ids, synsets = zip(*(_synset(row) for row in table if row["num_children"] == 0), strict=True)
     except Exception as error:
-        # For a damaged file loadmat raises errors of many types.
+        # For a damaged file, loadmat raises errors of many types.
         raise DataError(f"{path}: {META} cannot be read: {error}; download the development kit again") from None
     by_id = dict(zip(ids, synsets, strict=True))
     ground_truth = []
@@ -72,7 +72,7 @@ def _synset(row: Any) -> tuple[int, Synset]:
 
 
 def _content(path: Path, name: str) -> bytes:
-    """Return the content of one of the kit's files."""
+    """Return the content of a file of the kit."""
     try:
         if path.is_dir():
             folder = next(place for place in (path, path / _FOLDER) if (place / name).is_file())

@@ -1,7 +1,8 @@
 """Unpacks ILSVRC2012's archives into class folders: `train/<wnid>/*`, `val/<wnid>/*`.
 
-Each training class, and the validation split as a whole, is unpacked under `.unpacking` and moved into place when it is
-complete, so that a killed run can resume. The check at the end finds empty files, which a power failure may leave.
+Each training class is unpacked into the folder `.unpacking`, and moved to its place when it is complete. The same holds
+for the validation split as a whole. The command can therefore resume after it was killed. The check at the end finds
+empty files, which a power failure may leave.
 """
 
 from __future__ import annotations
@@ -47,22 +48,22 @@ class Expected:
 
 
 def prepare(sources: Archives, output: Path, expected: Expected, encoding: Encoding, workers: int) -> None:
-    """Unpack the images into class folders, shrink them if requested, and check their numbers.
+    """Unpack the images into class folders, shrink them if requested, and check the numbers of classes and images.
 
-    If the training source has fewer classes than the development kit, the validation images of the others are left out.
+    If the training source lacks classes of the development kit, the validation images of these classes are left out.
     Files from folders are hard-linked, or copied where links are impossible.
 
     Args:
         sources: the archives or folders.
-        output: gets `train/`, `val/` and `classes.txt`.
+        output: folder for `train/`, `val/` and `classes.txt`.
         expected: the numbers to check.
         encoding: whether and how images are shrunk.
-        workers: processes that unpack; 0: this one.
+        workers: number of processes that unpack; 0: this process unpacks.
 
     Raises:
         DataError: something is missing or damaged, or a number is wrong; the message names it.
         ConfigError: the output lies in a source, or a source lies in the output's `train/` or `val/`.
-        RunFolderError: the output holds other files, was begun with another encoding, or is in use.
+        RunFolderError: the output holds other files, was begun with another encoding, or is used by another process.
         StorageError: the disk is full.
     """
     for option, folder in (("--train", sources.train), ("--val", sources.val)):
@@ -180,10 +181,10 @@ def _run(unpack: Callable[[int], int], count: int, workers: int, *, desc: str, t
 
 
 def _place(picture: Picture, target: Path, encoding: Encoding) -> None:
-    """Write or link an image into a folder, shrunk if requested."""
+    """Write an image to `target`, shrunk if requested, or link it there."""
     try:
         if isinstance(picture, bytes):
-            # Mode x: two images of one name are an error.
+            # Mode x: two images with the same name are an error.
             with target.open("xb") as file:
                 file.write(picture)
             picture = target
@@ -201,19 +202,19 @@ def _place(picture: Picture, target: Path, encoding: Encoding) -> None:
             f"{target.parent.name}/{target.name}: is a broken link, or was removed during this run"
         ) from None
     except OSError as error:
-        # An error of writing to an open file does not name the file.
+        # If a write to an open file fails, the error does not name the file.
         error.filename = error.filename or str(target)
         raise
 
 
 def _link(source: Path, target: Path) -> None:
     try:
-        # Link the file that a symbolic link leads to: a relative link would be broken in the other folder.
+        # Link to the target of a symbolic link: in another folder, a relative symbolic link would be broken.
         os.link(os.path.realpath(source), target)
     except FileExistsError:
         raise
     except OSError:
-        # Another file system, or one without hard links.
+        # The source is on another file system, or the file system has no hard links.
         target.write_bytes(content_of(source))
 
 
@@ -230,7 +231,7 @@ def _check_images(folder: Path, expected: int, devkit: Devkit) -> None:
 
 
 def _first_odd(folder: Path, counts: dict[str, int], devkit: Devkit) -> str:
-    """Return the rest of the error: the first class whose number of training images differs from the kit's."""
+    """Return the end of the error message. For `train`, it names the first class with a wrong number of images."""
     if folder.name != "train":
         return "; remove that folder, and run this again"
     for wnid, count in counts.items():

@@ -1,4 +1,4 @@
-"""Reads one image file for packing or unpacking: unchanged, or shrunk."""
+"""Reads an image file for packing or unpacking, unchanged or shrunk."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _JPEG_SUFFIXES = ("jpg", "jpeg")
 
 
 def shrunk(path: Path, encoding: Encoding) -> bytes | None:
-    """Return a JPEG file of an image, shrunk to `short_side` pixels on its shorter side; None if it is not longer.
+    """Return the image as a JPEG file whose shorter side is `short_side` pixels; None if the image need not be shrunk.
 
-    The image is decoded in any case, so that a damaged one is found now. The JPEG file is upright by the EXIF
-    orientation, in RGB, resized by PIL's Lanczos filter, and without metadata.
+    The image is decoded in both cases, so that a damaged image is found now. The JPEG file is in RGB, turned upright by
+    its EXIF orientation, resized with PIL's Lanczos filter, and without metadata.
 
     Raises:
         DataError: as `open_rgb`.
@@ -30,7 +30,7 @@ def shrunk(path: Path, encoding: Encoding) -> bytes | None:
         return None
     width, height = (round(side * encoding.short_side / shorter) for side in picture.size)
     content = io.BytesIO()
-    # PIL would keep the original's comment.
+    # An empty comment: otherwise PIL copies the comment of the original file.
     picture.resize((width, height), Image.Resampling.LANCZOS).save(
         content, "JPEG", quality=encoding.quality, comment=b""
     )

@@ -1,4 +1,4 @@
-"""Options of the commands that prepare data, and the lock of their output folder; does not import torch."""
+"""Defines the options of the commands that prepare data, and the lock of their output folder. Does not import torch."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ def encoding_of(parsed: argparse.Namespace) -> Encoding:
 
 
 def workers_of(parsed: argparse.Namespace) -> int:
-    """Return the number of worker processes; raises ConfigError."""
+    """Return the number of worker processes; raise ConfigError if it is negative."""
     at_least("--workers", parsed.workers, 0)
     return len(os.sched_getaffinity(0)) if parsed.workers is None else int(parsed.workers)
 
 
 def at_least(option: str, value: int | None, least: int) -> None:
-    """Check that an option, if it is given, is at least `least`; raises ConfigError."""
+    """Check that the value of an option, if it is given, is at least `least`; raise ConfigError if it is smaller."""
     if value is not None and value < least:
         raise ConfigError(f"{option} {value}: at least {least}")
 
 
 def require(*libraries: str) -> None:
-    """Check that libraries of the extra `imagenet` are installed; raises ConfigError."""
+    """Check that libraries of the extra `imagenet` are installed; raise ConfigError if one is missing."""
     for name in libraries:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"{name} is missing; pip install 'resnext-ignite[imagenet]'")
@@ -91,7 +91,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise ConfigError(f"--output {folder}: exists, and is not a folder; choose another name") from None
     lock = FileLock(folder / ".lock")
     try:
-        # The workers of a killed process hold the lock until they die, a moment after it.
+        # Wait a second: the workers of a killed process hold the lock until they end, shortly after that process.
         lock.acquire(timeout=1)
     except Timeout:
         raise RunFolderError(f"{folder}: another process is writing into it; wait for it, or end it") from None

@@ -1,7 +1,7 @@
 """Packs a folder of images into tar shards, which training reads sequentially, and checks packed shards.
 
-    <split>/000000.tar      00000000.cls (its class's number, ASCII), 00000000.jpeg, 00000001.cls, ...
-    <split>/shards.json     the classes' names; each shard's name, size, number of images and sha256
+    <split>/000000.tar      00000000.cls (number of the image's class, in ASCII), 00000000.jpeg, 00000001.cls, ...
+    <split>/shards.json     names of the classes; name, size, number of images and sha256 of each shard
 
 WebDataset can read the tar files. Packing the same images again gives byte-identical tar files.
 """
@@ -31,7 +31,7 @@ from resnext_ignite.runtime.errors import ConfigError, DataError, RunFolderError
 from resnext_ignite.runtime.storage import HashingFile, replace_durably, sha256_of, write_durably
 
 SPLITS = ("train", "val", "test")
-# The shuffled order of a training split is a property of the packed data; it does not depend on the seed of a run.
+# Seed of the random order in which training images are packed. It is fixed, and does not depend on the seed of a run.
 _ORDER_SEED = 0
 _LEFTOVERS = re.compile(r"\d{6,}\.tar|\.\d{6,}\.tar\.tmp|\.shards\.json\.tmp")
 _LABEL = "cls"
@@ -40,7 +40,7 @@ _BLOCK, _RECORD = 512, 10_240
 
 @dataclass(frozen=True)
 class Limit:
-    """The limits of a shard: the first to be reached ends it. A shard holds at least one image.
+    """The limits of a shard. A shard exceeds neither limit, but always holds at least one image.
 
     Args:
         images: number of images; None: no limit.
@@ -79,7 +79,7 @@ class _Sample:
         return {"__key__": self.key, _LABEL: b"%d" % self.label, self.suffix: self.content}
 
     def size(self) -> int:
-        """Return the bytes in a tar file: a header and whole blocks for the label and for the image."""
+        """Return the bytes that the sample takes in a tar file: a header and whole blocks, for label and image each."""
         return 2 * _BLOCK + sum(-(-length // _BLOCK) * _BLOCK for length in (len(str(self.label)), len(self.content)))
 
 
@@ -91,14 +91,14 @@ def pack_folder(source: Path, output: Path, limit: Limit, encoding: Encoding, wo
     Args:
         source: holds train/<class>/*, val/<class>/* or test/<class>/*.
         output: a folder without packed splits; the remains of an interrupted packing in it are removed.
-        limit: of each shard.
+        limit: the limits of each shard.
         encoding: whether and how images are shrunk.
-        workers: processes that read; 0: this one.
+        workers: number of processes that read; 0: this process reads.
 
     Raises:
         DataError: something in the source is missing or cannot be read; the message names it.
         ConfigError: the output lies in a split of the source, and would be one of its classes.
-        RunFolderError: the output holds packed splits or other files, or another process uses it.
+        RunFolderError: the output holds packed splits or other files, or is used by another process.
         StorageError: the disk is full.
     """
     there = [split for split in SPLITS if (source / split).is_dir()]
@@ -123,7 +123,7 @@ def pack_folder(source: Path, output: Path, limit: Limit, encoding: Encoding, wo
 
 
 def _check_names(source: Path, classes: tuple[str, ...]) -> None:
-    # A folder's name may be any bytes. A list, which other programs read too, holds text only.
+    # The name of a folder may hold any bytes. `shards.json`, which other programs read too, must be valid text.
     for name in classes:
         if any("\ud800" <= letter <= "\udfff" for letter in name):
             raise DataError(f"{source}: the class {name!a} is not valid text; rename its folder")
@@ -135,13 +135,13 @@ def is_packed(output: Path, splits: tuple[str, ...]) -> bool:
 
 
 def _clear(output: Path) -> None:
-    """Remove the remains of an interrupted packing; raises RunFolderError if there are other files."""
+    """Remove the files of an interrupted packing; raise RunFolderError if there are other files."""
     remains: list[Path] = []
     for split in SPLITS:
         folder = output / split
         for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
             if entry.name == LIST_NAME:
-                # Refused even if packing was interrupted before the other splits' lists: the source may be another one.
+                # Refuse this even if an interruption left other splits without a list: the source may have changed.
                 raise RunFolderError(f"{folder}: is packed already; choose another --output, or remove it")
             if _LEFTOVERS.fullmatch(entry.name) is None:
                 raise RunFolderError(f"{entry}: is not a shard of an interrupted packing; choose another --output")

@@ -23,13 +23,13 @@ Picture = bytes | Path
 
 @dataclass(frozen=True)
 class TrainClass:
-    """The images of a training class: a folder, a tar file, or a tar file (`member`) inside another one."""
+    """The images of a training class: a folder, a tar file, or a tar file (`member`) inside another tar file."""
 
     path: Path
     member: tarfile.TarInfo | None = None
 
     def pictures(self) -> Iterator[tuple[str, Picture]]:
-        """Yield each image's file name, without a folder, and the image.
+        """Yield each image of the class, with its file name (without folders).
 
         Raises:
             DataError: the class is damaged; the message names it.
@@ -55,7 +55,7 @@ def train_classes(path: Path) -> dict[str, TrainClass]:
     """Return the training classes by WordNet ID.
 
     Args:
-        path: `ILSVRC2012_img_train.tar`, or a folder of class folders or of their tar files.
+        path: `ILSVRC2012_img_train.tar`, or a folder that holds a folder or a tar file for each class.
 
     Raises:
         DataError: the tar file is damaged, or the folder cannot be read.
@@ -70,7 +70,7 @@ def train_classes(path: Path) -> dict[str, TrainClass]:
 
 @dataclass(frozen=True)
 class ValImage:
-    """A validation image: its file name, the WordNet ID of its class, and its place."""
+    """A validation image: its file name, the WordNet ID of its class, and its place (a tar entry or a path)."""
 
     name: str
     wnid: str
@@ -85,8 +85,8 @@ def val_images(path: Path, devkit: Devkit) -> list[ValImage]:
         devkit: names the class of each image.
 
     Raises:
-        DataError: the tar file is damaged, or an image exists twice, is in another class's folder, or is not a
-            validation image by its name.
+        DataError: the tar file is damaged; or an image exists twice, is in the folder of another class, or does not
+            have the name of a validation image.
     """
     found: dict[str, ValImage] = {}
     if path.is_dir():
@@ -108,7 +108,7 @@ def val_images(path: Path, devkit: Devkit) -> list[ValImage]:
 
 
 def contents_of(path: Path, pictures: Sequence[ValImage]) -> Iterator[tuple[ValImage, Picture]]:
-    """Yield validation images, each with its content or path; raises DataError if the tar file is damaged."""
+    """Yield validation images, each with its content or path; raise DataError if the tar file is damaged."""
     with contextlib.ExitStack() as stack:
         archive = None if path.is_dir() else stack.enter_context(opened(path, str(path)))
         for picture in pictures:

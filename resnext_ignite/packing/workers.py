@@ -12,7 +12,7 @@ from resnext_ignite.data.reading.workers import ignore_signals, supervised
 from resnext_ignite.runtime.errors import DataError, ResnextError, StorageError
 
 Result = TypeVar("Result")
-# Tasks that each worker does in advance: the consumer waits for the disk now and then.
+# Number of results that each worker prepares in advance, because the consumer sometimes waits for the disk.
 _AHEAD = 8
 
 
@@ -27,20 +27,21 @@ class _Tasks(Dataset[Any], Generic[Result]):
         try:
             return self.do(number)
         except (ResnextError, OSError) as error:
-            # Returned, not raised: a DataLoader would add a traceback to its message.
+            # Return the error, do not raise it: a DataLoader would add a traceback to its message.
             return error
 
 
 def in_workers(do: Callable[[int], Result], count: int, workers: int) -> Iterator[Result]:
-    """Yield `do(0)` to `do(count - 1)` in order, computed a few tasks ahead of the consumer.
+    """Yield `do(0)` to `do(count - 1)` in order. The workers compute a few results in advance.
 
     Args:
-        do: runs a task, given by its number.
+        do: runs the task with this number, and returns its result.
         count: number of tasks.
-        workers: processes, forked from this one, that end when it ends, in any way; 0: this process runs the tasks.
+        workers: number of processes, forked from this process. They end when it ends, even if it is killed. 0: this
+            process runs the tasks.
 
     Raises:
-        ResnextError, OSError: as `do`.
+        ResnextError, OSError: `do` raised it.
         DataError: a worker died.
     """
     processes = min(workers, count)
@@ -59,7 +60,7 @@ def in_workers(do: Callable[[int], Result], count: int, workers: int) -> Iterato
                 raise result
             yield result
     except DataError as error:
-        # `supervised` names the config key of training; these commands have an option instead.
+        # The message of `supervised` names the config key of training. These commands have an option instead.
         raise DataError(str(error).replace("data.workers", "--workers")) from None
 
 
@@ -68,7 +69,7 @@ def _as_it_is(result: Result) -> Result:
 
 
 def storage_error(error: OSError) -> OSError | StorageError:
-    """Return the error of a full disk as a StorageError with advice for these commands; other errors unchanged."""
+    """Return the error of a full disk as a StorageError with advice for these commands, and other errors unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{error.filename}: {error.strerror}; free some space, or choose another --output")
     return error

@@ -1,1 +1,1 @@
-"""Plots of curves, confusion matrices, calibration and images, and the report page."""
+"""This package draws curves, confusion matrices, calibration and images, and builds the report page."""

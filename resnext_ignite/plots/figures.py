@@ -1,4 +1,4 @@
-"""Plots of curves, confusion matrices, calibration and images, from plain values to files or arrays."""
+"""Draws curves, confusion matrices, calibration and images, and converts figures to files and arrays."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _MOST_NAMED_CLASSES = 40
 def pyplot() -> Any:
     """Return matplotlib's pyplot, set up for machines without a display.
 
-    The import takes half a second. It happens on the first call, so that a run's first iteration does not wait for it.
+    The import takes half a second. The first call does it, so that the first iteration of a run need not wait for it.
     """
     import matplotlib as mpl
 
     mpl.use("Agg")
-    # Names of classes and runs are text, even if they contain dollar signs.
+    # Draw dollar signs in the names of classes and runs as they are, not as the marks of a formula.
     mpl.rcParams["text.parse_math"] = False
     # Write text to an SVG as text, not as outlines.
     mpl.rcParams["svg.fonttype"] = "none"
@@ -42,19 +42,19 @@ def pyplot() -> Any:
 
 
 def printable(text: str) -> str:
-    """Return a name that fonts can draw and XML may hold.
+    """Replace the characters of a name that fonts cannot draw or XML does not allow.
 
-    Bytes that are not valid text become `?`, unprintable characters except line feeds become U+FFFD.
+    Bytes that are not valid UTF-8 become `?`; unprintable characters other than line feeds become U+FFFD.
     """
     text = text.encode("utf-8", "replace").decode()
     return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
 
 
 def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] = (8, 8)) -> Figure:
-    """Draw error, loss and learning rate over epochs, of one run or of several in the same axes.
+    """Draw error, loss and learning rate over epochs, for one run or for several runs in the same axes.
 
     Args:
-        runs: records of `metrics.jsonl` by the name of their run.
+        runs: for each run's name, the records of its `metrics.jsonl`.
         size: width and height in inches.
     """
     figure, (top, middle, bottom) = pyplot().subplots(
@@ -69,7 +69,7 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] 
             points = [record for record in records if record["split"] == split]
             epochs = [record["epoch"] for record in points]
             label = f"{name} {split}" if several else split
-            # A single point, for example of a test split that is evaluated once, is invisible without a marker.
+            # Without a marker, a single point would be invisible, for example that of a split that is evaluated once.
             style: dict[str, Any] = {"color": color if several or number else None, "marker": "o", "markersize": 3}
             top.plot(epochs, [p["top1_error"] for p in points], label=label, **style)
             middle.plot(epochs, [p["loss"] for p in points], label=label, **style)
@@ -103,7 +103,7 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] 
 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
-    """Draw the fraction of each true class (rows) with each prediction (columns), from counts int64 (C, C)."""
+    """Draw which fraction of each true class (row) got each prediction (column), from counts int64 (C, C)."""
     classes = [printable(name) for name in classes]
     counts = confusion.double()
     fractions = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
@@ -130,7 +130,8 @@ def draw_calibration(bins: Tensor) -> Figure:
     """Draw accuracy over confidence, and the histogram of confidences.
 
     Args:
-        bins: of `Calibration` (`metrics.py`), float64 (B, 3): images, correct images, sum of confidences.
+        bins: `calibration_bins` of `Calibration` (`training/metrics.py`), float64 (B, 3): number of images, number of
+            correct predictions, sum of the confidences.
     """
     images, right, confidence = bins.numpy().T
     count = len(images)
@@ -176,14 +177,14 @@ def draw_sheet(images: Tensor, captions: Sequence[str] = (), columns: int = 8) -
 def draw_mistakes(mistakes: list[dict[str, Any]], split: Split, classes: tuple[str, ...]) -> Figure:
     """Draw the images of an evaluation's mistakes, each under 'true -> predicted (loss)'."""
     wanted = torch.tensor([mistake["index"] for mistake in mistakes], dtype=torch.int64, device=split.indices.device)
-    # The images of a split are sorted by index.
+    # searchsorted needs sorted indices: the images of a split are sorted by index.
     pictures = split.load(torch.searchsorted(split.indices, wanted)).cpu()
     captions = [f"{classes[m['label']]}\n\u2192 {classes[m['predicted']]} ({m['loss']:.1f})" for m in mistakes]
     return draw_sheet(pictures, captions)
 
 
 def name_of_evaluation(record: Record) -> str:
-    """Return a text that identifies an evaluation within its run."""
+    """Return a string that identifies an evaluation within its run."""
     return f"{record['split']}, epoch {record['epoch']}, iteration {record['iteration']}"
 
 

@@ -1,4 +1,4 @@
-"""The report of runs as one self-contained HTML page: the values for `report_page.html`, with plots as data URIs."""
+"""Builds the report of runs: it fills the template `report_page.html`, and embeds the plots as data URIs."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _DESKTOP, _PHONE = (8, 8), (4.4, 7)
 
 
 def save_page(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """Write the page of runs.
+    """Write the report page of some runs.
 
     Args:
-        runs: summaries from `report.summarize`, by the name of their run.
+        runs: for each run's name, its summary from `report.summarize`.
         path: the HTML file.
     """
     page = build_page(runs)
-    # A file name may hold bytes that are not valid text.
+    # The name of a file may contain bytes that are not valid UTF-8.
     write_durably(path, page.encode(errors="replace"))
 
 
@@ -63,9 +63,9 @@ def build_page(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def _curves(records: dict[str, list[Record]]) -> dict[str, str]:
-    """Return the curves as data URIs, for a desktop and a phone, each for a light and a dark page."""
+    """Return the curves as data URIs: for a desktop and for a phone, each for a light and for a dark page."""
     curves = {}
-    # Not the style "default", which would reset the settings of `pyplot`.
+    # The light page needs no style. The style "default" would reset the settings that `pyplot()` makes.
     styles: dict[str, Any] = {"": {}, "_dark": "dark_background"}
     for suffix, style in styles.items():
         with pyplot().style.context(style):
@@ -75,7 +75,7 @@ def _curves(records: dict[str, list[Record]]) -> dict[str, str]:
 
 
 def _view(name: str, run: dict[str, Any]) -> dict[str, Any]:
-    """Return what the page shows of one run."""
+    """Return the values of one run that the page shows."""
     last, status, folder = run["records"][-1], run["status"], run["folder"]
     evaluation, missing = _evaluation_of(folder, last)
     return {
@@ -94,7 +94,7 @@ def _view(name: str, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation_of(folder: RunFolder, last: Record) -> tuple[Record | None, str]:
-    """Return the run's `evaluation.json`, or None and the reason if it does not belong to the last record."""
+    """Return the content of `evaluation.json`; or None and the reason, if it does not belong to the last record."""
     evaluation = folder.read_evaluation()
     if not evaluation:
         return (
@@ -106,7 +106,8 @@ def _evaluation_of(folder: RunFolder, last: Record) -> tuple[Record | None, str]
             f"evaluation.json is of another evaluation ({name_of_evaluation(evaluation)}) than the last of "
             f"metrics.jsonl ({name_of_evaluation(last)}), so that confusion matrix and mistakes are left out."
         )
-    # A run that is interrupted between the two files evaluates again; if not deterministic, it may count differently.
+    # A resumed run may repeat this evaluation, and be interrupted after it has written only `metrics.jsonl`. The counts
+    # in `evaluation.json` are then those of the first evaluation; without determinism, they may differ.
     correct = sum(count for true, predicted, count in evaluation["confusion"] if true == predicted)
     images = sum(count for _, _, count in evaluation["confusion"])
     if (correct, images) != (last["correct"], last["images"]):
@@ -135,13 +136,13 @@ def _details(evaluation: Record) -> dict[str, Any]:
 
 
 def _matrix(confusion: Tensor) -> list[list[tuple[int, int]]]:
-    """Return the count of each cell, and its percentage of the true class, from counts int64 (C, C)."""
+    """Return for each cell its count and its percentage of the true class, from counts int64 (C, C)."""
     fractions = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)).round().int()
     return [list(zip(*rows, strict=True)) for rows in zip(confusion.tolist(), fractions.tolist(), strict=True)]
 
 
 def _sheet(folder: RunFolder, last: Record) -> dict[str, str]:
-    """Return `mistakes.png` as `uri` if it belongs to the last record, else the reason as `note`."""
+    """Return `mistakes.png` under the key `uri`; if it does not belong to the last record, the reason under `note`."""
     try:
         data = folder.mistakes.read_bytes()
         with Image.open(folder.mistakes) as image:

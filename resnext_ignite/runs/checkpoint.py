@@ -1,4 +1,4 @@
-"""The checkpoint file: durable writes, verification, reads with `weights_only`, and a model from it without an engine.
+"""Writes checkpoint files durably, verifies and reads them, and builds a model from one without an Ignite engine.
 
 `training/handlers/checkpointing.py` defines the content of the file, and when files are written and removed.
 """
@@ -38,7 +38,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint: sync the data, read it back and compare, sync the checksum, rename, sync the folder.
 
     Raises:
-        OSError: a write failed; the file at `path`, the old or the new one, still verifies.
+        OSError: a write failed; the file at `path`, which is the old or the new one, still verifies.
         CheckpointError: the data that was read back differs from the data that was written.
     """
     replaced = _sums_of_existing(path)
@@ -50,7 +50,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save({"format": FORMAT, **state}, hashing)  # type: ignore[arg-type]
         except RuntimeError as error:
-            # After a failed write, torch closes its archive, fails again, and raises that error ('unexpected pos').
+            # After a failed write, torch closes its archive, fails again, and raises the new error ('unexpected pos').
             raise hashing.error or error from None
         digest = hashing.hash.hexdigest()
 
@@ -67,10 +67,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def _sums_of_existing(path: Path) -> list[str]:
-    """Return the checksums of the file at `path`; compute it for an intact file without one, such as a copied file."""
+    """Return the checksums of the file at `path`. If an intact file has none, such as a copied file, compute one."""
     sums = _read_sums(path)
     if not sums and path.exists():
-        # If the file cannot be verified, there is nothing to protect.
+        # A file that cannot be verified is of no use; a failed save need not keep it usable.
         with contextlib.suppress(CheckpointError, OSError):
             verify_archive(path)
             sums = [sha256_of(path)]
@@ -78,7 +78,7 @@ def _sums_of_existing(path: Path) -> list[str]:
 
 
 def _write_sums(path: Path, digests: list[str]) -> None:
-    # The format of sha256sum, so that `sha256sum -c` can check the file too.
+    # Use the format of sha256sum, so that `sha256sum -c` can check the checkpoint too.
     text = "".join(f"{digest}  {path.name}\n" for digest in digests)
     write_durably(checksum_path(path), text)
 
@@ -92,7 +92,7 @@ def _read_sums(path: Path) -> list[str]:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Check a file against the checksum beside it; without one, against its archive's CRCs.
+    """Check a file against the checksum file beside it or, if there is none, against the CRCs in its archive.
 
     Raises:
         DamagedError: the file is damaged; the message names it.
@@ -138,12 +138,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        # The file has just been verified: the cause is the storage, not the file.
+        # The file has just been verified, so that the storage must have caused the error.
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except Exception as error:
         if as_out_of_memory(error):
             raise
-        # A malicious or foreign file may make torch raise anything; refuse it with one line.
+        # A malicious or foreign file can make torch raise any exception; refuse the file in one line.
         reason = " ".join(str(error).split())[:120]
         raise ForeignFileError(f"{path}: not a checkpoint of this project ({reason})") from None
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
@@ -167,7 +167,7 @@ def config_of_checkpoint(path: Path, state: dict[str, Any]) -> Config:
 
 
 def iteration_checkpoints(folder: Path) -> list[Path]:
-    """Return the resume points of a folder, newest first, by the iteration in the name: file times are unreliable."""
+    """Return the resume points of a folder, newest first by the iteration in the name: file times are unreliable."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _ITERATION_FILE.fullmatch(path.name))]
@@ -177,7 +177,7 @@ def iteration_checkpoints(folder: Path) -> list[Path]:
 def outdated_checkpoints(newest: Path, keep: int, unreadable: Collection[Path] = ()) -> list[Path]:
     """Return the resume points to remove after `newest` was written and verified, so that `keep` remain.
 
-    All of them are older than `newest`. Newer files and `unreadable` ones are neither removed nor counted.
+    All files to remove are older than `newest`. Newer files and `unreadable` ones are neither removed nor counted.
     """
     newest_first = [path for path in iteration_checkpoints(newest.parent) if path not in unreadable]
     return newest_first[newest_first.index(newest) + keep :]
@@ -189,16 +189,16 @@ def iteration_checkpoint_path(folder: Path, iteration: int) -> Path:
 
 
 def resume_candidates(folder: Path) -> list[Path]:
-    """Return the files that a run can be resumed from, in the order to try: the newest resume points first.
+    """Return the files that a run can resume from, in the order to try them: the newest resume points first.
 
-    `final.pt` and `best.pt` come last; they hold a complete state too.
+    `final.pt` and `best.pt` come last; they also hold a complete state.
     """
     return [*iteration_checkpoints(folder), *(p for p in (folder / "final.pt", folder / "best.pt") if p.exists())]
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A verified state, its file, and the files tried before it that are damaged or cannot be read now."""
+    """A verified state and its file, and the damaged and the unreadable files that were tried before it."""
 
     path: Path
     state: dict[str, Any]
@@ -207,10 +207,10 @@ class ResumePoint:
 
 
 def newest_resume_point(folder: Path) -> ResumePoint | None:
-    """Return the first of the resume candidates that verifies; None: there are no candidates.
+    """Return the first resume candidate that verifies, or None if there are no candidates.
 
     Raises:
-        CheckpointError: no candidate can be used, or the first readable, undamaged one is of another version.
+        CheckpointError: no candidate can be used, or the first readable, undamaged candidate is of another version.
     """
     unusable: dict[Path, CheckpointError] = {}
     for path in resume_candidates(folder):
@@ -227,7 +227,7 @@ def newest_resume_point(folder: Path) -> ResumePoint | None:
         reasons = "; ".join(map(str, unusable.values()))
         if reasons:
             log.warning("%s; resuming from %s instead", reasons, path)
-        # A file that cannot be read now may be undamaged and readable later.
+        # A file that cannot be read now does not count as damaged: it may be readable later.
         damaged = tuple(p for p, e in unusable.items() if isinstance(e, DamagedError))
         return ResumePoint(path, state, damaged, tuple(p for p in unusable if p not in damaged))
     if unusable:
@@ -239,14 +239,14 @@ def newest_resume_point(folder: Path) -> ResumePoint | None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a damaged file and its checksum to `*.damaged`: the next save of that name must not replace them."""
+    """Rename a damaged file and its checksum to `*.damaged`, so that the next save does not replace them."""
     for file in (path, checksum_path(path)):
         if file.exists():
             file.replace(file.with_name(file.name + ".damaged"))
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the leftovers of a killed save or removal: partly written files, and checksums without their file."""
+    """Remove what a killed save or removal left: partly written files, and checksums without their file."""
     for path in [*folder.glob(".*.tmp"), *folder.glob("*.pt.sha256")]:
         if path.suffix == ".tmp" or not path.with_suffix("").exists():
             path.unlink(missing_ok=True)
@@ -278,9 +278,9 @@ def find_checkpoint(path: Path) -> Path:
 class ModelMetadata:
     """The metadata of the weights: enough to prepare the input of the model and to name its classes.
 
-    `errors` holds the run's records of its last and its best evaluation; the best one is chosen on the split
-    `selection`. `config` is the resolved config. `source` names the other system that the weights come from; the config
-    then describes only the model and the normalisation. None: a run of this project.
+    `errors` holds the records of the run's last and best evaluation; the best one is selected on the split `selection`.
+    `config` is the resolved config. `source` is None for weights from a run of this project. Otherwise, it names the
+    system that the weights come from, and `config` describes only the model and the normalisation.
     """
 
     classes: tuple[str, ...]
@@ -297,7 +297,8 @@ class ModelMetadata:
 def load_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
     """Return a model in eval mode on the CPU, from a checkpoint file or a run folder, and its metadata.
 
-    It has the averaged weights (`train.ema_decay`, `train.ema_horizon`) if there are any: the run evaluated them.
+    If the run averaged its weights (`train.ema_decay`, `train.ema_horizon`), the model has the averaged weights: the
+    run also evaluated those.
 
     Raises:
         CheckpointError: there is no usable checkpoint.

@@ -1,4 +1,4 @@
-"""The error of each class, from the confusion matrix of an evaluation."""
+"""Computes the error of each class from the confusion matrix of an evaluation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """One class in a confusion matrix: counts of its images and of the correct ones.
+    """The metrics of one class: the number of its images, and how many of them are predicted correctly.
 
-    `taken_for` is the most frequent wrong prediction, and `times` its count; without an error, `label` and 0.
+    `taken_for` is the most frequent wrong prediction, and `times` its count. If no prediction is wrong, `taken_for` is
+    `label` and `times` is 0.
     """
 
     label: int
@@ -22,7 +23,7 @@ class ClassMetrics:
 
     @property
     def error(self) -> float | None:
-        """Return the error in percent; None: the class has no images."""
+        """Return the error in percent, or None if the class has no images."""
         return 100 * (self.images - self.correct) / self.images if self.images else None
 
 

@@ -1,4 +1,4 @@
-"""The run folder: its file names, its lock, and the small files in it. `checkpoint.py` has the checkpoint files."""
+"""Defines the run folder: its file names, its lock and its small files. `checkpoint.py` handles checkpoint files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """The folder of one run. Only rank 0 locks it and writes into it, and only one process at a time.
+    """The folder of one run. Only rank 0 locks it and writes into it; only one process at a time can hold the lock.
 
     Args:
         path: the folder; `lock` creates it.
@@ -52,7 +52,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # No soft lock for file systems without locks: it is a plain file, and would remain after a run is killed.
+        # On a file system without locks, do not use a soft lock instead: it is a plain file, which would remain after
+        # the run is killed.
         self._lock = FileLock(path / ".lock", fallback_to_soft=False)
         self._spare_descriptors: list[int] = []
 
@@ -108,7 +109,7 @@ class RunFolder:
             if error.errno not in _NO_LOCKS:
                 advice = advice_for(error.errno)
             raise StorageError(f"{self._lock.lock_file}: {error.strerror}; {advice}") from None
-        # A process at its limit of open files can close these, and then write `status.json`.
+        # A process that has reached its limit of open files can close these descriptors, and then write `status.json`.
         self._spare_descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in range(_SPARE_DESCRIPTORS)]
 
     def free_spare_descriptors(self) -> None:
@@ -133,7 +134,7 @@ class RunFolder:
         save_config(config, self._config)
 
     def saved_config(self) -> Config | None:
-        """Return the config of the run in this folder; None: there is none."""
+        """Return the config of the run in this folder, or None if there is none."""
         return load_config(self._config) if self._config.exists() else None
 
     def append_metrics(self, record: Record) -> None:
@@ -153,12 +154,12 @@ class RunFolder:
                 MetricsLine.model_validate(record)
                 records.append(record)
             except (ValueError, RecursionError):
-                # A run that was killed during a write left a part of its last line; a resume repeats that evaluation.
+                # A run that was killed during a write left a part of a line; a resume repeats that line's evaluation.
                 break
         return records
 
     def truncate_metrics(self, count: int) -> None:
-        """Drop all records after the first `count`: a resumed run repeats those evaluations."""
+        """Drop all records after the first `count`: a resumed run repeats the evaluations of the dropped records."""
         kept = self.read_metrics()[:count]
         if len(kept) < count:
             log.warning(f"{self._metrics}: only {len(kept)} of the run's {count} evaluations are still there")
@@ -171,7 +172,7 @@ class RunFolder:
         write_durably(self._evaluation, json.dumps(evaluation, allow_nan=False) + "\n")
 
     def read_evaluation(self) -> Record:
-        """Return the content of `evaluation.json`; empty if the file is missing or damaged."""
+        """Return the content of `evaluation.json`; it is empty if the file is missing or damaged."""
         return _read_object(self._evaluation, EvaluationInDetail)
 
     def write_status(self, state: str, **fields: Any) -> None:
@@ -181,13 +182,13 @@ class RunFolder:
         write_durably(self._status, text)
 
     def read_status(self) -> Record:
-        """Return the content of `status.json`; empty if the file is missing or damaged."""
+        """Return the content of `status.json`; it is empty if the file is missing or damaged."""
         return _read_object(self._status, Status)
 
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    # Cached from the start of the run: when it fails, the metadata files of the packages may be unreadable.
+    # Cached from the start of the run: when the run fails, the metadata files of the packages may be unreadable.
     versions = {name: metadata.version(name) for name in _PACKAGES}
     return {"resnext_ignite": __version__, "python": platform.python_version(), **versions}
 
@@ -203,10 +204,11 @@ def _read_object(path: Path, kind: type[BaseModel]) -> Record:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run folder that is locked for this run, the config of the run, and the state to resume from (None: a new run).
+    """A locked run folder, the config of the run, and the state to resume from, which is None for a new run.
 
-    `changes` lists the resumes with changed values, in order: the iteration, and for each key (before, after).
-    `unreadable` are checkpoints that could not be read before `state` was found; they may be readable later.
+    `changes` has one entry for each resume that changed config values, in order: the iteration, and (before, after) for
+    each changed key. `unreadable` holds the checkpoints that were tried before `state` and could not be read; they may
+    be readable later.
     """
 
     folder: RunFolder
@@ -216,7 +218,7 @@ class OpenRun:
     unreadable: frozenset[Path] = frozenset()
 
     def check_data(self, contents: dict[str, str]) -> None:
-        """Check that a resumed run gets the same images as before; its random draws are keyed by the image index.
+        """Check that a resumed run gets the same images as before: its random numbers depend on the image index.
 
         Args:
             contents: a description of the images of each split.
@@ -235,9 +237,9 @@ class OpenRun:
 
 @contextlib.contextmanager
 def open_run(path: Path, config: Config, ranks: Ranks, *, resume: bool) -> Iterator[OpenRun]:
-    """Lock a run folder until the block ends, for a new run, or to resume the run in it.
+    """Lock a run folder until the block ends, and prepare a new run or, with `resume`, load the run in the folder.
 
-    An error of the block is written to `status.json`. Only rank 0 accesses the folder.
+    If the block raises an error, `status.json` records it. Only rank 0 accesses the folder.
 
     Raises:
         RunFolderError: the folder is in use or holds another run, or the config would change the run.
@@ -293,11 +295,11 @@ def _write_failure(folder: RunFolder, error: BaseException) -> None:
     folder.free_spare_descriptors()
     status = folder.read_status()
     if status.get("state") in ENDED:
-        # The run had ended normally before; further training would have set the state to "running".
+        # The run ended normally at an earlier time, and has not trained since: training sets the state to "running".
         return
     before = {key: value for key, value in status.items() if key not in ("versions", "state")}
     fields = {**before, "exit_code": known.exit_code if known else 1, "reason": str(known or repr(error))}
     state = "preempted" if isinstance(known, PreemptedError) else "failed"
-    # A failed write of the status (a full disk) must not hide the error of the run.
+    # If the status cannot be written, for example to a full disk, this must not hide the error of the run.
     with contextlib.suppress(OSError):
         folder.write_status(state, **fields)

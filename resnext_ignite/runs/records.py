@@ -1,6 +1,7 @@
-"""Schemas of the small files in a run folder, for reading. Content that does not match is ignored; more keys are allowed.
+"""Defines the schemas that check the small files of a run folder when they are read.
 
-`training/handlers/evaluation.py` makes the records of `metrics.jsonl`, `handlers/files.py` writes the other files.
+A reader ignores content that does not match its schema; additional keys are allowed. `training/handlers/evaluation.py`
+builds the records of `metrics.jsonl`, and `training/handlers/files.py` writes the files.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Best(BaseModel):
 
 
 class Status(BaseModel):
-    """`status.json`."""
+    """The content of `status.json`."""
 
     state: str
     versions: dict[str, str]
@@ -56,7 +57,10 @@ _Count = Annotated[int, Field(ge=0, strict=True)]
 
 
 class EvaluationInDetail(BaseModel):
-    """`evaluation.json`: labels are indices of `classes`."""
+    """The content of `evaluation.json`; labels are indices of `classes`.
+
+    `confusion` holds (true label, predicted label, count) for each pair of labels that occurs.
+    """
 
     split: str
     epoch: int

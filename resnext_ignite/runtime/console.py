@@ -1,4 +1,7 @@
-"""Standard output and standard error, safe if a stream is closed, full or hung up. Does not import torch."""
+"""Sets up the log, and standard output and standard error, which stay safe if a stream is closed, full or hung up.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _STANDARD = {"stdout": 1, "stderr": 2}
 
 
 class _LossyFile(io.FileIO):
-    """A file that drops bytes that it cannot write: a run must not end because nobody reads its log."""
+    """A file that drops the bytes of a failed write: a run must not end because nobody reads its log."""
 
     def write(self, data: Any) -> int:
         written: int | None = None
@@ -47,17 +50,18 @@ class _ResultFile(io.FileIO):
 def set_up_streams(*, prints_result: bool) -> None:
     """Make writes to the standard streams of this process safe, whatever happens to their readers.
 
-    Standard error is a log, which may be lost. If one of the descriptors 0 to 2 is closed, open it on /dev/null.
-    Otherwise the next file that this process opens would get that number, and all messages would go into that file.
+    Standard error is only a log: text that cannot be written is dropped. If one of the descriptors 0 to 2 is closed,
+    open it on /dev/null. Otherwise the next file that this process opens would get that number, and all messages would
+    go into that file.
 
     Args:
-        prints_result: standard output holds the result of the command, not only messages.
+        prints_result: standard output holds the result of the command, so that a failed write must end the command.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # The system assigns the lowest free number: this one.
+            # os.open returns the lowest free number, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = _opened("stdout", _ResultFile if prints_result else _LossyFile, "surrogateescape")
     sys.stderr = _opened("stderr", _LossyFile, "backslashreplace")
@@ -67,7 +71,7 @@ def _opened(name: str, kind: type[io.FileIO], errors: str) -> TextIO:
     before = getattr(sys, name)
     if before is not None:
         if _descriptor_of(before) != _STANDARD[name]:
-            # The stream has been replaced, as pytest does.
+            # The stream has been replaced, for example by pytest.
             return before
         with contextlib.suppress(OSError, ValueError):
             before.flush()
@@ -75,9 +79,10 @@ def _opened(name: str, kind: type[io.FileIO], errors: str) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=getattr(before, "encoding", None) or "utf-8",
-        # A file name may hold bytes that are not valid text. They are written unchanged.
+        # A file name may hold bytes that are not valid text: standard output writes them unchanged, standard error
+        # writes them escaped.
         errors=errors,
-        # As Python itself does; with `python -u` (write_through) there is no buffer.
+        # Flush after each line where Python does: standard error, a terminal, and with `python -u` (write_through).
         line_buffering=name == "stderr" or raw.isatty() or bool(getattr(before, "write_through", False)),
     )
 
@@ -91,7 +96,7 @@ def _descriptor_of(stream: Any) -> int | None:
 
 
 def write_from_signal_handler(line: str) -> None:
-    """Write a line to descriptor 2 directly: a signal handler may have interrupted a write to the stream."""
+    """Write a line to descriptor 2 directly: the signal may have interrupted a write to `sys.stderr`."""
     with contextlib.suppress(OSError):
         os.write(2, line.encode() + b"\n")
 
@@ -106,7 +111,7 @@ class _TqdmHandler(logging.Handler):
 
 
 def set_up_console(*, quiet: bool = False) -> None:
-    """Send the log of this package to standard error; `quiet` (all ranks except rank 0): only warnings."""
+    """Send this package's log to standard error; if `quiet` (all ranks except rank 0), only warnings and errors."""
     from tqdm import tqdm
 
     logger = logging.getLogger("resnext_ignite")
@@ -117,7 +122,7 @@ def set_up_console(*, quiet: bool = False) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
-    # Ignite logs an error of the run as well, but the command reports it once, at its end. Disable the loggers: a level
-    # would not last, because Ignite's launcher sets its own.
+    # Ignite also logs an error of the run, but the command reports it at the end. Disable Ignite's loggers instead of
+    # setting their level, because Ignite's launcher sets the level again.
     for name in ("ignite.engine.engine.Engine", "ignite.distributed.launcher.Parallel"):
         logging.getLogger(name).disabled = True

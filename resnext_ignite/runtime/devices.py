@@ -1,4 +1,4 @@
-"""The machine of a run: its device, precision and kernels, and the memory format of a model on it."""
+"""Selects the device, the precision and the kernels of a run, and moves a model to its device."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def set_up_machine(device: torch.device, *, deterministic: bool) -> None:
-    """Select deterministic or the fastest kernels; on a CPU, let the process keep the memory that it frees."""
+    """Select deterministic kernels or the fastest ones; on a CPU, let the process keep the memory that it frees."""
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     # torch fills new memory to expose reads of uninitialised values. This code has none, and the filling costs time.
@@ -45,8 +45,8 @@ def set_up_machine(device: torch.device, *, deterministic: bool) -> None:
 
 
 def _keep_freed_memory() -> None:
-    # glibc returns the activations' memory to the system in every iteration, and the next iteration gets it back with
-    # one fault per page. For a small network this takes a quarter of the iteration.
+    # By default, glibc returns the memory of the activations to the system in every iteration, and the next iteration
+    # causes a page fault for each page of it. For a small network, this takes a quarter of the iteration time.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_max = -1, -4
@@ -55,6 +55,6 @@ def _keep_freed_memory() -> None:
 
 
 def place(model: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
-    """Move a model to its device, with its weights in the memory format of the images."""
+    """Move a model to its device, with the weights in the same memory format as the images."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return model.to(device, memory_format=memory_format)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""The errors that a command reports to the user in one line, each with its exit code.
+"""Defines the errors that a command reports to the user in one line, each with its exit code.
 
 This module does not depend on configs, data or torch.
 """
@@ -19,7 +19,7 @@ from resnext_ignite.runtime.console import set_up_streams
 class ResnextError(Exception):
     """An error that is reported in one line: what is wrong, its value, what to do.
 
-    `quiet`: whether another rank prints the error; None: not resolved yet.
+    `quiet` is True if another rank prints the error, False if this rank prints it, and None if this is not known yet.
     """
 
     exit_code = 1
@@ -39,7 +39,7 @@ class DataError(ResnextError):
 
 
 class CheckpointError(ResnextError):
-    """No usable checkpoint, or one of the wrong kind."""
+    """A checkpoint that is missing, unusable or of the wrong kind."""
 
     exit_code = 4
 
@@ -49,7 +49,7 @@ class DamagedError(CheckpointError):
 
 
 class ForeignFileError(DamagedError):
-    """A file that this project did not write in this form: another system's, or a part of a checkpoint."""
+    """A file that this project did not write in this form: a file of another system, or a part of a checkpoint."""
 
 
 class NonFiniteError(ResnextError):
@@ -106,7 +106,7 @@ _CPU_ALLOCATOR = re.compile(r"DefaultCPUAllocator: .*?(tried to allocate \d+ byt
 
 
 def advice_for(number: int | None) -> str:
-    """Return the advice for an `errno` that a storage operation failed with."""
+    """Return the advice to the user for the `errno` of a failed storage operation."""
     if number in _NO_ROOM:
         return "free some space or write somewhere else (--output-dir)"
     if number in _NOT_ALLOWED:
@@ -117,7 +117,7 @@ def advice_for(number: int | None) -> str:
 
 
 def data_error(where: object, error: OSError, advice: str) -> DataError:
-    """Return an OSError as a DataError: `where: what happened; advice`.
+    """Return an OSError as a DataError with the message `where: what happened; advice`.
 
     If the process has too many open files, the data is not the cause: replace the advice by one about that limit.
     """
@@ -134,7 +134,7 @@ def raise_as_data_error(where: object) -> Iterator[None]:
         where: the name for the message if the error does not name a file.
 
     Raises:
-        DataError: in place of an OSError of a file; other errors are raised unchanged.
+        DataError: an operation on a file failed with an OSError. Other errors are raised unchanged.
     """
     try:
         yield
@@ -146,13 +146,13 @@ def raise_as_data_error(where: object) -> Iterator[None]:
 
 
 def as_resnext_error(error: BaseException) -> ResnextError | None:
-    """Return the error as a ResnextError; None: it is a bug, and its traceback is needed."""
+    """Return the error as a ResnextError, or None if it is a bug, which must be shown with its traceback."""
     if isinstance(error, ResnextError):
         return error
     if isinstance(error, KeyboardInterrupt):
         return PreemptedError(str(error) or "stopped by Ctrl-C before there was anything to save")
-    # While the KeyboardInterrupt of a stop unwinds the stack, something else may fail, such as the release of a lock
-    # that was never taken. The stop is the cause.
+    # While the KeyboardInterrupt of a stop signal unwinds the stack, something else may fail, such as the release of a
+    # lock that was never taken. Report the stop, because it is the cause.
     context = error.__context__
     while context is not None and not isinstance(context, KeyboardInterrupt):
         context = context.__context__
@@ -161,7 +161,7 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
     if isinstance(error, OSError) and _is_file_error(error):
         where = error.filename if error.filename is not None else "a file"
         return StorageError(f"{where}: {error.strerror}; {advice_for(error.errno)}")
-    # Compare by name: torch may not be imported yet, and a config error must not import it.
+    # Compare the name of the class, so that this module need not import torch.
     if type(error).__name__ == "OutOfMemoryError":
         return ConfigError(
             "out of device memory: lower train.batch_size, raise train.accumulate, or set train.precision=bf16"
@@ -170,13 +170,14 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
 
 
 def _is_file_error(error: OSError) -> bool:
-    # Accept every other errno: each file system has special ones. A gaierror of `socket` uses another set of numbers.
+    # Accept every other errno, because file systems have errnos of their own. The `errno` of a `socket.gaierror` is not
+    # one of the system's error numbers.
     foreign = isinstance(error, _NOT_FILE_ERRORS) or type(error).__name__ == "gaierror"
     return bool(error.errno) and error.errno not in _BUGS and not foreign
 
 
 def as_out_of_memory(error: BaseException) -> ConfigError | None:
-    """Return an out-of-memory error of the CPU as a ConfigError; None for every other error."""
+    """Return an out-of-memory error of the CPU as a ConfigError; return None for any other error."""
     reason = ""
     if isinstance(error, RuntimeError):
         match = _CPU_ALLOCATOR.search(str(error))
@@ -194,7 +195,7 @@ def as_out_of_memory(error: BaseException) -> ConfigError | None:
 def report_error(error: BaseException) -> int:
     """Print an error to standard error, in one line, and return the exit code; a bug is printed with its traceback.
 
-    With `RESNEXT_DEBUG=1` every error is printed with its traceback.
+    An error whose `quiet` is True is not printed. With `RESNEXT_DEBUG=1`, every other error has its traceback.
     """
     known = as_resnext_error(error)
     bug = error if known is None else known.__cause__
@@ -208,10 +209,10 @@ def report_error(error: BaseException) -> int:
 
 
 def run_command(main: Callable[[list[str]], int | None], *, prints_result: bool = True) -> None:
-    """Run the `main` of a command on the process's arguments, and exit with its code or that of its error.
+    """Run a command's `main` on the arguments of the process; exit with its exit code, or with that of its error.
 
     Args:
-        prints_result: as for `console.set_up_streams`.
+        prints_result: see `console.set_up_streams`.
     """
     set_up_streams(prints_result=prints_result)
     try:

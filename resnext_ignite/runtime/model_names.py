@@ -1,4 +1,4 @@
-"""The grammar of model names, and the shapes that a name defines. This module does not import torch.
+"""Defines the grammar of model names, and the shapes that a name stands for. This module does not import torch.
 
 Three layouts share one bottleneck block (ResNeXt, arXiv:1611.05431, figure 3c): the CIFAR layout of section 5.4
 (three stages on 32x32, a 3x3 stem), the ImageNet layout of table 1 (four stages, a 7x7 stem and a max pooling), and
@@ -39,7 +39,8 @@ class Architecture:
     def grouped_shapes(self) -> int:
         """Return the number of different shapes of the grouped 3x3 convolutions.
 
-        Stage 1 has one. Each later stage has two, with and without the stride, or one if it has a single block.
+        Stage 1 has one shape. Each later stage has two, because its first block has a stride of 2; a stage with a
+        single block has one.
         """
         return 1 + sum(min(count, 2) for count in self.blocks[1:])
 
@@ -79,7 +80,7 @@ def parse_model_name(name: str) -> Architecture:
 
 
 def depth_of(layout: str, blocks: tuple[int, ...]) -> int | None:
-    """Return the depth with these blocks per stage; None: no depth has them."""
+    """Return the depth that has these numbers of blocks in its stages, or None if there is no such depth."""
     if layout == "cifar":
         return 9 * blocks[0] + 2 if len(blocks) == 3 and len(set(blocks)) == 1 else None
     return next((depth for depth, found in _IMAGENET_BLOCKS.items() if found == blocks), None)

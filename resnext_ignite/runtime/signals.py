@@ -1,4 +1,7 @@
-"""The stop signals, before there is a run to save; see `distributed/stopping.py` for a run. Does not import torch."""
+"""Handles stop signals during the start, when there is nothing to save yet; this module does not import torch.
+
+`distributed/stopping.py` handles stop signals during a run.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +22,30 @@ STOP_SIGNALS = tuple(
     # `nohup` makes a command ignore SIGHUP; leave it ignored.
     if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
 )
-# The kernel sends this signal to a rank when the rank's parent dies. It must differ from the stop signals: a rank
-# cannot check whether its parent is alive instead, because the kernel sends the signal when the parent's first thread
-# ends, and the parent exists until its last thread ends.
+# The kernel sends this signal to a rank when the rank's parent dies. It must differ from the stop signals, so that the
+# rank can tell the two cases apart. The rank cannot check instead whether its parent still exists: the kernel sends the
+# signal when the parent's first thread ends, but the parent exists until its last thread ends.
 PARENT_GONE = signal.SIGRTMIN if sys.platform == "linux" else signal.SIGUSR2
 ENDING_SIGNALS = (*STOP_SIGNALS, PARENT_GONE)
 
 
 def describe_signal(number: int) -> str:
-    """Return the text for a signal in messages that begin with 'stopped by'."""
+    """Return the description of a signal that follows 'stopped by' in a message."""
     return "the end of its parent process" if number == PARENT_GONE else signal.Signals(number).name
 
 
 def exit_during_start(number: int, frame: object) -> None:
-    """End a process that is still starting; a signal handler.
+    """End the process during its start. This is a signal handler.
 
     Raises:
-        KeyboardInterrupt: always, for every signal. It is not an Exception: code that treats any Exception of a file as
-            damage must not catch it.
+        KeyboardInterrupt: always, for every signal. It is not a subclass of Exception: code that catches every
+            Exception, and reports a damaged file, must not catch a stop.
     """
     raise KeyboardInterrupt(f"stopped by {describe_signal(number)} before there was anything to save")
 
 
 def exit_on_signal(number: int, frame: object) -> None:
-    """Exit with code 75; a signal handler for the imports, where other code might catch an exception."""
+    """Exit with code 75. This is a signal handler for the time of the imports, when other code may catch exceptions."""
     write_from_signal_handler(f"error: stopped by {describe_signal(number)} before there was anything to save")
     os._exit(PreemptedError.exit_code)
 
@@ -63,9 +66,9 @@ def install_exit_during_start() -> None:
 def note_stop_signals() -> Iterator[Callable[[], str | None]]:
     """Record every stop signal that arrives inside the block, whichever handler it has.
 
-    The yielded function returns the name of the last stop signal since the previous call; None: there was none. A run
-    has its own handlers, and ignores a signal that arrives while the run ends; therefore a command that makes several
-    runs calls the function after each of them. After the block, the previous handlers are restored.
+    The yielded function returns the name of the last stop signal since the previous call, or None if there was none. A
+    run has its own handlers, which ignore a signal that arrives while the run ends. A command that makes several runs
+    therefore calls the function after each of them. After the block, the previous handlers are restored.
     """
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     reads, writes = os.pipe()
@@ -90,7 +93,7 @@ def note_stop_signals() -> Iterator[Callable[[], str | None]]:
 
 
 def die_with_parent(parent: int, number: int) -> None:
-    """Let the system send a signal to this process when its parent dies; immediately, if the parent is dead already."""
+    """Let the system send a signal to this process when its parent dies; send it now if the parent is dead already."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, number)
@@ -100,7 +103,10 @@ def die_with_parent(parent: int, number: int) -> None:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block the stop signals inside the block; processes that are started inside inherit that."""
+    """Block the stop signals until the end of the `with` block.
+
+    A process that is started in the `with` block inherits the blocked signals; it must call `signals_unblocked` itself.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Durable file writes: after a power failure, a file has its old or its new content, whole."""
+"""Writes files durably: even after a power failure, a file has either its complete old or its complete new content."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ log = logging.getLogger(__name__)
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the path under which a file is written until it is whole."""
+    """Return the path under which a file is written until it is complete."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def replace_durably(
     path: Path, write: Callable[[IO[bytes]], None], before_rename: Callable[[Path], None] | None = None
 ) -> None:
-    """Replace a file so that, even after a power failure, its path has the old or the new content, whole.
+    """Replace a file; even after a power failure, it has either its complete old or its complete new content.
 
     Args:
         write: writes the content to the new file.
-        before_rename: is called with the temporary path of the new file, after the file is synced.
+        before_rename: called with the temporary path of the new file, after the file is synced.
 
     Raises:
-        OSError: the write failed, and the old file is unchanged; or only the sync of the folder failed.
+        OSError: the write failed, and the old file is unchanged; or the file is replaced, but the sync of its folder
+            failed.
     """
     temporary = temporary_path(path)
     with name_file_in_errors(path):
@@ -61,7 +62,7 @@ def write_durably(path: Path, content: str | bytes, before_rename: Callable[[Pat
 
 
 def append_durably(path: Path, line: str) -> None:
-    """Append a line to a text file; after the return, the line survives a power failure.
+    """Append a line to a text file; once this function has returned, the line survives a power failure.
 
     Raises:
         OSError: the write failed; a part of the line may be in the file.
@@ -78,7 +79,7 @@ def append_durably(path: Path, line: str) -> None:
 
 @contextlib.contextmanager
 def name_file_in_errors(path: Path) -> Iterator[None]:
-    """Add a file name to an OSError without one: an operation on an open file does not set it."""
+    """Add the file name to an OSError that has none: Python does not set it for operations on an open file."""
     try:
         yield
     except OSError as error:
@@ -116,8 +117,8 @@ def sha256_of(path: Path, *, from_disk: bool = False) -> str:
     """
     with name_file_in_errors(path), path.open("rb") as file:
         if from_disk:
-            # Otherwise the system returns the pages that it wrote from its memory, whatever the disk stored. This is
-            # only advice to the system; some file systems do not support it.
+            # Drop the file from the page cache: otherwise the system returns the data from its memory, whatever the
+            # disk stored. This call is only advice to the system; some file systems do not support it.
             with contextlib.suppress(OSError):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -147,7 +148,7 @@ def check_output_path(option: str, path: Path, *, new: bool = False) -> None:
 
 @contextlib.contextmanager
 def warn_on_failure(what: str) -> Iterator[None]:
-    """Turn an OSError of the block into a warning, for files that a run can do without."""
+    """Turn an OSError of the block into a warning, for files that a run does not need."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Tables as text: aligned columns for a terminal, or Markdown."""
+"""Formats tables as text: aligned columns for a terminal, or Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time measurement: contenders take turns, A B A B ..., so that a drift of the machine's speed affects all of them."""
+"""Measures time: contenders take turns, A B A B ..., so that a drift of the machine's speed affects all of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def in_turns(
     """Call each contender once per round, and return the values of each contender.
 
     Args:
-        title: of the progress bar; empty: no progress bar.
-        warm_up: begin with an extra round, whose values are discarded.
+        title: title of the progress bar; empty: no progress bar.
+        warm_up: begin with an extra round, and discard its values.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     turns = range(-1 if warm_up else 0, rounds)

@@ -1,4 +1,4 @@
-"""The two engines: one training iteration, one evaluation batch. Their metrics are in `metrics.py`."""
+"""Builds the two engines, the trainer and the evaluator; `metrics.py` has their metrics."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class RunEvents(EventEnum):
     """Events that a training run adds to Ignite's; fired on the trainer."""
 
     METRICS_READY = "metrics_ready"
-    """`state.metrics` holds the training metrics since the last log point."""
+    """Fired at each log point: `state.metrics` holds the training metrics since the previous log point."""
     PROGRESS = "progress"
-    """Fired at each log point and about every five seconds: `state.metrics` holds the training metrics so far."""
+    """Fired at each log point and about every five seconds; `state.metrics` is up to date."""
     EVALUATED = "evaluated"
-    """`state.evaluation` holds the result of an evaluation, and `state.record` its record."""
+    """Fired after an evaluation: `state.evaluation` holds its result, and `state.record` its record."""
 
 
 def create_trainer(
@@ -43,17 +43,17 @@ def create_trainer(
     clip_grad_norm: float = 0.0,
     skip_unreadable: bool = False,
 ) -> Engine:
-    """Return an engine whose iteration is one update; run it over `Batch`es.
+    """Return an engine that updates the model once per iteration; run it over `Batch`es.
 
     `engine.state` holds `sums` (TrainingSums) and `scaler` (torch.amp.GradScaler, enabled for fp16 only).
 
     Args:
         model: on `device`; may be wrapped in DistributedDataParallel.
         precision: "fp32", "bf16" or "fp16".
-        accumulate: micro-batches per iteration; divides each batch.
+        accumulate: number of micro-batches per iteration; it must divide the size of each batch.
         label_smoothing: probability that is spread over all classes.
         clip_grad_norm: maximum norm of the whole gradient; 0: no clipping.
-        skip_unreadable: exclude images labelled UNREADABLE from the loss and from all counts.
+        skip_unreadable: exclude images with the label UNREADABLE from the loss and the metrics.
 
     Raises:
         ValueError: during a run, if `accumulate` does not divide a batch.
@@ -76,8 +76,8 @@ def create_trainer(
                     logits = model(images).float()
                 loss = target.loss(logits, label_smoothing)
                 readable = (labels != UNREADABLE).sum() if skip_unreadable else torch.full_like(loss, len(labels))
-                # Not by the readable images: their number differs between ranks, and the mean over ranks would then
-                # depend on the number of ranks.
+                # Divide by the number of all images. The number of readable images differs between ranks; if it were
+                # the divisor, the mean of the gradients over ranks would depend on the number of ranks.
                 scaler.scale(loss / len(labels) / accumulate).backward()
             with torch.no_grad():
                 sums.add(loss.detach(), (logits.argmax(1) == labels).sum(), readable, len(labels) - readable)
@@ -87,7 +87,7 @@ def create_trainer(
         if clip_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm, foreach=True)
         if scaler.is_enabled():
-            # The scaler handles a gradient that is not finite: it skips the update and lowers the scale.
+            # If the gradient is not finite, the scaler skips the update and lowers the scale.
             sums.count_skip(norm.isfinite(), engine.state.iteration)
         else:
             finite &= norm.isfinite()
@@ -97,7 +97,7 @@ def create_trainer(
         optimizer.zero_grad(set_to_none=True)
 
     trainer = Engine(train_iteration)
-    # Not at each iteration: train() visits all modules, and only an evaluation between epochs changes the mode.
+    # Call train() only once per epoch: it visits all modules, and only an evaluation between epochs changes the mode.
     trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: model.train())
     # Loggers and event filters read these counters.
     counters = {
@@ -112,10 +112,10 @@ def create_trainer(
 
 
 def _initialise_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Set the momentum of fused SGD to zero before its first update, whose result stays the same.
+    """Set the momentum of fused SGD to zero before its first update; this does not change the result of the update.
 
-    At its first update, fused SGD allocates the momentum without writing to it. If the scaler skips that update, the
-    buffer stays uninitialised, and the next update uses it as the momentum (torch 2.11, `_fused_sgd`).
+    At its first update, fused SGD allocates the momentum buffer without writing to it. If the scaler skips that update,
+    the buffer stays uninitialised, and the next update uses it as the momentum (torch 2.11, `_fused_sgd`).
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return
@@ -129,8 +129,8 @@ def _initialise_momentum(optimizer: torch.optim.Optimizer) -> None:
 class _Target:
     """The targets of a micro-batch: `labels` int64 (n,).
 
-    Mixed images also have `others`, the labels of their neighbours, int64 (n,), and `lambdas`, the fraction of each
-    image that is its own, float32 (n,).
+    For mixed images, `others`, int64 (n,), holds the labels of their neighbours, and `lambdas`, float32 (n,), the
+    fraction of each mixed image that comes from the image itself, not from its neighbour.
     """
 
     labels: Tensor
@@ -181,17 +181,18 @@ def create_evaluator(
     """Return an engine that counts a model's errors over `Batch`es; see ClassificationCounts for `state.metrics`.
 
     Args:
-        model: on `device`, without DistributedDataParallel: the forward pass of an evaluation has no collective.
+        model: on `device`, without DistributedDataParallel: the forward pass of an evaluation must not wait for other
+            ranks.
         num_classes: outputs of the model.
         precision: "fp32", "bf16" or "fp16".
         inference: "plain", "folded" or "compiled"; see Inference.
         keep_mistakes: number of worst mistakes to list.
-        flip_tta: also count the errors with mirror images (FlipCounts), by a second forward pass.
+        flip_tta: also count the errors with mirror images (FlipCounts), which takes a second forward pass.
     """
     network = Inference(model, DTYPES[precision], inference)
 
     def evaluate_batch(engine: Engine, batch: Batch) -> tuple[Tensor, Batch]:
-        # float32 logits, for losses and comparisons: bf16 logits would change a mean loss in its third digit.
+        # `network` returns float32 logits: with bf16 logits, the mean loss would differ in its third digit.
         return network(batch.images), batch
 
     evaluator = Engine(evaluate_batch)
@@ -203,9 +204,10 @@ def create_evaluator(
 
 
 def blank_images(config: Config, device: torch.device, ranks: Ranks) -> Tensor:
-    """Return images of zeros, float32 (n, 3, H, W), with the smallest n that the config's network can be trained on.
+    """Return images of zeros, float32 (n, 3, H, W), for a backward pass of the config's network.
 
-    With `train.compile`, n is a rank's micro-batch: the network is compiled for each n separately.
+    To save time, n is one ghost batch or, without ghost batches, at most 2. With `train.compile`, n is a rank's whole
+    micro-batch, because torch compiles the network for each n separately.
     """
     train, size = config.train, config.data.image_size
     assert size is not None

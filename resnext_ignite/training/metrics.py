@@ -1,4 +1,4 @@
-"""The metrics of both engines, accumulated on the device: the host waits only when a handler reads them."""
+"""Accumulates the metrics of both engines on the device; the host waits only when a handler reads them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from resnext_ignite.distributed.ranks import Ranks
 
 
 class TrainingSums:
-    """Sums of training between two exchanges over ranks, and the first bad iteration, both on the device.
+    """The sums of the training metrics since the last exchange between ranks, and the first bad iteration.
 
-    The first bad iteration is the first whose loss or gradient was not finite; infinity: none. It is recorded after the
-    gradients are reduced, so a non-finite gradient of one rank is recorded on all ranks.
+    Both are on the device. An iteration is bad if its loss or gradient is not finite; if there is no bad iteration, the
+    first one is infinity. The gradient is checked after its reduction over ranks, so that all ranks record a non-finite
+    gradient of one rank.
     """
 
     NAMES = ("loss", "correct", "images", "unreadable", "skipped_updates")
-    # 40 halvings lower the initial scale of 65,536 to 2^-24. At this scale, no finite gradient overflows: the gradient
-    # itself is not finite.
+    # 40 halvings lower the initial scale of 65,536 to 2^-24. At this scale, no finite gradient overflows. If the update
+    # is still skipped, the unscaled gradient is not finite.
     MAX_CONSECUTIVE_SKIPS = 40
 
     def __init__(self, device: torch.device) -> None:
@@ -33,21 +34,25 @@ class TrainingSums:
         self._skips_in_a_row = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, correct: Tensor, images: Tensor, unreadable: Tensor) -> None:
-        """Add the values of one micro-batch, all scalars: its summed loss, and three numbers of images."""
+        """Add scalars of one micro-batch: the summed loss, and the numbers of correct, readable, unreadable images."""
         # Round to a multiple of 2^-24: float64 then holds every sum exactly. A resumed run groups the additions
         # differently and must get bit-identical sums.
         exact = (loss.double() * 2**24).round() / 2**24
         self._sums[:4] += torch.stack([exact, correct.double(), images.double(), unreadable.double()])
 
     def check(self, finite: Tensor, iteration: int) -> None:
-        """Record this iteration as bad unless `finite`, a bool scalar, is true; the earliest bad one is stored."""
+        """Record an iteration as bad if `finite`, a bool scalar, is false; store only the earliest bad iteration."""
         bad = torch.where(finite, math.inf, float(iteration))
         self._first_bad = torch.minimum(self._first_bad, bad.double())
 
     def count_skip(self, finite: Tensor, iteration: int) -> None:
-        """Count an update as skipped by the fp16 scaler if `finite`, a bool scalar for its gradient, is false.
+        """Count an update as skipped if its gradient is not finite; the fp16 scaler skips these updates.
 
-        After MAX_CONSECUTIVE_SKIPS skips in a row, the iteration of the first of them is recorded as bad.
+        After MAX_CONSECUTIVE_SKIPS skips in a row, the iteration of the first of these skips is recorded as bad.
+
+        Args:
+            finite: whether the gradient is finite, a bool scalar.
+            iteration: the iteration of the update.
         """
         self._sums[4] += ~finite
         self._skips_in_a_row = torch.where(finite, 0.0, self._skips_in_a_row + 1)
@@ -56,7 +61,7 @@ class TrainingSums:
     def read_and_reset(self) -> Tensor:
         """Return the sums in the order of NAMES, then the first bad iteration: float64 (6,) on the CPU. Reset the sums.
 
-        It waits for the device.
+        This call waits for the device.
         """
         numbers = torch.cat([self._sums, self._first_bad[None]]).cpu()
         self._sums.zero_()
@@ -67,11 +72,12 @@ class ClassificationCounts(Metric):
     """Exact counts of an evaluation, accumulated on the device and reduced over all ranks once, at the end.
 
     `compute` returns a dict: images, correct, correct_top5 (integers), top1_error, top5_error (percent), loss (mean),
-    confusion (int64 (true, predicted)), mistakes (the worst: dicts of index, label, predicted, loss).
+    confusion (int64 (C, C); rows are true classes, columns are predicted classes), mistakes (a list of the mistakes
+    with the highest loss; each is a dict of index, label, predicted, loss).
 
     Args:
         num_classes: C.
-        keep_mistakes: number of mistakes with the highest loss to list.
+        keep_mistakes: maximum number of mistakes in the list.
     """
 
     def __init__(self, num_classes: int, ranks: Ranks, device: torch.device, keep_mistakes: int = 0) -> None:
@@ -128,7 +134,7 @@ class ClassificationCounts(Metric):
 
 
 class FlipCounts(ClassificationCounts):
-    """The same counts for the mean of the class probabilities of each image and its mirror image.
+    """Counts errors as ClassificationCounts does, but averages the probabilities of each image and its mirror image.
 
     `compute` returns a dict: correct_flip (an integer), top1_error_flip, top5_error_flip (percent), loss_flip (mean).
 
@@ -146,7 +152,10 @@ class FlipCounts(ClassificationCounts):
         self.logits_of = logits_of
 
     def update(self, output: tuple[Tensor, Batch]) -> None:
-        """Count the logits, float32 (n, C), of a batch, averaged with those of its mirror images as probabilities."""
+        """Average the class probabilities of a batch, given as logits float32 (n, C), with those of its mirror images.
+
+        Then count the averages.
+        """
         logits, batch = output
         mirrored = self.logits_of(batch.images.flip(-1))
         # Log-probabilities are valid logits: their softmax gives the probabilities.
@@ -184,7 +193,7 @@ class Calibration(Metric):
         # (0, 1/15], (1/15, 2/15], ...
         bins = (confidence * self.BINS).ceil().long().clamp(1, self.BINS) - 1
         values = torch.stack([torch.ones_like(confidence), (predicted == batch.labels).double(), confidence], dim=1)
-        # A matrix product, (bins, n) @ (n, 3): adding by index has no fixed order on a GPU.
+        # (bins, n) @ (n, 3). Unlike this product, adding by index has no fixed order of additions on a GPU.
         self._bins += F.one_hot(bins, self.BINS).double().T @ values
 
     def compute(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Choose implementations by measuring them on this machine: for grouped convolutions, and for inference in evaluations.
+"""Measures which implementations of grouped convolutions, and of inference in evaluations, are fastest on this machine.
 
 A run measures once, at its first start; its config stores the choice.
 """
@@ -24,16 +24,20 @@ from resnext_ignite.runtime.timing import in_turns, kernel_timer, medians, timed
 
 log = logging.getLogger(__name__)
 _ROUNDS = 3
-# On a CPU, time grows with the batch, so a few images suffice. A GPU reaches its speed only on a whole batch.
+# On a CPU, the time is proportional to the number of images, so a few images suffice. A GPU reaches its full speed only
+# on a whole batch.
 _MAX_IMAGES_ON_CPU = 8
-# A candidate whose first timing exceeds the fastest one by this factor is not timed again.
+# If a candidate's first timing is more than this many times the fastest one, the candidate is not timed again.
 _DROP_IF_SLOWER_BY = 1.5
-# Compiling takes about a minute. Try it only if the evaluations without it take more than five minutes in all.
+# Compiling takes about a minute. Try it only if all evaluations together take more than five minutes without it.
 _MIN_SECONDS_TO_COMPILE = 300
 
 
 def resolve_auto(config: Config, data: Data, device: torch.device, ranks: Ranks) -> Config:
-    """Return a resolved config with each `auto` replaced by the implementation that rank 0 measures as fastest."""
+    """Return the config with each `auto` replaced by the implementation that rank 0 measures as fastest.
+
+    All other values of the config must be filled in already.
+    """
     train, evaluation = config.train, config.evaluation
     if "auto" not in train.grouped_conv and evaluation.inference != "auto":
         return config
@@ -56,16 +60,17 @@ def resolve_auto(config: Config, data: Data, device: torch.device, ranks: Ranks)
 
 
 def grouped_conv_for(config: Config, image_size: int, device: torch.device, world_size: int = 1) -> list[str]:
-    """Return the fastest implementation for each shape of the config's grouped 3x3, in the network's order.
+    """Return the fastest implementation for each shape of the network's grouped 3x3 convolutions, in network order.
 
-    The batch is the micro-batch of one of `world_size` ranks.
+    The number of images is that of a micro-batch on one of `world_size` ranks.
     """
     images = config.train.batch_size // config.train.accumulate // world_size
     return choose_grouped_conv(_plain_model(config), image_size, images, _arithmetic(config, device))
 
 
 def _plain_model(config: Config) -> nn.Module:
-    # A separate model. fork_rng restores the generator, from which the run's own model is initialised.
+    # This model is only for the measurements. fork_rng restores the state of the random generator, so that this model
+    # does not change the initial weights of the run's own model.
     with torch.random.fork_rng(devices=[]):
         return build_model(with_values(config, {"train.grouped_conv": ["grouped"]}))
 
@@ -86,7 +91,7 @@ class ComputeSettings:
     channels_last: bool
 
     def noise(self, images: int, channels: int, size: int) -> Tensor:
-        """Return noise for images or activations, equal at each call: float32 (images, channels, size, size)."""
+        """Return noise in place of images or activations: float32 (images, channels, size, size), always the same."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(images, channels, size, size, generator=generator)
         return noise.to(
@@ -111,10 +116,12 @@ def _arithmetic(config: Config, device: torch.device) -> ComputeSettings:
 
 
 def choose_grouped_conv(model: nn.Module, image_size: int, images: int, arithmetic: ComputeSettings) -> list[str]:
-    """Return the fastest implementation, forward and backward, for each shape of a network's grouped 3x3, in its order.
+    """Return the fastest implementation for each shape of a network's grouped 3x3 convolutions, in network order.
+
+    The measured time is that of a forward and a backward pass.
 
     Args:
-        images: images of one forward pass in training, on this device.
+        images: number of images in one forward pass of training on this device.
     """
     choices = []
     for shape in grouped_shapes(model, image_size):
@@ -142,18 +149,20 @@ def _training_step(module: nn.Module, images: Tensor, arithmetic: ComputeSetting
 
 
 def gradient_for(out: Tensor) -> Tensor:
-    """Return a gradient for an output, in its memory format; its elements rise evenly from -1 to 1."""
+    """Return a gradient with the shape and memory format of an output; its elements rise evenly from -1 to 1."""
     return torch.empty_like(out).copy_(torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out))
 
 
 def choose_inference(
     model: nn.Module, image_size: int, images: int, total_images: int, arithmetic: ComputeSettings
 ) -> str:
-    """Return the fastest of `plain`, `folded` and `compiled`; the last is tried only if the images justify compiling.
+    """Return the fastest of `plain`, `folded` and `compiled`.
+
+    `compiled` is tried only if there are enough images to justify the time of compiling.
 
     Args:
-        images: images of one evaluation batch.
-        total_images: all images that this device will evaluate.
+        images: number of images in one evaluation batch.
+        total_images: number of images that this device will evaluate in all.
     """
     count = arithmetic.enough(images)
     model, noise = arithmetic.place(model).eval(), arithmetic.noise(count, 3, image_size)
@@ -170,7 +179,10 @@ def choose_inference(
 
 
 def fastest(ways: dict[str, Callable[[], object]], device: torch.device) -> str:
-    """Return the name of the fastest candidate: the smallest median of `_ROUNDS` timings in turns, after a warm-up."""
+    """Return the name of the fastest candidate: the one with the smallest median of `_ROUNDS` timings.
+
+    Each candidate is called once before the first timing, to warm up.
+    """
     for way in ways.values():
         way()
     first = {name: timed(device, way) for name, way in ways.items()}

@@ -1,1 +1,1 @@
-"""Weights from other runs and systems, and the export of models."""
+"""Reads weights of other runs and systems, and exports models."""

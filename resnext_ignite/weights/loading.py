@@ -1,4 +1,4 @@
-"""Opens a model from any file of weights: this project's or another system's."""
+"""Opens a model from a file of weights that this project or another system wrote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from resnext_ignite.runtime.errors import ForeignFileError
 
 
 def open_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
-    """Open a model as `load_model` does; the file may also be another system's.
+    """Open a model as `load_model` does; the file may also come from another system.
 
     Raises:
         CheckpointError: the file is not a usable checkpoint of this project or of another system.
@@ -19,7 +19,7 @@ def open_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
     try:
         return load_model(path)
     except ForeignFileError:
-        # Imported here, because few files are another system's.
+        # Imported here, because only files of other systems need these modules.
         from resnext_ignite.weights.foreign.conversion import checkpoint_of
         from resnext_ignite.weights.foreign.reading import read_foreign
 

@@ -1,4 +1,4 @@
-"""The initial weights of a model (`model.pretrained`), and the normalisation that they were trained with.
+"""Loads the initial weights of a model (`model.pretrained`), and the normalisation of their training.
 
 The weights come from another run, from another system or from torchvision.
 """
@@ -21,21 +21,22 @@ _TORCHVISION = "torchvision:"
 
 
 def load_pretrained(model: nn.Module, name: str, source: str, ranks: Ranks | None = None) -> None:
-    """Load the weights that `source` names into a model; all keys must fit.
+    """Load the weights that `source` names into a model; the names and shapes of the weights must match.
 
-    A classifier of another shape keeps its initial weights. One rank on each machine downloads missing weights.
+    The classifier is the exception: if its shape differs, the model keeps its own initial classifier. If torchvision's
+    weights are not cached, one rank on each machine downloads them.
 
     Args:
         name: `model.name`; torchvision's weights are looked up by it.
         source: `model.pretrained`.
-        ranks: None: a single process.
+        ranks: ranks of the run; None: a single process.
 
     Raises:
-        CheckpointError: there are no such weights, or they are of another architecture.
+        CheckpointError: `source` does not exist, or its weights are of another architecture.
     """
     if source.startswith(_TORCHVISION):
         state: dict[str, Any] = {}
-        # The first rank on each machine downloads. The others then read the cached file.
+        # The first rank on each machine downloads. The other ranks then read the cached file.
         (ranks or Ranks()).first_on_node(lambda: state.update(_torchvision_weights(name, source)))
         state = state or _torchvision_weights(name, source)
     else:
@@ -57,7 +58,7 @@ def with_normalisation(config: Config) -> Config:
     """Return the config with the normalisation of its pretrained weights, unless it sets its own.
 
     Raises:
-        CheckpointError: there are no such weights, or they state no mean and std.
+        CheckpointError: the pretrained weights do not exist, or their file states no mean and std.
     """
     source = config.model.pretrained
     if source is None or config.data.mean is not None:
@@ -82,7 +83,7 @@ def _checkpoint(source: str) -> dict[str, Any]:
     try:
         return load_checkpoint(file)
     except ForeignFileError:
-        # Imported here, because most runs start from weights of this project, or from scratch.
+        # Imported here, because only files of other systems need these modules.
         from resnext_ignite.weights.foreign.conversion import checkpoint_of
         from resnext_ignite.weights.foreign.reading import read_foreign
 
@@ -103,7 +104,7 @@ def _torchvision_weights(name: str, source: str) -> dict[str, Any]:
         raise CheckpointError(f"model.pretrained: {source}: torchvision's weights of {name} are {names}") from None
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        # torch does not hash a cached file again. `weights_only` keeps that file from running code.
+        # torch checks the hash only after a download. `weights_only` prevents a changed cached file from running code.
         return dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu"))
     except OSError as error:
         raise CheckpointError(

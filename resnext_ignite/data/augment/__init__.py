@@ -1,1 +1,1 @@
-"""Augmentation of training images: a chain of keyed operations, mixup and CutMix, and progressive resizing."""
+"""Augments training images: a chain of random operations, mixup and CutMix, and progressive resizing."""

@@ -1,7 +1,7 @@
-"""Augmentation as short functions of a batch on its device, keyed by sample; and `Augment`, which chains them.
+"""Defines short functions that augment a batch on its device, and `Augment`, which chains them.
 
 Batches are NHWC: the three values of a pixel are adjacent, as in torch's channels_last memory format. No function uses
-a random generator: `Augment` computes the random numbers from (seed, epoch, index, purpose) and passes them as tensors.
+a random generator: the random numbers depend only on (seed, epoch, index).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from resnext_ignite.data.images import color_to_uint8
 from resnext_ignite.data.sampling import Purpose, integers, uniform
 
 Color = tuple[float, float, float]
-# ITU-R 601 luma, as in fb.resnext.torch's grayscale.
+# ITU-R 601 luma, as in fb.resnet.torch's grayscale.
 _LUMA = (0.299, 0.587, 0.114)
-# Standard deviations of ImageNet's colours along their principal axes, `_COLOR_AXES` (AlexNet, section 4.1; values of
-# fb.resnext.torch).
+# Eigenvalues of the covariance of ImageNet's colours. The columns of `_COLOR_AXES` are the eigenvectors, the principal
+# axes of the colours (AlexNet, section 4.1; values of fb.resnet.torch).
 _COLOR_SCALES = (0.2175, 0.0188, 0.0045)
-# Bytes of images that `normalize` processes at a time on a CPU.
+# Number of bytes of images that `normalize` processes at a time on a CPU.
 _CHUNK_BYTES = 2**19
 _ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 _COLOR_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
@@ -34,12 +34,15 @@ _COLOR_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836,
 
 @functools.cache
 def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Cached: a copy from the CPU to a GPU waits for the GPU.
+    # Cache the tensor on the device, because each copy from the CPU to a GPU waits for the GPU.
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 def pad(images: Tensor, padding: int, fill: Tensor | None) -> Tensor:
-    """Pad with the colour `fill`, uint8 (3,), or by reflection if None: uint8 (N, H, W, 3) -> (N, H+2p, W+2p, 3)."""
+    """Pad with the colour `fill`, uint8 (3,), or by reflection if it is None.
+
+    uint8 (N, H, W, 3) -> (N, H+2p, W+2p, 3), with p = `padding`.
+    """
     n, h, w, _ = images.shape
     if fill is None:
         rows, columns = (_reflected(size, padding, images.device) for size in (h, w))
@@ -55,10 +58,10 @@ def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
 
 
 def crop(padded: Tensor, positions: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
-    """Crop a square out of each image in `positions`: (M, H, W, 3), three int64 (n,) -> (n, size, size, 3)."""
+    """Crop a square out of each of the images at `positions`: (M, H, W, 3), three int64 (n,) -> (n, size, size, 3)."""
     m, h, w, _ = padded.shape
     image, row, pixel = h * w * 3, w * 3, 3
-    # A view of all windows, with rows of 3*size contiguous values: one gather then copies whole rows.
+    # Make a view of all windows, with rows of 3*size contiguous values: one gather then copies whole rows.
     windows = padded.as_strided((m, h - size + 1, w - size + 1, size, size * 3), (image, row, pixel, row, 1))
     return windows[positions, top, left].view(-1, size, size, 3)
 
@@ -67,13 +70,16 @@ def flip(images: Tensor, chosen: Tensor) -> Tensor:
     """Mirror the chosen images left to right: uint8 (N, H, W, 3), bool (N,) -> (N, H, W, 3)."""
     flat, mirrored = images.flatten(1), images.flip(2).flatten(1)
     if flat.shape[1] % 8 == 0:
-        # Select eight bytes at a time: the choice is between whole images.
+        # Select eight bytes at a time: this is possible because only whole images are selected.
         flat, mirrored = flat.view(torch.int64), mirrored.view(torch.int64)
     return torch.where(chosen[:, None], mirrored, flat).view(torch.uint8).view_as(images)
 
 
 def cut_out(images: Tensor, top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
-    """Set a box of each image to zero, in place, clipped at the edges: (N, H, W, 3), int64 (N,) each -> `images`."""
+    """Set a box in each image to zero, in place: (N, H, W, 3), int64 (N,) each -> `images`.
+
+    A box may extend beyond the edges of the image.
+    """
     rows = torch.arange(images.shape[1], device=images.device)
     columns = torch.arange(images.shape[2], device=images.device)
     inside_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])
@@ -86,14 +92,14 @@ def normalize(images: Tensor, mean: Color, std: Color, mirrored: Tensor | None =
 
     Args:
         mean, std: red, green and blue, on a scale of 0 to 1.
-        mirrored: bool (N,), the images to mirror in the same pass, as by `flip`; None: none.
+        mirrored: bool (N,), the images to mirror in the same pass, as `flip` does; None: mirror no image.
     """
     n, h, w, _ = images.shape
-    # Work on rows of 3*W values: a last dimension of 3 is too short for SIMD instructions.
+    # Use rows of 3*W values: a last dimension of 3 is too short for SIMD instructions.
     shift = _constant(tuple(-m / s for m, s in zip(mean, std, strict=True)) * w, torch.float32, images.device)
     scale = _constant(tuple(1 / (255 * s) for s in std) * w, torch.float32, images.device)
     out = torch.empty(n, h, w * 3, device=images.device)
-    # On a CPU, take a few images at a time: they stay in its cache between the passes, which halves the time.
+    # On a CPU, process a few images at a time: they stay in the CPU's cache between the passes, which halves the time.
     few = max(1, _CHUNK_BYTES // (h * w * 3)) if images.device.type == "cpu" else max(1, n)
     for first in range(0, n, few):
         some = slice(first, first + few)
@@ -103,12 +109,14 @@ def normalize(images: Tensor, mean: Color, std: Color, mirrored: Tensor | None =
 
 
 def jitter_color(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Blend each image with black, its mean luma and its luma, in an order per image (fb.resnext.torch, ColorJitter).
+    """Change the brightness, contrast and saturation of each image, as ColorJitter of fb.resnet.torch does.
+
+    Brightness blends the image with black, contrast with the mean of its luma, and saturation with its luma (grey).
 
     Args:
         images: float (N, H, W, 3), 0 to 1.
         factors: (N, 3), the weight of the image itself for brightness, contrast and saturation.
-        order: int64 (N,), an index of `_ORDERS`, the six orders of these three.
+        order: int64 (N,), an index into `_ORDERS`, which lists the six orders of these three operations.
     """
     orders = _constant(_ORDERS, torch.int64, images.device)
     luma = _constant(_LUMA, torch.float32, images.device)
@@ -123,7 +131,7 @@ def jitter_color(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def add_lighting(images: Tensor, strengths: Tensor) -> Tensor:
-    """Shift each image's colour along ImageNet's colour axes: float (N, H, W, 3), (N, 3) -> (N, H, W, 3)."""
+    """Shift each image's colour along the axes `_COLOR_AXES`: float (N, H, W, 3), (N, 3) -> (N, H, W, 3)."""
     axes = _constant(_COLOR_AXES, torch.float32, images.device)
     axes = axes * _constant(_COLOR_SCALES, torch.float32, images.device)
     return images + (strengths @ axes.T)[:, None, None, :]
@@ -131,10 +139,10 @@ def add_lighting(images: Tensor, strengths: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Augment:
-    """The chain from uint8 images to normalised images, for training (`__call__`) and evaluation (`plain`).
+    """Turns uint8 images into normalised images, for training (`__call__`) and evaluation (`plain`).
 
     Args:
-        seed: key of all random numbers.
+        seed: the random seed.
         mean, std: normalisation of red, green and blue, on a scale of 0 to 1.
         crop_padding, crop_fill, flip, trivial, cutout, erasing, color, lighting: as the config keys of `augment`.
         channels_last: the output has torch's channels_last memory format.
@@ -154,20 +162,20 @@ class Augment:
     channels_last: bool = True
 
     def pad(self, pictures: Tensor) -> Tensor:
-        """Add the border for random crops, if there is one: uint8 (M, H, W, 3) -> (M, H+2p, W+2p, 3).
+        """Pad images by p = `crop_padding` pixels on each side: uint8 (M, H, W, 3) -> (M, H+2p, W+2p, 3).
 
-        This step is separate, so that a split in memory is padded once and not in every batch.
+        This step is separate, so that a split in memory is padded only once, not in every batch.
         """
         return pad(pictures, self.crop_padding, self._fill(pictures.device)) if self.crop_padding else pictures
 
     def __call__(self, padded: Tensor, positions: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
-        """Augment and normalise some images: `on_pixels`, then `on_images`.
+        """Augment and normalise some images: apply `on_pixels`, then `on_images`.
 
         Args:
             padded: uint8 (M, H+2p, W+2p, 3), as `pad` returns them.
             positions: int64 (n,), the images to take from `padded`; None: all, in order.
             epoch: from 1.
-            indices: int64 (n,), the indices of these images in the whole split: the keys of their random numbers.
+            indices: int64 (n,), the index of each of these images in its whole split.
 
         Returns:
             float32 (n, 3, H, W).
@@ -179,7 +187,7 @@ class Augment:
         return self.on_images(images, epoch, indices, self._mirrored(epoch, indices))
 
     def on_pixels(self, padded: Tensor, positions: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
-        """Crop, mirror and apply TrivialAugment; arguments as `__call__` -> uint8 (n, H, W, 3)."""
+        """Crop, mirror and apply TrivialAugment; arguments as for `__call__` -> uint8 (n, H, W, 3)."""
         images, mirrored = self._cropped(padded, positions, epoch, indices), self._mirrored(epoch, indices)
         images = images if mirrored is None else flip(images, mirrored)
         return trivial_augment(images, self.seed, epoch, indices) if self.trivial else images
@@ -189,7 +197,7 @@ class Augment:
 
         Args:
             images: the result of `on_pixels`.
-            mirrored: bool (n,), the images that are still to be mirrored; None: none.
+            mirrored: bool (n,), the images that must still be mirrored; None: mirror no image.
         """
         (height, width), device = images.shape[1:3], images.device
         if self.color or self.lighting:
@@ -199,8 +207,8 @@ class Augment:
         else:
             out = normalize(images, self.mean, self.std, mirrored)
         if self.cutout:
-            # The centre is anywhere in the image (DeVries and Taylor, arXiv:1708.04552, section 3.2): a part of the
-            # square may lie outside. After normalisation, zero is the mean colour.
+            # The centre of the square is anywhere in the image, so a part of the square may lie outside (DeVries and
+            # Taylor, arXiv:1708.04552, section 3.2). After normalisation, zero is the mean colour.
             half = self.cutout // 2
             top = integers(self.seed, epoch, indices, Purpose.CUTOUT_Y, height) - half
             left = integers(self.seed, epoch, indices, Purpose.CUTOUT_X, width) - half
@@ -216,7 +224,8 @@ class Augment:
     def resized(self, images: Tensor, size: int) -> Tensor:
         """Resize square images with antialiasing: float32 (N, 3, H, W) -> (N, 3, size, size).
 
-        Resizing and normalisation commute: both are linear, and the weights of each output pixel sum to one.
+        Resizing after the normalisation gives the same result as before it, because the weights of each output pixel
+        sum to one.
         """
         if images.shape[-1] == size:
             return images
@@ -249,7 +258,7 @@ class Augment:
         if self.flip == "random":
             return uniform(self.seed, epoch, indices, Purpose.FLIP) < 0.5
         if self.flip == "alternating":
-            # Draw the first side of each image once; then alternate every epoch.
+            # Draw once for each image whether it is mirrored in the first epoch; then alternate in every epoch.
             return (integers(self.seed, 0, indices, Purpose.FLIP, 2) + epoch) % 2 == 0
         return None
 
@@ -262,7 +271,7 @@ class Augment:
             factors = torch.stack([1 + self.color * (2 * draw(kind) - 1) for kind in kinds], dim=1)
             images = jitter_color(images, factors, integers(self.seed, epoch, indices, Purpose.COLOR_ORDER, 6))
         if self.lighting:
-            # Box-Muller: two uniform numbers give two normal ones.
+            # Box-Muller: two uniform numbers give two normal numbers.
             radii = [(-2 * torch.log(1 - draw(Purpose.LIGHTING + pair))).sqrt() for pair in (0, 1)]
             angles = [2 * math.pi * draw(Purpose.LIGHTING + 2 + pair) for pair in (0, 1)]
             normals = [radii[0] * angles[0].cos(), radii[0] * angles[0].sin(), radii[1] * angles[1].cos()]
@@ -270,6 +279,6 @@ class Augment:
         return images
 
     def _as_nchw(self, images: Tensor) -> Tensor:
-        # (N, H, W, 3) -> (N, 3, H, W) only changes the view: the memory is then channels_last.
+        # permute does not copy, so the result (N, 3, H, W) has the channels_last memory format.
         images = images.permute(0, 3, 1, 2)
         return images if self.channels_last else images.contiguous()

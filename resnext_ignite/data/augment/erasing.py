@@ -1,4 +1,4 @@
-"""Random erasing (Zhong et al., arXiv:1708.04896): the boxes of a whole batch. `chain.py` erases them."""
+"""Random erasing (Zhong et al., arXiv:1708.04896): draws the boxes for a whole batch. `chain.py` erases them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ ATTEMPTS = 10
 def random_boxes(
     seed: int, epoch: int, indices: Tensor, height: int, width: int, probability: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the box to erase in each image: top, left, height, width, int64 (n,) each; size 0 if there is none.
+    """Return the box to erase in each image: top, left, height, width, int64 (n,) each; all are 0 if there is no box.
 
-    As in torchvision, take the first of ten attempts that is smaller than the image; if all fail, there is no box.
+    As in torchvision, draw ten boxes and take the first box that is smaller than the image. If there is none, erase
+    nothing.
 
     Args:
-        seed: key of all random numbers.
+        seed: the random seed.
         epoch: from 1.
-        indices: int64 (n,), the images' indices in their whole split.
+        indices: int64 (n,), the index of each image in its whole split.
         height, width: size of the images in pixels.
         probability: probability that an image has a box.
     """
-    # (n, ATTEMPTS): each attempt has its own key.
+    # (n, ATTEMPTS): each attempt of each image needs its own random numbers.
     keys = indices[:, None] * ATTEMPTS + torch.arange(ATTEMPTS, device=indices.device)
 
     def draw(number: int) -> Tensor:

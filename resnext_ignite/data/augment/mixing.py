@@ -1,6 +1,7 @@
-"""Mixup and CutMix of each image with its neighbour in the batch (0 with 1, 2 with 3, ...), keyed by the image.
+"""Mixup and CutMix: mix each image with its neighbour in the batch (0 with 1, 2 with 3, ...).
 
-A rank takes a contiguous slice of a batch, so an image has the same neighbour on any number of ranks.
+The random numbers depend only on (seed, epoch, index). Each rank takes a contiguous slice of a micro-batch with
+an even number of images, so an image has the same neighbour on any number of ranks.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _QUANTILES = 4097
 def beta_quantiles(alpha: float) -> Tensor:
     """Return the quantiles of the Beta(alpha, alpha) distribution at 0, 1/4096, ..., 1: float64 (4097,).
 
-    Integrate the density numerically for x up to 1/2, over u = x ** alpha: in u it is smooth at 0 for any alpha. The
-    upper half follows by symmetry.
+    Integrate the density numerically from x = 0 to 1/2, with the substitution u = x ** alpha: as a function of u, the
+    density is finite at 0 for any alpha. The quantiles above 1/2 follow by symmetry.
     """
     u = torch.linspace(0, 0.5**alpha, 100_001, dtype=torch.float64)
     x = u ** (1 / alpha)
@@ -37,7 +38,10 @@ def beta_quantiles(alpha: float) -> Tensor:
 
 
 def beta(alpha: float, uniforms: Tensor) -> Tensor:
-    """Map uniform numbers to Beta(alpha, alpha) ones by linear interpolation of the quantiles: (n,) -> float32 (n,)."""
+    """Convert uniform random numbers to Beta(alpha, alpha) random numbers: (n,) -> float32 (n,).
+
+    Interpolate the quantiles linearly.
+    """
     table = beta_quantiles(alpha).to(uniforms.device)
     places = uniforms.double() * (_QUANTILES - 1)
     left = places.floor().long().clamp(max=_QUANTILES - 2)
@@ -54,7 +58,7 @@ class Mixing:
     """Mixes the images of a batch. If mixup and CutMix are both on, each image gets one of them at random (1/2 each).
 
     Args:
-        seed: key of all random numbers.
+        seed: the random seed.
         mixup: alpha of mixup (Zhang et al., arXiv:1710.09412, section 2); 0: off.
         cutmix: alpha of CutMix (Yun et al., arXiv:1905.04899, section 3.1); 0: off.
     """
@@ -64,13 +68,15 @@ class Mixing:
     cutmix: float = 0.0
 
     def __call__(self, images: Tensor, epoch: int, indices: Tensor, alone: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mixed images, float32 (n, 3, H, W), and the fraction of each that is its own, float32 (n,).
+        """Return the mixed images, float32 (n, 3, H, W), and their lambdas, float32 (n,).
+
+        Lambda is the fraction of a mixed image that comes from the image itself; the rest comes from its neighbour.
 
         Args:
-            images: float32 (n, 3, H, W), normalised; n even.
+            images: float32 (n, 3, H, W), normalised; n is even.
             epoch: from 1.
-            indices: int64 (n,), the images' indices in their whole split.
-            alone: bool (n,), images that are not mixed; their fraction is 1.
+            indices: int64 (n,), the index of each image in its whole split.
+            alone: bool (n,), the images that are not mixed; their lambda is 1.
         """
 
         def draw(purpose: int) -> Tensor:
@@ -84,7 +90,7 @@ class Mixing:
             uses_cutmix = draw(Purpose.MIX_KIND) < 0.5 if self.mixup else ~alone
             box = _boxes(beta(self.cutmix, draw(Purpose.MIX_LAMBDA)), draw(Purpose.MIX_Y), draw(Purpose.MIX_X), images)
             mask = torch.where((uses_cutmix & ~alone)[:, None, None, None], box, mask)
-            # Use the area of the clipped box.
+            # Compute lambda from the area of the box after clipping.
             share = 1 - mask.mean((1, 2, 3))
         if self.mixup:
             blended = ~uses_cutmix & ~alone
@@ -97,8 +103,8 @@ class Mixing:
 def _boxes(own: Tensor, down: Tensor, across: Tensor, images: Tensor) -> Tensor:
     """Return masks, float32 (n, 1, H, W), that are 1 in a box and 0 outside.
 
-    Before clipping at the edges, a box covers the fraction 1 - `own` of the image's area; its centre is (`down`,
-    `across`), each 0 to 1. `own`, `down` and `across` are (n,).
+    Before clipping at the edges, a box covers the fraction 1 - `own` of the image's area. Its centre is at `down` times
+    the height and `across` times the width. `own`, `down` and `across` are (n,), from 0 to 1.
     """
     height, width = images.shape[-2:]
     side = (1 - own).sqrt()

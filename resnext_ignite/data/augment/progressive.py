@@ -1,4 +1,4 @@
-"""Progressive resizing: the size of the training images in each epoch, as a pure function without tensors."""
+"""Progressive resizing: computes the size of the training images in each epoch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fractions import Fraction
 class GrowingSize:
     """The side of the training images in each epoch: it grows linearly in steps, then stays at its full size.
 
-    As in M. Tan and Q. Le, 'EfficientNetV2' (arXiv:2104.00298, section 4.2, algorithm 1), but with a size
-    for each epoch instead of for a few stages.
+    The method is that of M. Tan and Q. Le, 'EfficientNetV2' (arXiv:2104.00298, section 4.2, algorithm 1), but the
+    size can change in every epoch, not only between a few stages.
 
     Args:
         first: side in the first epoch, in pixels; a multiple of `step`.
         full: side after the growth, in pixels.
-        step: the sides between are rounded down to a multiple of this number of pixels.
-        epochs: epochs of the whole run.
+        step: during the growth, the side is rounded down to a multiple of this number of pixels.
+        epochs: number of epochs of the whole run.
         until: fraction of the epochs after which the side is `full`.
     """
 
@@ -29,7 +29,7 @@ class GrowingSize:
 
     def at(self, epoch: int) -> int:
         """Return the side in pixels in an epoch (from 1)."""
-        # Exact arithmetic on the decimal digits of the config: in floating point, 0.28 * 25 is more than 7.
+        # Compute exactly with the decimal digits in the config: in floating point, 0.28 * 25 is more than 7.
         growing = Fraction(str(self.until)) * self.epochs
         if epoch - 1 >= growing:
             return self.full

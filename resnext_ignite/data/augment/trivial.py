@@ -1,6 +1,7 @@
-"""TrivialAugment (Müller and Hutter, arXiv:2103.10158): one operation and strength for each image, keyed by it.
+"""TrivialAugment (Müller and Hutter, arXiv:2103.10158): applies one random operation of random strength to each image.
 
-The operations and strengths are those of torchvision's TrivialAugmentWide; torchvision's functions change the pixels.
+The operations and strengths are the same as in torchvision's TrivialAugmentWide. torchvision's functions compute all
+operations except contrast.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Operation:
 
     Args:
         apply: uint8 (n, 3, H, W) and a strength -> uint8 (n, 3, H, W).
-        strengths: one for each bin; empty: the operation has no strength, and `apply` gets 0.
-        signed: the sign of the strength is random.
+        strengths: the strength of each bin; empty: the operation has no strength, and `apply` gets 0.
+        signed: whether the sign of the strength is random.
     """
 
     apply: Callable[[Tensor, float], Tensor]
@@ -41,7 +42,7 @@ class Operation:
 
 
 def _sheared(pictures: Tensor, across: float, down: float) -> Tensor:
-    # Shear about the upper left corner, as the published AutoAugment does. torchvision takes the angle in degrees.
+    # Shear about the upper left corner, as the published AutoAugment does. torchvision expects angles in degrees.
     degrees = [math.degrees(math.atan(share)) for share in (across, down)]
     return functional.affine(pictures, 0.0, [0, 0], 1.0, degrees, _BILINEAR, center=[0, 0])
 
@@ -64,7 +65,7 @@ def _contrasted(pictures: Tensor, factor: float) -> Tensor:
 
 _MAGNITUDES = _steps(0, 0.99)
 _PIXELS = _steps(0, 32)
-# 8 bits down to 2: five bins each, three for 8 and for 2.
+# Numbers of bits, from 8 down to 2: three bins each for 8 and 2 bits, five bins for each number between.
 _BITS = tuple((8 - torch.arange(BINS) / ((BINS - 1) / 6)).round().tolist())
 OPERATIONS: dict[str, Operation] = {
     "identity": Operation(lambda p, _: p),
@@ -85,7 +86,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def choices(seed: int, epoch: int, indices: Tensor) -> list[tuple[str, float]]:
-    """Return the operation and strength of each image, keyed by its index: int64 (n,), epoch from 1 -> n pairs."""
+    """Return n pairs, the operation and strength for each image; `indices` are int64 (n,), epochs count from 1."""
     operation, bin_, negative = (
         integers(seed, epoch, indices, Purpose.TRIVIAL + number, below)
         for number, below in enumerate((len(OPERATIONS), BINS, 2))
@@ -98,12 +99,12 @@ def choices(seed: int, epoch: int, indices: Tensor) -> list[tuple[str, float]]:
 
 
 def trivial_augment(pictures: Tensor, seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """Apply to each image its operation: uint8 (n, H, W, 3), int64 (n,) -> uint8 (n, H, W, 3)."""
+    """Apply a random operation to each image: uint8 (n, H, W, 3), `indices` int64 (n,) -> uint8 (n, H, W, 3)."""
     groups: dict[tuple[str, float], list[int]] = {}
     for place, choice in enumerate(choices(seed, epoch, indices)):
         groups.setdefault(choice, []).append(place)
     order = torch.tensor([place for places in groups.values() for place in places], device=pictures.device)
-    # (n, H, W, 3) -> (n, 3, H, W), sorted by operation and strength; restore the layout and order afterwards.
+    # Group the images by operation and strength, as (n, 3, H, W); restore their layout and order afterwards.
     parts = pictures[order].permute(0, 3, 1, 2).split([len(places) for places in groups.values()])
     done = [OPERATIONS[name].apply(part, strength) for (name, strength), part in zip(groups, parts, strict=True)]
     out = torch.empty_like(pictures)

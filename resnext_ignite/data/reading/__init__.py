@@ -1,1 +1,1 @@
-"""From image files to pixels: decoding and cropping, in worker processes or on a GPU."""
+"""Turns image files into pixels: decodes and crops them, in worker processes or on a GPU."""

@@ -1,4 +1,4 @@
-"""The crop box of an image: the square of an evaluation, or a random box keyed by the image."""
+"""Computes the crop box of an image: a square for evaluation, or a random box for training."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from resnext_ignite.data.sampling import Purpose, uniform
 
 Box = tuple[float, float, float, float]
 Crop = Callable[[int, int], Box]
-"""A function from an image's width and height to its crop box: left, top, right, bottom. All are in pixels."""
+"""A function that takes the width and height of an image, and returns its crop box (left, top, right, bottom), all in
+pixels."""
 _AREA = (0.08, 1.0)
 _ASPECT = (3 / 4, 4 / 3)
 ATTEMPTS = 10
-"""Attempts at a random box before the central box is used, as in torchvision."""
+"""Number of random boxes that are tried before the central box is used, as in torchvision."""
 CENTRE = (0.5, 0.5)
 FIVE_CROPS = (CENTRE, (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
-"""Anchors of the centre and the four corners; with their mirror images, the ten crops of AlexNet (section 4.1)."""
+"""Anchors of the central crop and the four corner crops. AlexNet's ten crops are these and their mirror images (section
+4.1)."""
 
 
 def square_crop(size: int, share: float = 1.0, anchor: tuple[float, float] = CENTRE) -> Crop:
-    """Return the crop that torchvision makes by a Resize to `size` / `share` and a crop of `size` pixels.
+    """Return the same crop as torchvision's Resize to `size` / `share`, followed by a crop of `size` pixels.
 
-    The box includes torchvision's rounding to whole pixels: a shift by half a pixel would change every pixel.
+    The box reproduces torchvision's rounding to whole pixels: a shift by half a pixel would change every pixel.
 
     Args:
         size: side of the output in pixels.
-        share: side of the square over the shorter side of the image.
-        anchor: horizontal and vertical place of the square: 0 is the left or upper edge, 1 the right or lower.
+        share: side of the square divided by the shorter side of the image.
+        anchor: horizontal and vertical position of the square: 0 is the left or upper edge, 1 the right or lower edge.
     """
     short = round(size / share)
 
@@ -46,19 +48,20 @@ def square_crop(size: int, share: float = 1.0, anchor: tuple[float, float] = CEN
 
 
 def random_crop(draws: Iterable[Sequence[float]]) -> Crop:
-    """Return `random_box` as a crop. `draws`, uniform numbers (attempts, 4), must be iterable more than once."""
+    """Return a crop that calls `random_box` with `draws`, which must not be an iterator: each call reads it again."""
     return lambda width, height: random_box(width, height, draws)
 
 
 def random_box(width: int, height: int, draws: Iterable[Sequence[float]]) -> Box:
-    """Return a box (left, top, right, bottom) of random area and aspect, from uniform numbers (attempts, 4).
+    """Return a box (left, top, right, bottom) of random area and aspect ratio, from uniform numbers (attempts, 4).
 
-    As torchvision's RandomResizedCrop and fb.resnext.torch's RandomSizedCrop: take the first attempt that fits, else
-    the central box of the nearest allowed aspect, which is not rounded to whole pixels here.
+    As in torchvision's RandomResizedCrop and fb.resnet.torch's RandomSizedCrop, take the first box that fits into the
+    image. If no box fits, take the largest central box of the nearest allowed aspect ratio, as torchvision does, but do
+    not round it to whole pixels.
     """
     for area_draw, aspect_draw, top_draw, left_draw in draws:
         area = width * height * (_AREA[0] + area_draw * (_AREA[1] - _AREA[0]))
-        # Uniform in the logarithm: portrait and landscape are equally likely.
+        # The logarithm is uniform, so that portrait and landscape boxes are equally likely.
         low, high = np.log(_ASPECT)
         aspect = float(np.exp(low + aspect_draw * (high - low)))
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
@@ -91,6 +94,6 @@ def _attempt(seed: int, epoch: int, indices: Tensor, number: int) -> list[list[f
 
 
 def crop_draws(seed: int, epoch: int, indices: Tensor) -> list[_CropDraws]:
-    """Return the argument of `random_crop` for each image, keyed by its index: int64 (n,) -> n items."""
+    """Return n items, the argument of `random_crop` for each image; `indices` are int64 (n,)."""
     firsts = _attempt(seed, epoch, indices, 0)
     return [_CropDraws(seed, epoch, indices[k : k + 1], first) for k, first in enumerate(firsts)]

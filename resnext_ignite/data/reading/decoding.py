@@ -1,7 +1,7 @@
-"""Decode one image file: turn it upright, convert it to RGB, crop and resize it. Files are not trusted.
+"""Decodes one image file: turns it upright, converts it to RGB, crops and resizes it. Any file may be damaged.
 
-libjpeg-turbo decodes JPEG files directly, through simplejpeg: faster than through PIL, with the same pixels. PIL
-decodes unusual JPEG files and all other formats.
+simplejpeg (libjpeg-turbo) decodes JPEG files: it is faster than PIL, and gives the same pixels. PIL decodes unusual
+JPEG files and all other formats.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from resnext_ignite.runtime.errors import DataError
 
 Pixels = NDArray[np.uint8]
 _ORIENTATION = 0x0112
-# By EXIF orientation (CIPA DC-008, table 6), the function that turns pixels (H, W, 3) upright. `_SIDEWAYS` are the
-# orientations that swap width and height.
+# Maps each EXIF orientation (CIPA DC-008, table 6) to the function that turns pixels (H, W, 3) upright. `_SIDEWAYS`
+# lists the orientations that swap width and height.
 _MAKE_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
@@ -46,9 +46,9 @@ _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def open_rgb(source: ImagePath) -> Image.Image:
-    """Open an image as a viewer shows it, in RGB: turned by its EXIF orientation, with white behind transparency.
+    """Open an image in RGB as a viewer shows it: turned by its EXIF orientation, with white behind transparent pixels.
 
-    16-bit channels keep their upper 8 bits. An animation gives its first frame.
+    Only the upper 8 bits of 16-bit channels and the first frame of an animation are used.
 
     Raises:
         DataError: the file cannot be read, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`; the message names it.
@@ -58,10 +58,10 @@ def open_rgb(source: ImagePath) -> Image.Image:
         # PIL only warns at this limit, and raises at twice as many pixels.
         if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{pixels} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS}")
-        # In place: otherwise it copies an image that is upright already.
+        # In place: otherwise PIL also copies an image that is already upright.
         ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode in _SIXTEEN_BITS:
-            # PIL's own conversion clips at 255, and loses the upper bits.
+            # PIL's own conversion clips the values at 255 instead of using the upper 8 bits.
             levels = np.asarray(picture).astype(np.int64).clip(0, 65535)
             return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
         if picture.has_transparency_data:
@@ -71,9 +71,9 @@ def open_rgb(source: ImagePath) -> Image.Image:
 
 
 def has_size(source: ImagePath, size: int) -> bool:
-    """Return whether an image is a square of `size` pixels.
+    """Return whether an image is a square with a side of `size` pixels.
 
-    True for a file that cannot be read: decoding reports it later.
+    Return True for a file that cannot be read: decoding reports it later.
     """
     with contextlib.suppress(DataError), _opened(source) as picture:
         return picture.size == (size, size)
@@ -90,7 +90,7 @@ def _opened(source: ImagePath) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise DataError(f"{source}: not a picture; remove or replace it") from None
     except Exception as error:
-        # Catch every type: PIL raises a dozen of them for damaged files, TypeError among them.
+        # Catch every type: PIL raises a dozen types of exceptions for damaged files, for example TypeError.
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             # Too many open files: the image is not at fault, and a run that skips unreadable images must not skip it.
             raise
@@ -109,9 +109,9 @@ def _open_nonblocking(path: str, flags: int) -> int:
 
 @contextlib.contextmanager
 def no_warnings() -> Iterator[None]:
-    """Suppress warnings inside the block: PIL warns of odd metadata, which does not affect the pixels.
+    """Suppress warnings inside the block: PIL warns of unusual metadata, which does not affect the pixels.
 
-    Do not enter it in a thread: all threads of the process share the warning filters.
+    Enter the block in the main thread only, because all threads of a process share the warning filters.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -121,10 +121,10 @@ def no_warnings() -> Iterator[None]:
 def read_crop(source: ImagePath, size: int, crop: Crop, *, training: bool = False) -> Pixels:
     """Decode a crop of an image file and resize it to a square with antialiasing: uint8 (size, size, 3).
 
-    Evaluation resizes before the crop, as torchvision's Resize and CenterCrop do: pixels outside the crop contribute
-    at its edge. Training crops first, as RandomResizedCrop does. In training, a JPEG is decoded at a half, a quarter or
-    an eighth of its size if the crop is then still at least `size` pixels wide and high: several times faster for large
-    images, and a little smoother.
+    Evaluation resizes before it crops, as torchvision's Resize and CenterCrop do: pixels just outside the crop
+    contribute to its edges. Training crops before it resizes, as RandomResizedCrop does. Training decodes a JPEG file
+    at a half, a quarter or an eighth of its size if the crop is then still at least `size` pixels wide and high. This
+    is several times faster for large images, and makes the result a little smoother.
 
     Raises:
         DataError: as `open_rgb`.
@@ -139,15 +139,15 @@ def read_crop(source: ImagePath, size: int, crop: Crop, *, training: bool = Fals
     if pixels is None:
         pixels = np.array(open_rgb(source))
         box = crop(pixels.shape[1], pixels.shape[0])
-    # After scaled decoding the box is usually fractional: resize with a sub-pixel box, because rounding would shift
-    # the crop by up to half a pixel.
+    # After decoding at a smaller size, the box is usually fractional. Then resize with a sub-pixel box: rounding would
+    # shift the crop by up to half a pixel.
     cut = training and _is_whole_pixels(box)
     return crop_and_resize(pixels, size, box) if cut else resized(pixels, size, box)
 
 
 @dataclass(frozen=True)
 class UndecodedJpeg:
-    """The bytes of a JPEG file that any decoder can decode, its size in pixels, and the requested crop box."""
+    """The bytes of a JPEG file that any JPEG decoder can decode, its size in pixels, and the requested crop box."""
 
     content: bytes
     width: int
@@ -156,11 +156,11 @@ class UndecodedJpeg:
 
 
 def read_undecoded(source: ImagePath, size: int, crop: Crop) -> UndecodedJpeg | None:
-    """Read a JPEG file and its training crop without decoding it; None if the file needs `read_crop`.
+    """Read a JPEG file without decoding it, and compute its training crop; return None if the file needs `read_crop`.
 
-    The file must be in YCbCr, upright, and end with an EOI marker: decoders differ in their result for a truncated
-    file. The box must be in whole pixels. A side over `_MAX_SHRINK` times `size` is left to `read_crop`, which decodes
-    at a fraction of the size and does less work.
+    The file must be in YCbCr, upright, and end with an EOI marker, because decoders give different pixels for a
+    truncated file. The box must be in whole pixels. Its sides must be at most `_MAX_SHRINK` times `size`: a larger box
+    needs less work in `read_crop`, which decodes at a fraction of the size.
     """
     plain = _PlainJpeg.of(source)
     if plain is None or plain.space != "YCbCr" or plain.orientation != 1 or plain.content[-2:] != b"\xff\xd9":
@@ -175,13 +175,13 @@ def _is_whole_pixels(box: Box) -> bool:
 
 
 def _halvings(factor: float) -> int:
-    # A JPEG block has 8 x 8 pixels, and can be halved at most three times.
+    # A JPEG block of 8 x 8 pixels can be halved at most three times.
     return min(3, int(math.log2(factor))) if factor >= 1 else 0
 
 
 @dataclass(frozen=True)
 class _PlainJpeg:
-    """A JPEG file that only needs decoding and turning upright. `width` and `height` are those of the upright image."""
+    """A JPEG file that only needs decoding and turning upright. `width` and `height` are for the upright image."""
 
     content: bytes
     width: int
@@ -191,7 +191,7 @@ class _PlainJpeg:
 
     @classmethod
     def of(cls, source: ImagePath) -> _PlainJpeg | None:
-        """Read a file; None if it is no plain JPEG or cannot be read. PIL then decodes it or reports the error."""
+        """Read a file; return None if it is no plain JPEG or is unreadable. PIL then decodes it or reports an error."""
         try:
             content = _jpeg_bytes(source)
             height, width, space, _ = simplejpeg.decode_jpeg_header(content)
@@ -199,7 +199,7 @@ class _PlainJpeg:
             return None
         if space not in ("YCbCr", "Gray", "RGB") or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             return None
-        # The orientation may be in Exif or in XMP; PIL reads both.
+        # The orientation may be in EXIF or XMP metadata; PIL reads both.
         head = content[: _scan_offset(content)]
         orientation = _orientation(content) if b"Exif\x00\x00" in head or b"tiff:Orientation" in head else 1
         if orientation in _SIDEWAYS:
@@ -207,7 +207,7 @@ class _PlainJpeg:
         return cls(content, width, height, orientation, space)
 
     def decode(self, halvings: int) -> Pixels | None:
-        """Decode to RGB at 1 / 2**halvings of the size: uint8 (H, W, 3); None if the decoder reports an error."""
+        """Decode to RGB at 1 / 2**halvings of the size: uint8 (H, W, 3); return None if the decoder fails."""
         height, width = (self.width, self.height) if self.orientation in _SIDEWAYS else (self.height, self.width)
         least = (-(-side // 2**halvings) for side in (height, width))
         try:
@@ -219,7 +219,7 @@ class _PlainJpeg:
 
 
 def _jpeg_bytes(source: ImagePath) -> bytes:
-    """Return the bytes of a JPEG file, read at once; empty if the file is no JPEG."""
+    """Return the bytes of a JPEG file, or empty bytes if the file is no JPEG."""
     if not isinstance(source, str):
         with source.open() as file:
             content = file.read()
@@ -237,7 +237,7 @@ def _scan_offset(content: bytes) -> int:
     place = 2
     while content[place : place + 1] == b"\xff" and content[place + 1 : place + 2] != b"\xda":
         place += 2 + int.from_bytes(content[place + 2 : place + 4])
-    # If the markers are not as the standard requires, the caller searches the whole file.
+    # If the markers violate the standard, return the end of the file: the caller then searches the whole file.
     return place if content[place : place + 2] == b"\xff\xda" else len(content)
 
 
@@ -246,12 +246,15 @@ def _orientation(content: bytes) -> int:
         with Image.open(io.BytesIO(content)) as picture:
             return int(picture.getexif().get(_ORIENTATION, 1))
     except Exception:
-        # PIL raises many types of errors for damaged metadata. Treat the file as upright.
+        # PIL raises many types of exceptions for damaged metadata. Treat the file as upright.
         return 1
 
 
 def resized(pixels: Pixels, size: int, box: Box) -> Pixels:
-    """Resize a box of an image with PIL, as if the whole image were resized: uint8 (H, W, 3) -> (size, size, 3)."""
+    """Resize a box of an image with PIL: uint8 (H, W, 3) -> (size, size, 3).
+
+    The pixels are as if PIL resized the whole image and then cropped it: pixels just outside the box contribute.
+    """
     if pixels.shape[:2] == (size, size) and box == (0, 0, size, size):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box))
@@ -260,10 +263,11 @@ def resized(pixels: Pixels, size: int, box: Box) -> Pixels:
 def crop_and_resize(pixels: Pixels, size: int, box: Box) -> Pixels:
     """Crop an image to a box of whole pixels, then resize it: uint8 (H, W, 3) -> (size, size, 3).
 
-    torch needs half the time of PIL here. Its rounding differs from PIL's by at most one level of 255.
+    torch takes half the time of PIL here. Because of rounding, its result differs from PIL's by at most one of 255
+    levels.
     """
     left, top, right, bottom = map(int, box)
-    # Copy to contiguous memory: torch's resize is several times slower on a slice of an image. (H, W, 3) ->
-    # (1, 3, H, W) and back only change the view.
+    # Copy to contiguous memory, because torch's resize is several times slower on a slice of an image. The change from
+    # (H, W, 3) to (1, 3, H, W) and back copies nothing.
     planes = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right])).permute(2, 0, 1)[None]
     return functional.resize(planes, [size, size], antialias=True)[0].permute(1, 2, 0).numpy()

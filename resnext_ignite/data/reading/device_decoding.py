@@ -1,6 +1,6 @@
-"""Decode JPEG files on a device: workers read the files; the main process decodes, crops and resizes on the device.
+"""Decodes JPEG files on a device: workers read the files; the main process decodes, crops and resizes on the device.
 
-`decoding.py` decodes the other files in the workers, and in the main process those that the device refuses.
+`decoding.py` decodes the other files: in the main process if the device refuses a file, otherwise in the workers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# Decoded pixels at a time: 200 MB of the device's memory.
+# Number of pixels that are decoded together. They take 200 MB of the device's memory.
 _PIXELS_AT_ONCE = 2**26
 _NO_BOX: Box = (0.0, 0.0, 0.0, 0.0)
 
@@ -34,7 +34,7 @@ _NO_BOX: Box = (0.0, 0.0, 0.0, 0.0)
 class Part(NamedTuple):
     """One image in the bytes of a batch: a JPEG file with its crop box, or decoded pixels (size, size, 3).
 
-    `length` is in bytes; `width` and `height` are in pixels, and 0 for decoded pixels.
+    `length` is in bytes. `width` and `height` of a JPEG file are in pixels; for decoded pixels, both are 0.
     """
 
     length: int
@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
 
 class JpegReader(Dataset[Any]):
-    """Reads the files of one batch in a worker, undecoded where possible. `ImageReader` decodes all of them instead.
+    """Reads the files of one batch in a worker process, if possible without decoding; `ImageReader` decodes all files.
 
     (epoch, positions, ahead) -> ((bytes, parts), epoch, positions, unreadable), as for `ImageReader`.
 
@@ -56,9 +56,9 @@ class JpegReader(Dataset[Any]):
 
     Args:
         files: the split.
-        crop_seed: key of the random-resized crops.
+        crop_seed: random seed of the random-resized crops.
         fill: as for `ImageFiles.read`.
-        sizes: side of the images in each epoch; None: that of the split.
+        sizes: side of the images in each epoch; None: the size of the split.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class JpegReader(Dataset[Any]):
             content, parts, unreadable = self._read(torch.tensor(positions, dtype=torch.int64), epoch)
             return (content, parts), epoch, positions, unreadable
         except DataError as error:
-            # Return it: an error that a worker raises reaches the main process wrapped in its traceback.
+            # Return the error: if the worker raised it, its message would contain the worker's traceback.
             return error
 
     def _read(self, positions: Tensor, epoch: int) -> tuple[Tensor, list[Part], dict[int, str]]:
@@ -91,7 +91,7 @@ class JpegReader(Dataset[Any]):
         crops = files.crops(positions, key)
         jpegs: list[UndecodedJpeg | None] = [None] * len(positions)
         with no_warnings():
-            # Read in file order: one forward pass over each shard.
+            # Read the files in their order in the split: each shard is then read from its start to its end.
             for place in positions.argsort().tolist():
                 jpegs[place] = read_undecoded(files.paths[int(positions[place])], files.size, crops[place])
         others = [place for place, jpeg in enumerate(jpegs) if jpeg is None]
@@ -115,15 +115,15 @@ class JpegDecoder:
         self.device = device
 
     def decode(self, contents: Sequence[Tensor]) -> list[Tensor | None]:
-        """Decode files uint8 (bytes,) to RGB uint8 (3, H, W) on the device, in order; None for a refused file."""
+        """Decode files uint8 (bytes,) to RGB uint8 (3, H, W) on the device; the result is None for a refused file."""
         if self.device.type == "cuda":
-            # nvJPEG works on its own stream, which waits for no other. Synchronize first: pending kernels of the
-            # current stream may still use the memory that nvJPEG gets.
+            # nvJPEG uses its own stream, which does not wait for other streams. Synchronize first: pending kernels of
+            # the current stream may still use the memory into which nvJPEG decodes.
             torch.cuda.current_stream(self.device).synchronize()
         try:
             return list(decode_jpeg(list(contents), ImageReadMode.RGB, self.device))
         except RuntimeError:
-            # One refused file fails the whole list: decode the files one by one.
+            # One refused file makes the call fail for the whole list: decode the files one by one.
             return [None] if len(contents) == 1 else [self.decode([content])[0] for content in contents]
 
 
@@ -131,25 +131,25 @@ class DeviceDecoding:
     """Decodes the batches of a `JpegReader` on a device.
 
     Args:
-        reader: reads the batches. Its `files` also decode a file that the device refuses, in the main process.
+        reader: the reader of the batches. Its `files` decode, in the main process, a file that the device refuses.
         decoder: decodes the JPEG files. Crop and resize run on its device.
     """
 
     def __init__(self, reader: JpegReader, decoder: JpegDecoder) -> None:
         self.reader, self.decoder = reader, decoder
-        # A stream of its own: synchronizing it does not wait for the network's kernels.
+        # Use a separate stream, so that synchronizing it does not wait for the network's kernels.
         self.stream = torch.cuda.Stream(decoder.device) if decoder.device.type == "cuda" else None
         self._warned = False
 
     def finished(
         self, batches: Generator[tuple[tuple[Tensor, list[Part]], int, Tensor, dict[int, str]], None, None]
     ) -> Iterator[tuple[Tensor, int, Tensor, dict[int, str]]]:
-        """Yield each batch with images uint8 (n, size, size, 3) in place of its files; close `batches` at the end.
+        """Yield each batch with images uint8 (n, size, size, 3) instead of its files; close `batches` at the end.
 
         Raises:
-            DataError: a file that the device refuses cannot be read, and there is no `fill`; the message names it.
+            DataError: a file that the device refuses cannot be read, and `fill` is None; the message names it.
         """
-        # Close `batches` after an error too: otherwise its workers live as long as the error's traceback.
+        # Close `batches` after an error too: otherwise its workers run as long as the error's traceback exists.
         with contextlib.closing(batches):
             for (content, parts), epoch, positions, unreadable in batches:
                 with torch.cuda.stream(self.stream):
@@ -157,7 +157,7 @@ class DeviceDecoding:
                 if self.stream is not None:
                     network = torch.cuda.current_stream(self.decoder.device)
                     network.wait_stream(self.stream)
-                    # Otherwise the allocator could reuse the memory for decoding while the network still reads it.
+                    # Without this, the next decoding could reuse the memory while the network still reads it.
                     pictures.record_stream(network)
                 yield pictures, epoch, positions, unreadable | reasons
 
@@ -190,7 +190,7 @@ class DeviceDecoding:
         files = self.reader.files_of(epoch)
         pixels, reasons = files.read(position, (self.reader.crop_seed, epoch), self.reader.fill)
         if not reasons and not self._warned:
-            # Warn once: a few such files do no harm, and one example is enough to find the cause of many.
+            # Warn once: a few such files do no harm. If there are many, one example is enough to find the cause.
             path = files.paths[int(position)]
             log.warning("data.decode: the device cannot decode %s; the CPU decodes this file and others like it", path)
             self._warned = True
@@ -198,7 +198,7 @@ class DeviceDecoding:
 
 
 def _group_by_pixels(parts: list[Part]) -> Iterator[list[int]]:
-    """Yield the places of the JPEG files in groups of one file, or of at most `_PIXELS_AT_ONCE` decoded pixels."""
+    """Yield the places of the JPEG files in groups of at most `_PIXELS_AT_ONCE` pixels; a larger file is one group."""
     places: list[int] = []
     pixels = 0
     for place, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""A split as image files: read batch by batch in the workers, or once into memory.
+"""Defines a split as image files. Workers read it batch by batch, or `decode_into_memory` reads it once.
 
 `decoding.py` decodes one file; `sources/` lists the files.
 """
@@ -36,10 +36,11 @@ class ImageFiles:
     Args:
         paths: N files.
         labels: int64 (N,).
-        indices: int64 (N,), the index of each image in its whole split: the key of its random numbers.
+        indices: int64 (N,), the index of each image in its whole split; random numbers depend only on (seed, epoch,
+            index).
         size: side of a decoded image in pixels.
-        crop_ratio: side of the evaluation's square crop, over the shorter side of the image.
-        anchor: place of this square, as for `square_crop`.
+        crop_ratio: side of the square crop in evaluation, divided by the shorter side of the image.
+        anchor: position of this square, as for `square_crop`.
     """
 
     paths: ImagePaths
@@ -58,11 +59,15 @@ class ImageFiles:
         return replace(self, paths=paths, labels=self.labels[positions], indices=self.indices[positions])
 
     def contents(self) -> str:
-        """Return the number of images and a hash that identifies them, as text."""
+        """Return a string with the number of images and a hash that identifies them."""
         return f"{len(self)} images, {self.paths.identity()}"
 
     def load(self, positions: Tensor) -> Tensor:
-        """Decode, crop and resize some images: int64 (n,) -> uint8 (n, size, size, 3); raise as `read`."""
+        """Decode, crop and resize some images: int64 (n,) -> uint8 (n, size, size, 3).
+
+        Raises:
+            DataError: as `read`.
+        """
         return self.read(positions)[0]
 
     def read(
@@ -72,22 +77,22 @@ class ImageFiles:
 
         Args:
             positions: int64 (n,).
-            crop_key: (seed, epoch) of each image's keyed random-resized crop; None: the square at `anchor`.
-            fill: colour (uint8 values) that replaces an image that cannot be read; None: such an image is an error.
+            crop_key: (seed, epoch) of the random-resized crops; None: take the square crop at `anchor`.
+            fill: colour (uint8 values) of all pixels of an image that cannot be read; None: such an image is an error.
 
         Returns:
             Pixels uint8 (n, size, size, 3), and a dict from the place of each unreadable image among `positions` to
             the reason.
 
         Raises:
-            DataError: an image cannot be read and there is no `fill`; the message names it. Or /dev/shm is full.
+            DataError: an image cannot be read and `fill` is None; the message names it. Or as `allocate_batch`.
         """
         room = allocate_batch(len(positions), self.size, self.size, 3)
         pictures = room.numpy()
         crops = self.crops(positions, crop_key)
         unreadable: dict[int, str] = {}
         with no_warnings():
-            # Read in file order: one forward pass over each shard.
+            # Read the files in their order in the split: each shard is then read from its start to its end.
             for place in positions.argsort().tolist():
                 position, crop = int(positions[place]), crops[place]
                 try:
@@ -123,13 +128,13 @@ def decode_into_memory(
     Args:
         files: the split.
         any_size: resize images that are not squares of `files.size` pixels, instead of returning None.
-        report: draw a progress bar on standard error, and warn of images that cannot be read.
+        report: draw a progress bar on standard error, and log a warning for each image that cannot be read.
         fill: as for `ImageFiles.read`; the label of an unreadable image is UNREADABLE.
         processes: number of processes that do the same on this machine; each needs the same amount of memory.
         threads: number of threads that decode; None: one for each core.
 
     Raises:
-        DataError: an image cannot be read and there is no `fill`; the message names it.
+        DataError: an image cannot be read and `fill` is None; the message names it.
     """
     needed = len(files) * files.size**2 * 3
     if processes * needed > _MEMORY_FRACTION * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
@@ -154,7 +159,7 @@ def decode_into_memory(
         return True
 
     with no_warnings():
-        # Probe the headers of a few files first: for a split of large images this avoids useless decoding.
+        # First check the sizes in a few files' headers: this avoids useless decoding of a split of large images.
         step = max(1, len(files) // _PROBES)
         probes = range(0, len(files), step)
         if not any_size and not all(has_size(files.paths[position], files.size) for position in probes):

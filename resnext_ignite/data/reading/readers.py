@@ -1,4 +1,4 @@
-"""Decode image files in worker processes: one batch at a time, in the requested order."""
+"""Decodes image files in worker processes, one batch at a time, in the requested order."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class ImageReader(Dataset[Any]):
     """Decodes one batch in a worker process: (epoch, positions, ahead) -> (pixels, epoch, positions, unreadable).
 
     Positions are a list of integers, because each tensor in shared memory needs a file descriptor. `ahead` lists groups
-    of files (`TrainOrder`) that later batches need.
+    of files (see `TrainOrder`) that later batches need.
 
     Args:
         files: the split.
-        crop_seed: key of the random-resized crops; None: the square crop at `files.anchor`.
+        crop_seed: random seed of the random-resized crops; None: take the square crop at `files.anchor`.
         fill: as for `ImageFiles.read`.
-        sizes: side of the images in each epoch; None: that of the split.
-        augment: applies `Augment.on_pixels` to the decoded images; None: they are returned unchanged.
+        sizes: side of the images in each epoch; None: the size of the split.
+        augment: its `pad` and `on_pixels` change the decoded images; None: return them unchanged.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class ImageReader(Dataset[Any]):
         try:
             pictures, unreadable = files.read(places, crop_key, self.fill)
         except DataError as error:
-            # Return it: an error that a worker raises reaches the main process wrapped in its traceback.
+            # Return the error: if the worker raised it, its message would contain the worker's traceback.
             return error
         if self.augment is not None:
-            # Copy back into the shared memory that the main process reads.
+            # Copy the result into the shared memory that the main process reads.
             pictures.copy_(self.augment.on_pixels(self.augment.pad(pictures), None, epoch, files.indices[places]))
         return pictures, epoch, positions, unreadable
 
@@ -94,7 +94,8 @@ def decoded(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
-        # A generator of its own: drawing the workers' seeds must not change the state of torch's default generator.
+        # Pass a separate generator: the loader draws seeds for its workers, which must not change the state of torch's
+        # default generator.
         generator=torch.Generator(),
     )
     for pictures, epoch, positions, unreadable in supervised(loader):

@@ -1,4 +1,4 @@
-"""Supervision of DataLoader workers: one-line errors when a worker dies or its shared memory or descriptors run out."""
+"""Supervises DataLoader workers: raises a one-line error if a worker dies, or shared memory or descriptors run out."""
 
 from __future__ import annotations
 
@@ -35,19 +35,20 @@ _ADVICE = {
 def ignore_signals(worker: int) -> None:
     """Ignore the stop signals in a worker, and kill the worker when the main process dies.
 
-    A signal to the process group also reaches the workers; the main process saves first, then ends them.
+    A signal to the process group also reaches the workers. They must not exit then: the main process saves a
+    checkpoint first, and ends the workers afterwards.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # torch's watchdog looks for a change of the parent's pid. It finds none if the parent dies before the watchdog
-    # starts.
+    # torch's watchdog in the worker checks whether the parent's pid has changed since the watchdog started. It does not
+    # notice a parent that died before that.
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         die_with_parent(parent.pid, signal.SIGKILL)
 
 
 def allocate_batch(*shape: int) -> Tensor:
-    """Allocate a uint8 tensor for a batch; in a worker, in memory that it shares with the main process.
+    """Allocate a uint8 tensor for a batch; in a worker, allocate it in memory shared with the main process.
 
     Raises:
         DataError: /dev/shm is full, or the process has no file descriptor left.
@@ -55,8 +56,9 @@ def allocate_batch(*shape: int) -> Tensor:
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     try:
-        # Decoding directly into shared memory saves a copy. It also reports a failure: the queue's feeder thread would
-        # only print it and lose the batch, and the main process would wait for ever.
+        # Decoding directly into shared memory saves a copy. It also lets the worker report a failed allocation. If the
+        # queue's feeder thread allocated the memory, it would only print the error and lose the batch, and the main
+        # process would wait for ever.
         storage = torch.UntypedStorage._new_shared(math.prod(shape))
     except (RuntimeError, OSError) as error:
         if _NO_DESCRIPTOR.search(str(error)):
@@ -66,7 +68,7 @@ def allocate_batch(*shape: int) -> Tensor:
 
 
 def supervised(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Yield the items of a loader and check its workers; kill them at the end, also after an error.
+    """Yield the items of a loader and check its workers; kill the workers at the end, also after an error.
 
     Raises:
         DataError: an item is a DataError, a worker could not be started or is dead, or /dev/shm or the file descriptors
@@ -75,16 +77,17 @@ def supervised(loader: DataLoader[Any]) -> Iterator[Any]:
     others = set(multiprocessing.active_children())
     workers: list[BaseProcess] = []
     items: Iterator[Any] = iter(())
-    # Workers ignore SIGTERM. A traceback can hold them until the process exits; kill them then, or multiprocessing
-    # joins them for ever.
+    # A traceback can keep this generator alive until the process exits. Kill the workers then: they ignore SIGTERM, so
+    # multiprocessing would wait for them for ever.
     end = Finalize(None, _end, (workers,), exitpriority=0)
     try:
         try:
             items = _start(loader)
         finally:
-            # If a worker fails to start, those before it run already.
+            # Even if one worker fails to start, the workers before it are running: `_end` must kill them.
             workers += [child for child in multiprocessing.active_children() if child not in others]
-            # Register after torch's own handlers, which wait for each worker: atexit calls the last one first.
+            # torch's own exit handlers wait for each worker. Register this handler after them, so that it runs before
+            # them: atexit calls the handlers in reverse order.
             atexit.register(end)
         while True:
             _check(workers)
@@ -93,7 +96,7 @@ def supervised(loader: DataLoader[Any]) -> Iterator[Any]:
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                # A broken connection can arrive shortly before the death of the worker that caused it.
+                # The connection to a worker can break shortly before its death is visible: wait up to a second for it.
                 _check(workers, patience=1.0)
                 if _NO_DESCRIPTOR.search(str(error)):
                     raise data_error("data workers", _TOO_MANY_FILES, advice="") from None
@@ -103,7 +106,8 @@ def supervised(loader: DataLoader[Any]) -> Iterator[Any]:
                 raise item
             yield item
     finally:
-        # Shut down through torch first: it uses queues, and a killed worker could hold their locks for ever.
+        # Let torch shut the workers down before they are killed: torch uses queues for this, and a killed worker could
+        # hold the lock of a queue for ever.
         del items
         end()
         atexit.unregister(end)
@@ -112,10 +116,10 @@ def supervised(loader: DataLoader[Any]) -> Iterator[Any]:
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     handler = signal.getsignal(signal.SIGCHLD)
     try:
-        # A worker starts with the stop signals blocked: none can reach it before `ignore_signals` runs.
+        # Start the workers with the stop signals blocked, so that no signal reaches them before `ignore_signals` runs.
         with signals_blocked():
             if loader.num_workers:
-                # Fail here if no semaphore is available: a failure inside torch also prints a traceback.
+                # Fail here if no semaphore is available: a failure inside torch would also print a traceback.
                 multiprocessing.Lock()
             return iter(loader)
     except OSError as error:
@@ -123,8 +127,8 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
         raise DataError(f"data workers cannot be started: {reason}") from None
     finally:
         if signal.getsignal(signal.SIGCHLD) is not handler:
-            # torch's handler raises wherever the main process is when a worker dies, even during a save. `supervised`
-            # checks the workers before each batch instead.
+            # When a worker dies, torch's handler raises an exception in the main process immediately, even during a
+            # save. Restore the old handler; `supervised` checks the workers before each batch instead.
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 

@@ -1,1 +1,1 @@
-"""The sources of images: CIFAR's archives, image folders, tar shards, and the generated data set `shapes`."""
+"""Reads the sources of images: CIFAR's archives, image folders and tar shards; generates the data set `shapes`."""

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, with torchvision's download and checksums. Each file is checked before it is opened."""
+"""Loads CIFAR-10 and CIFAR-100 with torchvision's download and checksums. Checks each file before it is opened."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from resnext_ignite.runtime.errors import DataError, StorageError, data_error, r
 
 # As in facebookresearch/ResNeXt: 125.3, 123.0, 113.9 and 63.0, 62.1, 66.7, on a scale of 0 to 255.
 MEAN, STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
-# The names in the data sets' own files. A checkpoint of another system only has the number of classes.
+# The class names in the data sets' files. They are listed here because a checkpoint of another system stores only the
+# number of classes.
 _CIFAR100 = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
 caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
@@ -37,9 +38,9 @@ _DATASETS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def prepare_cifar(name: str, root: Path, *, download: bool) -> None:
-    """Check that the files of a data set are in `root`; if not, unpack the archive there, or download it first.
+    """Check the files of a data set in `root`. If a file is missing, unpack the archive, and download it if necessary.
 
-    A missing file is unpacked again. A file with a wrong checksum is an error, and is never replaced.
+    A file with a wrong checksum is an error, and is never replaced.
 
     Args:
         name: cifar10 or cifar100.
@@ -47,14 +48,15 @@ def prepare_cifar(name: str, root: Path, *, download: bool) -> None:
         download: download the archive if files are missing and `root` does not hold it.
 
     Raises:
-        DataError: a file is missing and cannot be downloaded, or its checksum is wrong; the message has both checksums.
+        DataError: a file is missing and cannot be downloaded; or a checksum is wrong, and the message has the found and
+            the expected checksum.
         StorageError: there is no space to unpack the archive.
     """
     if download:
         with contextlib.suppress(OSError):
             root.mkdir(parents=True, exist_ok=True)
-    # The first ranks of several machines may prepare one shared folder at the same time: lock it. A folder that is not
-    # writable needs no lock, because nobody changes it.
+    # The first rank of each machine prepares the folder. The machines may share it: lock it. A folder that is not
+    # writable needs no lock, because it does not change.
     shared = root.is_dir() and os.access(root, os.W_OK)
     with raise_as_data_error(root), FileLock(root / f".{name}.lock") if shared else contextlib.nullcontext():
         _prepare(_DATASETS[name], root, download=download)

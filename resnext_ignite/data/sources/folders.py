@@ -1,4 +1,4 @@
-"""The images of an image folder: listed once, cached on disk, and listed again when one of its folders has changed."""
+"""Lists the images of an image folder. The list is cached on disk, and used while none of the folders has changed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from resnext_ignite.data.sources.disk_cache import Array, get_or_build
 from resnext_ignite.data.sources.paths import Paths
 from resnext_ignite.runtime.errors import DataError, data_error
 
-# Those of ImageNet, as published by torchvision.
+# Mean and standard deviation of ImageNet, as published by torchvision.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _VERSION = 1
-# Listing fewer files takes no noticeable time.
+# Do not cache shorter lists: listing so few files takes no noticeable time.
 _WORTH_KEEPING = 20_000
 
 
@@ -47,7 +47,7 @@ def index_images(root: Path, split: str, classes: tuple[str, ...] | None = None)
     folders.
 
     Args:
-        classes: the allowed classes (those of the training split); None: the class folders define them.
+        classes: the allowed classes (the classes of the training split); None: the class folders define them.
 
     Raises:
         DataError: a folder cannot be read, there is no class, a class has no image or is not in `classes`, or a link
@@ -119,12 +119,12 @@ def _entries(folder: Path, split: str) -> list[os.DirEntry[str]]:
 
 
 def _state_of(folder: Path, classes: list[str]) -> tuple[float, str]:
-    """Return the time of the last change of any class folder (seconds), and a hash of all that determines the list."""
+    """Return the time of the last change of any class folder (seconds), and a hash of what determines the list."""
     try:
         stats = [os.stat(folder / name) for name in classes]
     except OSError as error:
         raise data_error(error.filename, error, "the folder changed while it was read; run again") from None
-    # Use ctime besides mtime: copying programs restore mtime.
+    # Include ctime, because programs that copy files can restore mtime.
     folders = [
         (name, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in zip(classes, stats, strict=True)
     ]

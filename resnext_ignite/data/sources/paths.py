@@ -1,6 +1,6 @@
-"""Interfaces of the files that images are read from, and `Paths`, a compact list of file names.
+"""Defines the interfaces of the files from which images are read, and `Paths`, a compact list of file names.
 
-`Paths` stores all names in two arrays: a million names need little memory, and forked workers share it.
+`Paths` stores all names in two arrays: a million names need little memory, and forked workers share the arrays.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _BETWEEN = b"\n"
 
 
 class ArchivedFile(Protocol):
-    """An image file inside an archive. `str()` of it names the file in messages."""
+    """An image file inside an archive. Its `str()` is the name of the file in messages."""
 
     def open(self) -> IO[bytes]:
         """Return the file's bytes as a stream.
 
         Raises:
-            OSError: they cannot be read.
+            OSError: the bytes cannot be read.
             EOFError: the archive is too short.
         """
 
@@ -42,24 +42,24 @@ class ImagePaths(Protocol):
         """Return the files at some positions: int64 (n,) -> n files."""
 
     def identity(self) -> str:
-        """Return a short text with a hash that identifies the files."""
+        """Return a short string with a hash that identifies the files."""
 
     def read_ahead(self, groups: Sequence[int]) -> None:
-        """Prepare groups of files (see `TrainOrder`) to be read soon. Plain files have no groups."""
+        """Prepare to read groups of files (see `TrainOrder`) that are needed soon. Plain files have no groups."""
 
 
 @dataclass(frozen=True)
 class Paths(Sequence[str]):
     """Paths below a folder.
 
-    Forked workers share these arrays. They would copy a list of strings page by page, because each access changes a
-    reference count.
+    Forked workers share the arrays of names. They could not share a list of strings for long: each access to a string
+    changes its reference count, and this copies the memory page by page.
 
     Args:
         folder: the start of all paths; may be empty.
         letters: uint8, the bytes of the names, separated by line feeds.
-        starts: int64 (N + 1,), the start of each name in `letters`, and the start that a further name would have.
-        chosen: int64 (n,), the names that belong to this object, in this order; None: all.
+        starts: int64 (N + 1,), the start of each name in `letters`; the last entry is where a further name would start.
+        chosen: int64 (n,), the positions of the names that belong to this object, in this order; None: all.
     """
 
     folder: str
@@ -83,7 +83,7 @@ class Paths(Sequence[str]):
     @overload
     def __getitem__(self, position: slice) -> list[str]: ...
     def __getitem__(self, position: int | slice) -> str | list[str]:
-        """Return a path, or for a slice a list of paths."""
+        """Return a path; for a slice, return a list of paths."""
         if isinstance(position, slice):
             return [self[place] for place in range(*position.indices(len(self)))]
         return os.path.join(self.folder, os.fsdecode(self._name(range(len(self))[position])))
@@ -102,7 +102,7 @@ class Paths(Sequence[str]):
         return hashlib.sha256(names).hexdigest()
 
     def identity(self) -> str:
-        """Return a text with the hash of the names below the folder, in order."""
+        """Return a string with the hash of the names below the folder, in order."""
         return f"sha256 of names {self.digest()[:16]}"
 
     def read_ahead(self, groups: Sequence[int]) -> None:

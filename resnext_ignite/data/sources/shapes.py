@@ -1,7 +1,7 @@
-"""`shapes`: ten classes of textured shapes on cluttered backgrounds, 32x32 pixels, generated without any file.
+"""Generates `shapes`, a data set of ten classes of textured shapes on cluttered backgrounds, 32x32 pixels.
 
-Every image is a pure function of (split, index). Position, size, rotation, colours and texture do not depend on the
-class, so a linear model fails; a small ResNeXt learns the classes in a minute.
+Every image depends only on (split, index). Position, size, rotation, colours and texture do not depend on the class, so
+a linear model fails. A small ResNeXt learns the classes in a minute.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SEED = 29
 _CHUNK = 1024
 _CLUTTER = 2
 
-# A shape in its own coordinates, with a radius of about one unit: a function that is negative inside the shape.
+# A shape is a function of its own coordinates u and v that is negative inside the shape. The radius is about 1.
 _Inside = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -89,7 +89,7 @@ def _draw(indices: Tensor, stream: int) -> Tensor:
         u = (x - cx) * angle.cos() + (y - cy) * angle.sin()
         v = (y - cy) * angle.cos() - (x - cx) * angle.sin()
         canvas = torch.lerp(canvas, draw(0, 1, 3), _coverage(_box(u, v, 0.4, 0.05), draw(0.9, 1.0)))
-    # In each channel, 0.3 to 0.6 from the ground's colour, in the direction of the middle of the scale.
+    # In each channel, the shape's colour differs from the background's by 0.3 to 0.6, toward the middle of the scale.
     color = torch.where(ground > 0.5, ground - draw(0.3, 0.6, 3), ground + draw(0.3, 0.6, 3))
     texture = color + draw(0.0, 0.18) * waves(8, 24)
     scale, angle = draw(0.5, 0.75), draw(-0.5, 0.5)
@@ -107,5 +107,5 @@ def _draw(indices: Tensor, stream: int) -> Tensor:
 
 
 def _coverage(inside: Tensor, scale: Tensor) -> Tensor:
-    """Return the fraction of a pixel that a shape covers, from `inside` in units of `scale` half image sides."""
+    """Return the fraction of each pixel that a shape covers; `inside` is in units of `scale` * `SIZE` / 2 pixels."""
     return (0.5 - inside * scale * SIZE / 2).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Attach all handlers of a run to its trainer; this file alone fixes their order."""
+"""Attaches all handlers of a run to its trainer; their order is defined in this file alone."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def attach_handlers(
     )
     log_point.save_due = saver.due_inside_epoch
 
-    # Before the update: its learning rate. After it: Lookahead's slow weights, then the moving average of the resulting
-    # weights, then the log point. The log point raises an error for a non-finite number, so that no handler below can
-    # write a result of it.
+    # Set the learning rate before the update. After the update, apply Lookahead, then update the moving average of the
+    # resulting weights. Then the log point raises an error if a number is not finite, so that no handler below can
+    # write a result that is computed from it.
     parts.lr_scheduler.attach(trainer, Events.ITERATION_STARTED)
     lookahead = build_lookahead(config, parts.model)
     if lookahead is not None:
@@ -87,7 +87,7 @@ def attach_handlers(
         parts.average.attach(trainer)
     trainer.add_event_handler(Events.EPOCH_STARTED, log_point.begin_epoch)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, log_point)
-    # Evaluation and its consequences: first the best record and stops, so that the logs below can report them.
+    # At RunEvents.EVALUATED, first update the best record and decide on a stop, so that the logs below can report both.
     trainer.add_event_handler(Events.STARTED, evaluation.before_training)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, evaluation)
     trainer.add_event_handler(RunEvents.EVALUATED, best)
@@ -98,7 +98,7 @@ def attach_handlers(
         status = StatusFile(run.folder, best, metadata)
         _attach_writers(config, parts, loaders, run, status)
 
-    # The resume point comes last, after every event that it must record; `best.pt` is written only after it.
+    # Save the checkpoint last, after every handler whose state it must contain, and write `best.pt` only after that.
     trainer.add_event_handler(Events.ITERATION_COMPLETED, saver.at_iteration)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, epoch_ends)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, saver.at_epoch_end)
@@ -147,7 +147,7 @@ def _run_state(
 
 
 def _attach_writers(config: Config, parts: Parts, loaders: Loaders, run: OpenRun, status: StatusFile) -> None:
-    """Attach what rank 0 reports during a run: console, metrics, last evaluation and status."""
+    """Attach the handlers that write rank 0's reports: metrics, last evaluation, status and console output."""
     run.folder.start(config)
     if run.state is not None:
         status.last = run.state["errors"]["last"]
@@ -171,14 +171,15 @@ def _attach_plots(
     trainer.add_event_handler(Events.COMPLETED, MistakesPlot(run.folder, splits, classes))
     if not config.logging.tensorboard:
         return
-    # Not at the top of the file: a run without TensorBoard need not load it.
+    # Imported here, because a run without TensorBoard need not import it.
     from resnext_ignite.training.handlers.tensorboard import AugmentedSheet, MistakeSheets, TensorBoard
 
     new = run.state is None
     resumed = -1 if run.state is None else run.state["trainer"]["iteration"]
     pending = run.state is not None and epoch_ends.outstanding(run.state, config.train.epochs)
-    # If the resumed run repeats the end of an epoch, a killed process may already have written its points at this
-    # iteration: purge them too. The log point of this iteration is not repeated; `write_metrics` restores it.
+    # If the resumed run repeats the end of an epoch, the killed process may already have written the result of this end
+    # at the iteration of the checkpoint: purge this iteration, too. The purge also removes the training metrics of this
+    # iteration, which the resumed run does not compute again; `write_metrics` restores them.
     board = TensorBoard(run.folder, resumed if pending else resumed + 1)
     board.attach(trainer, config, parts.model, loaders.data.selection, new=new)
     if run.state is not None and pending:
@@ -194,7 +195,7 @@ def _attach_plots(
     trainer.add_event_handler(Events.COMPLETED, lambda engine: board.close())
 
     def close_and_raise(engine: Engine, error: BaseException) -> None:
-        # Write the pending points: those before a failure help to explain it.
+        # Write the pending points: the points before a failure help to explain it.
         board.close()
         raise error
 

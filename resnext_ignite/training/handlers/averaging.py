@@ -1,4 +1,4 @@
-"""Averages of the weights over a run: Lookahead, the moving average, and the BatchNorm statistics of the latter."""
+"""Averages the weights during a run: Lookahead, and a moving average with its BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from resnext_ignite.runtime.errors import ConfigError
 
 
 class Lookahead:
-    """Lookahead (arXiv:1907.08610, algorithm 1): slow weights step towards the trained ones, which continue from them.
+    """Lookahead (arXiv:1907.08610, algorithm 1): slow weights that follow the trained weights.
 
-    The optimizer's momentum and the BatchNorm statistics are not changed. After the last iteration of `max_epochs`, the
-    model has the slow weights. A run that ends earlier, for example by patience or target, keeps the weights that were
-    evaluated. Attach it to ITERATION_COMPLETED, before handlers that average or measure the weights.
+    Every `every` iterations, the slow weights step towards the trained weights, and training continues from the slow
+    weights. The optimizer's momentum and the BatchNorm statistics do not change. After the last iteration of
+    `max_epochs`, the model has the slow weights. A run that ends earlier, for example by patience or at the target
+    error, keeps the weights that were evaluated. Attach it to ITERATION_COMPLETED, before handlers that average or
+    measure the weights.
 
     Args:
         model: the unwrapped model, with its initial weights.
@@ -97,7 +99,7 @@ class FreshStatistics:
 
     Args:
         model: the averaged model; it is never trained directly.
-        loader: the training batches; it is not changed.
+        loader: the loader of the training batches; it is copied, not changed.
         batches: number of iterations.
         dtype: precision of the forward pass (autocast; float32: disabled).
     """
@@ -108,7 +110,7 @@ class FreshStatistics:
         self._norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d) and norm.training]
         model.eval()
         for norm in self._norms:
-            # None: the plain mean over all batches.
+            # With momentum None, BatchNorm computes the plain mean over all batches.
             norm.momentum = None
             if isinstance(norm, GhostBatchNorm2d):
                 norm.ghost_batch = len(loader.order.share)
@@ -122,7 +124,7 @@ class FreshStatistics:
             norm.train()
         autocast = torch.autocast(loader.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with contextlib.closing(iter(loader)) as batches, autocast:
-            # Stop at the end of the epoch: the loader would go on with the next epoch, which is not trained yet.
+            # Stop at the end of the epoch: the loader would continue with the next epoch, which is not trained yet.
             for batch in itertools.islice(batches, min(self.batches, len(loader))):
                 for images in batch.images.chunk(loader.order.accumulate):
                     self.model(images)
@@ -130,7 +132,7 @@ class FreshStatistics:
 
 
 def build_average(config: Config, model: nn.Module, iterations_per_epoch: int) -> WeightAverage | None:
-    """Build the moving average of a config; None if the config has none.
+    """Build the moving average of the weights; return None if the config does not request one.
 
     Raises:
         ConfigError: `train.ema_horizon` is shorter than two iterations.
@@ -154,13 +156,13 @@ def build_average(config: Config, model: nn.Module, iterations_per_epoch: int) -
 def build_fresh_statistics(
     config: Config, average: WeightAverage | None, loader: TrainLoader
 ) -> FreshStatistics | None:
-    """Build the re-estimation of the average's BatchNorm statistics; None if the config does not request it."""
+    """Build the re-estimation of the average's BatchNorm statistics; return None if the config does not request it."""
     if average is None or not config.train.ema_reestimate_bn:
         return None
     return FreshStatistics(average.ema_model, loader, config.train.ema_reestimate_bn, DTYPES[config.train.precision])
 
 
 def build_lookahead(config: Config, model: nn.Module) -> Lookahead | None:
-    """Build the Lookahead of a config; None if the config has none."""
+    """Build Lookahead; return None if the config does not request it."""
     train = config.train
     return Lookahead(model, train.lookahead, train.lookahead_alpha) if train.lookahead else None

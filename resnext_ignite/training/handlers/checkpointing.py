@@ -1,4 +1,7 @@
-"""Saving and resuming a run: what its state contains, when it is saved, and which older files are deleted."""
+"""Saves and restores the state of a run: collects the state, decides when to save it, and deletes older checkpoints.
+
+`runs/checkpoint.py` reads and writes the checkpoint files.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +43,9 @@ class RunState:
     """The complete state of a run: collects it for a checkpoint and restores it.
 
     Args:
-        metadata: plain values for every file (config, classes, normalisation, ...).
-        parts: model, ema, optimizer, lr_scheduler and scaler, by the names under which they are saved; None: absent.
+        metadata: plain values that every checkpoint contains (config, classes, normalisation, ...).
+        parts: model, ema, optimizer, lr_scheduler and scaler, by the names under which they are saved; None for a part
+            that the run does not have.
         handlers: handlers with a state, by name.
         errors: returns the records of the last and the best evaluation.
     """
@@ -62,14 +66,14 @@ class RunState:
         """Return the state as plain values and tensors, without changing it; call it on all ranks.
 
         Raises:
-            NonFiniteError: a tensor of the state is not finite: even a finite gradient can cause such an update.
+            NonFiniteError: a tensor of the state is not finite. This can happen even if all gradients are finite.
         """
         parts: dict[str, Any] = {name: None if part is None else part.state_dict() for name, part in self.parts.items()}
         own: dict[str, dict[str, torch.Tensor]] = {}
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
-                # A model from the file uses the mean over ranks. Each rank continues with its own statistics, now and
-                # after a resume.
+                # A model that is loaded from the checkpoint has the mean of the statistics over ranks. In the run, also
+                # after a resume, each rank continues with its own statistics.
                 parts[name] |= averaged_statistics(part, self.ranks)
                 own[name] = {key: buffer.cpu() for key, buffer in own_statistics(part, self.ranks).items()}
         self._check_finite(parts)
@@ -79,7 +83,7 @@ class RunState:
             **parts,
             "handlers": {name: handler.state_dict() for name, handler in self.handlers.items()},
             "errors": self.errors(),
-            # This project does not use torch's generators during training; a model with dropout would.
+            # Training does not use torch's random generators, but a model with dropout would.
             "generators": self.ranks.gather_on_rank_zero(_generator_states()),
             "statistics": self.ranks.gather_on_rank_zero(own),
         }
@@ -96,8 +100,8 @@ class RunState:
     def restore(self, state: dict[str, Any], max_epochs: int) -> None:
         """Restore a saved state.
 
-        With another number of ranks, all ranks start from the mean of the BatchNorm statistics, and the states of the
-        random generators are not restored.
+        If the number of ranks has changed, all ranks start from the mean of the BatchNorm statistics, and the states of
+        the random generators are not restored.
         """
         for name, part in self.parts.items():
             if part is not None:
@@ -116,7 +120,7 @@ class RunState:
 
 
 def _not_finite(parts: Any) -> str | None:
-    """Return the dotted name of a tensor with an infinity or a NaN; None if there is none. Wait for the device."""
+    """Wait for the device; return the dotted name of a tensor with an infinity or a NaN, or None if there is none."""
     tensors = dict(_floats(parts, ""))
     if not tensors:
         return None
@@ -147,7 +151,7 @@ def _generator_states() -> dict[str, torch.Tensor]:
 def last_handled_epoch(state: dict[str, Any]) -> int:
     """Return the last epoch of a saved state whose EPOCH_COMPLETED handlers have all run.
 
-    Files of older versions do not record it: all their complete epochs count as handled.
+    Checkpoints of older versions do not record it; all their complete epochs count as handled.
     """
     noted: dict[str, int] | None = state["handlers"].get("epoch_ends")
     trainer = state["trainer"]
@@ -155,19 +159,20 @@ def last_handled_epoch(state: dict[str, Any]) -> int:
 
 
 class SaveCheckpoints:
-    """Writes resume points and keeps the newest ones; attach `at_iteration`, then `at_epoch_end`, after all others.
+    """Writes the checkpoints of a run and keeps the newest ones.
 
-    Ignite's Checkpoint is not used: it removes the old file before it writes the new one, and syncs neither. This class
-    deletes an older file only after the new one is written, synced and verified.
+    Attach `at_iteration` to ITERATION_COMPLETED and `at_epoch_end` to EPOCH_COMPLETED, after all handlers whose state
+    is saved. Ignite's Checkpoint is not used: it removes the old file before it writes the new one, and syncs neither.
+    This class deletes an older file only after the new one is written, synced and verified.
 
     Args:
         folder: folder of the checkpoint files.
-        every_epochs, every_iterations, keep: as the config keys.
-        unreadable: resume points that could not be read at the resume; they are neither deleted nor counted.
-        stop: at a signal or the time limit, the state is saved at the iteration on which the ranks agree; at any other
-            stop, after its evaluation.
-        best: the best record; each improvement is saved too, also as `best.pt`.
-        before: called before every save (flushes logs).
+        every_epochs, every_iterations, keep: see the config keys `checkpoint.*`.
+        unreadable: checkpoints that could not be read when the run was resumed; they are neither deleted nor counted.
+        stop: the agreement of all ranks on stops. A stop by a signal or the time limit saves the state at the iteration
+            on which the ranks agree; a stop by an evaluation saves the state after this evaluation.
+        best: holds the best record; a new best evaluation is always saved, also as `best.pt`.
+        before: called before every save, to flush the logs.
     """
 
     def __init__(
@@ -192,7 +197,10 @@ class SaveCheckpoints:
         return bool(self.every_iterations) and iteration % self.every_iterations == 0
 
     def at_iteration(self, engine: Engine) -> None:
-        """Save inside an epoch; the end of an epoch is saved after its evaluation, unless the run stops there."""
+        """Save after an iteration if the run stops here, or if a save inside an epoch is due.
+
+        Otherwise, `at_epoch_end` saves the end of an epoch, after its evaluation.
+        """
         iteration, length = engine.state.iteration, engine.state.epoch_length or 1
         stopping = self.stop.reason >= StopReason.TIME_LIMIT
         if iteration == length * (engine.state.max_epochs or 0):
@@ -202,7 +210,7 @@ class SaveCheckpoints:
             self._save(engine)
 
     def at_epoch_end(self, engine: Engine) -> None:
-        """Save after the evaluation; if a signal interrupted the evaluation, save the state without it."""
+        """Save the end of an epoch after its evaluation, also if a signal has interrupted the evaluation."""
         epoch = engine.state.epoch
         due = epoch % self.every_epochs == 0 or epoch == engine.state.max_epochs
         if due or self.stop.reason or self._is_best():
@@ -211,8 +219,9 @@ class SaveCheckpoints:
     def save_best(self, engine: Engine) -> None:
         """Write `best.pt` if this iteration is the best so far; attach it after `at_epoch_end`.
 
-        A resume point must record this best evaluation first. Otherwise, a crash between the two would lose the weights
-        of the best evaluation that the resume point records. A failed write only causes a warning.
+        At that time, a checkpoint already records this evaluation as the best one. In the other order, a crash between
+        the two writes would leave a checkpoint that records an older best evaluation, while the weights of that
+        evaluation are overwritten. A failed write only causes a warning.
         """
         if not self._is_best():
             return
@@ -224,7 +233,7 @@ class SaveCheckpoints:
             self.best.withdraw()
 
     def restore_best(self) -> None:
-        """Write `best.pt` if the run died after the resume point of the best evaluation and before `best.pt`."""
+        """Write `best.pt` if the run died after it saved the best evaluation, but before it wrote `best.pt`."""
 
         def is_there() -> bool:
             try:
@@ -247,7 +256,7 @@ class SaveCheckpoints:
         return content
 
     def best_weights(self) -> dict[str, torch.Tensor] | None:
-        """Return the best weights on all ranks; None, with a warning, if `best.pt` does not hold them."""
+        """Return the best weights on all ranks; warn and return None if `best.pt` does not hold them."""
 
         def read() -> dict[str, torch.Tensor] | None:
             try:

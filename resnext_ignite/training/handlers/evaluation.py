@@ -1,4 +1,4 @@
-"""Evaluation during a run: when it is due, what it records, which record is best, and when a result ends the run."""
+"""Evaluates during a run: decides when, records the results, keeps the best record, and may stop the run."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ class _EvaluationInterruptedError(Exception):
 
 
 class Evaluation:
-    """Evaluates when it is due, sets `engine.state.record` and `.evaluation`, and fires RunEvents.EVALUATED.
+    """Evaluates after the epochs that are due, stores the result in `engine.state`, and fires RunEvents.EVALUATED.
 
     Attach it to EPOCH_COMPLETED, and `before_training` to STARTED. `state.record` is the record that `metrics.jsonl`
     stores; `state.evaluation` also has the confusion matrix and the worst mistakes. If a signal requests a stop, all
-    ranks abandon the evaluation at the same batch, and the run ends. The resumed run repeats it (`session.EpochEnds`).
+    ranks abandon the evaluation at the same batch, and the run ends. The resumed run repeats the evaluation
+    (`session.EpochEnds`).
 
     Args:
         evaluator: from `create_evaluator`.
-        loader: the split on which the best epoch is chosen.
-        split: its name.
-        models: the models whose BatchNorm statistics are first averaged over ranks, including the evaluated one.
+        loader: loads the split that selects the best epoch.
+        split: name of that split.
+        models: models whose BatchNorm statistics are averaged over ranks before an evaluation, including the evaluated
+            model.
         stop: the agreement of all ranks on stops.
-        every, early: epochs, as the config keys.
+        every, early: see the config keys `evaluation.every` and `evaluation.early`.
         lr: returns the current learning rate.
         training: returns the training metrics of the epoch, for the record.
         before: called before each evaluation that is due, to prepare the model.
@@ -71,7 +73,7 @@ class Evaluation:
         self._started = time.monotonic()
 
     def due(self, epoch: int, max_epochs: int) -> bool:
-        """Return whether the end of an epoch (0: the start of the run) is evaluated."""
+        """Return whether an evaluation is due at the end of an epoch; epoch 0 is the start of the run."""
         return epoch in self.early or (epoch > 0 and epoch % self.every == 0) or epoch == max_epochs
 
     def pending(self, engine: Engine) -> bool:
@@ -94,7 +96,10 @@ class Evaluation:
             self.evaluate(engine, self.loader, self.split, began)
 
     def evaluate(self, engine: Engine, loader: EvalLoader, split: str, began: float | None = None) -> None:
-        """Evaluate a split now; `evaluation_s` of its record counts from `began` (`time.monotonic()`; None: now).
+        """Evaluate a split now.
+
+        Args:
+            began: the value of `time.monotonic()` from which `evaluation_s` in the record counts; None: now.
 
         Raises:
             NonFiniteError: the loss is not finite.
@@ -131,7 +136,8 @@ class Evaluation:
         engine.fire_event(RunEvents.EVALUATED)
 
     def _synchronise(self, evaluator: Engine) -> None:
-        # Only at batches that every rank has: the slices of the ranks may differ by one image, and so by one batch.
+        # Exchange only at batches that every rank has: the slices of two ranks may differ by one image, and therefore
+        # by one batch.
         batch = evaluator.state.iteration
         if batch < self._common_batches and self._sync.due(batch):
             self._sync.exchange(batch, torch.zeros(0, dtype=torch.float64))
@@ -139,11 +145,11 @@ class Evaluation:
                 raise _EvaluationInterruptedError
 
     def wall_seconds(self) -> float:
-        """Return the seconds that this run has taken, over all its resumes, without the time between them."""
+        """Return the running time of this run in seconds, over all resumes; the time between them is not included."""
         return self._seconds_before + time.monotonic() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs in order not to repeat an evaluation or count time twice."""
+        """Return the state that a resumed run needs, so that it neither repeats an evaluation nor counts time twice."""
         return {"last_iteration": self.last_iteration, "records": self.records, "seconds": self.wall_seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -152,7 +158,7 @@ class Evaluation:
 
 
 class BestRecord:
-    """Keeps the record with the lowest error; stops the run by patience, by target, or as hopeless (`abandon`).
+    """Keeps the record with the lowest error; stops the run if `patience`, `target_error` or `abandon` requires this.
 
     Ignite's EarlyStopping is not used: attached as documented, it loses its count at each evaluation, counts an
     evaluation before training as the first result, and stops only its own rank. Attach it to RunEvents.EVALUATED.
@@ -160,8 +166,8 @@ class BestRecord:
     Args:
         split: records of other splits are ignored.
         stop: receives the decision to stop, which is the same on all ranks.
-        patience: stop after so many evaluations without a lower error; 0: never.
-        min_delta: percentage points by which an error must fall to count as lower.
+        patience: stop after this many consecutive evaluations without a lower error; 0: never.
+        min_delta: percentage points by which the error must fall to count as lower for `patience`.
         target_error: stop at this error in percent or below; None: never.
         abandon: error limits in percent, by epoch; a run whose error after that epoch is above the limit is stopped.
     """
@@ -196,7 +202,7 @@ class BestRecord:
         else:
             self._without += 1
         limit = self.abandon.get(record["epoch"])
-        # Not after the last epoch: nothing is left to abandon, and the run may be continued with more epochs.
+        # Do not abandon a run after its last epoch: this saves no time, and the run may be continued with more epochs.
         if limit is not None and error > limit and record["epoch"] != engine.state.max_epochs:
             self.hopeless = (
                 f"abandoned: {error:.4g} % after epoch {record['epoch']}, above the {limit:g} % of evaluation.abandon"
@@ -207,11 +213,11 @@ class BestRecord:
             engine.terminate()
 
     def withdraw(self) -> None:
-        """Restore the previous best record, because the weights of this one could not be saved."""
+        """Restore the previous best record; call this if the weights of the new best record could not be saved."""
         self.best = self._before
 
     def verdict(self) -> StopReason:
-        """Return the reason for which the records so far end the run, or StopReason.NONE."""
+        """Return the reason to stop after the records so far, or StopReason.NONE."""
         if self.target_error is not None and self.best and self.best["top1_error"] <= self.target_error:
             return StopReason.TARGET
         if self.hopeless:
@@ -240,9 +246,9 @@ class FinalTest:
 
     Args:
         evaluation: evaluates and records the result.
-        model: the evaluated model; it gets the best weights for the test, and then its own back.
-        loader: the test split.
-        best_weights: returns the best weights on every rank, or None: the test uses the model's own weights.
+        model: the evaluated model; it has the best weights during the test, and its own weights again afterwards.
+        loader: loads the test split.
+        best_weights: returns the best weights on every rank, or None; the test then uses the model's own weights.
     """
 
     def __init__(

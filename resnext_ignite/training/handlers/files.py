@@ -1,4 +1,4 @@
-"""The files that rank 0 writes during a run: `metrics.jsonl`, `evaluation.json`, `status.json`."""
+"""Writes the files of a run on rank 0: `metrics.jsonl`, `evaluation.json` and `status.json`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class StatusFile:
 
     def __call__(self, engine: Engine, state: str = "running", exit_code: int | None = None, reason: str = "") -> None:
         self.last = getattr(engine.state, "record", None) or self.last
-        # A run in progress can do without this file, but a finished run must not stay marked as running.
+        # A run in progress does not need this file, but a finished run must not stay marked as running.
         with warn_on_failure("status.json") if state == "running" else contextlib.nullcontext():
             self.folder.write_status(
                 state,

@@ -1,4 +1,4 @@
-"""The log point: the handler that synchronises the ranks and computes the training metrics."""
+"""Defines the log point: the handler that synchronises the ranks and computes the training metrics."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from resnext_ignite.training.metrics import TrainingSums
 class LogPoint:
     """Synchronises the ranks: agrees on stops, raises on non-finite numbers, and computes the training metrics.
 
-    Ranks synchronise about every five seconds (`SyncSchedule`), at each log point and before each save. Nothing that is
-    computed after a non-finite number is therefore evaluated or saved. Log points are the synchronisations at multiples
-    of `every_iterations` and at the end of an epoch; a resume does not change them. Attach it to ITERATION_COMPLETED.
+    Ranks synchronise about every five seconds (`SyncSchedule`), at each log point and before each save. Therefore, no
+    weights that result from a non-finite number are evaluated or saved. Log points are the synchronisations at
+    multiples of `every_iterations` and at the end of an epoch; a resume does not change them. Attach it to
+    ITERATION_COMPLETED.
 
-    It sets `engine.state.metrics`, over all ranks since the last log point: loss, top1_error (percent, of augmented
-    images), lr, images_per_s, skipped_updates. Then it fires RunEvents.METRICS_READY and RunEvents.PROGRESS.
+    Each synchronisation sets `engine.state.metrics`, over all ranks since the last log point: loss, top1_error
+    (percent, of augmented images), lr, images_per_s, skipped_updates. A log point fires RunEvents.METRICS_READY. Log
+    points and the synchronisations of `SyncSchedule` fire RunEvents.PROGRESS.
 
     Args:
         stop: the agreement of all ranks on stops.
@@ -36,7 +38,7 @@ class LogPoint:
         DataError: more than `max_skipped` images of this epoch could not be read.
     """
 
-    # Length of the sums since the last log point and over an epoch: those of TrainingSums, and the seconds.
+    # Length of `_since_log` and `_epoch`, which hold the sums of TrainingSums and the seconds.
     _SIZE = len(TrainingSums.NAMES) + 1
 
     def __init__(
@@ -55,9 +57,9 @@ class LogPoint:
         self._epoch = torch.zeros(self._SIZE, dtype=torch.float64)
 
     def begin_epoch(self, engine: Engine) -> None:
-        """Restart the clock and, at the start of an epoch, reset its sums; attach it to EPOCH_STARTED.
+        """Restart the clock, to exclude the time of evaluations, and reset the sums of the epoch.
 
-        The restart excludes the time of evaluations. A resume inside an epoch keeps the sums.
+        A run that resumes inside an epoch keeps these sums. Attach this to EPOCH_STARTED.
         """
         self._sync.start(engine.state.iteration)
         if engine.state.iteration % (engine.state.epoch_length or 1) == 0:

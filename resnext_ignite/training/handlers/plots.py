@@ -1,4 +1,4 @@
-"""The plots that rank 0 draws during a run: `curves.png` and `mistakes.png`."""
+"""Draws the plots of a run on rank 0: `curves.png` and `mistakes.png`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resnext_ignite.runtime.storage import warn_on_failure
 
 
 class Curves:
-    """Draws `curves.png` after evaluations, at most once in `seconds`; call `draw` at the end."""
+    """Draws `curves.png` after evaluations, at most once every `seconds` seconds; call `draw` at the end."""
 
     def __init__(self, folder: RunFolder, name: str, seconds: float = 30) -> None:
         self.folder, self.name, self.seconds = folder, name, seconds
@@ -31,7 +31,7 @@ class Curves:
 
 
 class MistakesPlot:
-    """Draws `mistakes.png`, the worst mistakes of the run's last evaluation; attach to COMPLETED.
+    """Draws `mistakes.png`, the worst mistakes of the run's last evaluation; attach it to COMPLETED.
 
     Args:
         splits: the evaluated splits, by name.

@@ -1,4 +1,4 @@
-"""Console output during a run: a progress bar or log lines, and each evaluation."""
+"""Writes the console output of a run: a progress bar or log lines, and the result of each evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def describe_evaluation(record: Record) -> str:
-    """Return one line of text for the record of an evaluation."""
+    """Return the record of an evaluation as one line of text."""
     wrong = record["images"] - record["correct"]
     flip = f" (with mirror images {record['top1_error_flip']:.2f} %)" if "top1_error_flip" in record else ""
     return (
@@ -26,10 +26,10 @@ def describe_evaluation(record: Record) -> str:
 
 
 class Progress:
-    """Training progress: a bar if standard error is a terminal, else a line at each RunEvents.PROGRESS.
+    """Shows the training progress: a bar if standard error is a terminal, else a line at each RunEvents.PROGRESS.
 
     Args:
-        images_per_iteration: over all ranks; for the estimate of the remaining time.
+        images_per_iteration: number of images over all ranks, to estimate the remaining time.
     """
 
     def __init__(self, images_per_iteration: int) -> None:
@@ -43,7 +43,7 @@ class Progress:
             trainer.add_event_handler(RunEvents.PROGRESS, self.log_metrics)
             return
         trainer.add_event_handler(RunEvents.PROGRESS, self._mark)
-        # Draw only at these points: a terminal may be slower than an iteration, and the metrics do not change between.
+        # Draw the bar only after RunEvents.PROGRESS, not at each iteration: a terminal may be slower than an iteration.
         at_log_point = Events.ITERATION_COMPLETED(event_filter=lambda engine, iteration: iteration == self._drawn)
         bar = ProgressBar(file=sys.stderr)
         bar.attach(trainer, output_transform=lambda output: self._postfix(trainer), event_name=at_log_point)

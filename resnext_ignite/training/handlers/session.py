@@ -1,4 +1,4 @@
-"""A trainer with its handlers attached: restore a saved state, train, and finish the run."""
+"""Runs a trainer with its handlers attached: restores a saved state, trains, and finishes the run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a training run. `model` is unwrapped; `average` keeps its moving average (None: there is none)."""
+    """The parts of a training run. `model` is not wrapped in DDP; `average` is its moving average, or None."""
 
     model: nn.Module
     average: WeightAverage | None
@@ -44,19 +44,20 @@ class Parts:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model that is evaluated."""
+        """Return the model that is evaluated."""
         return self.model if self.average is None else self.average.ema_model
 
 
 class EpochEnds:
     """Records the last epoch whose EPOCH_COMPLETED handlers have all run.
 
-    A stop in the last iteration of an epoch is saved immediately, and a stop during an evaluation abandons it. In both
-    cases, the run ends before the EPOCH_COMPLETED handlers have all run. The resumed run therefore fires
-    EPOCH_COMPLETED before it trains. Attach this to EPOCH_COMPLETED, right before the resume point is written.
+    A run may stop in the last iteration of an epoch, and save its state immediately. Or it may stop during an
+    evaluation, and abandon this evaluation. In both cases, the run ends before the EPOCH_COMPLETED handlers have all
+    run. The resumed run therefore fires EPOCH_COMPLETED before it trains. Attach this to EPOCH_COMPLETED, right before
+    the handler that saves the checkpoint.
 
     Args:
-        evaluation: one of these handlers; it does not evaluate after every epoch.
+        evaluation: the EPOCH_COMPLETED handler that evaluates; it decides after which epochs it does so.
     """
 
     def __init__(self, evaluation: Evaluation) -> None:
@@ -79,7 +80,7 @@ class EpochEnds:
         return not handled or (self.evaluation.due(epoch, max_epochs) and not evaluated)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch."""
+        """Return the last handled epoch."""
         return {"last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -90,7 +91,7 @@ class AttachedRun:
     """A trainer with all handlers attached, as `attach_handlers` returns it.
 
     Args:
-        status: writes `status.json`; None on other ranks than 0.
+        status: writes `status.json`; None on all ranks except rank 0.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class AttachedRun:
         else:
             self._forget_lost_evaluations()
             if outstanding:
-                # Fire it inside `trainer.run`: a handler that terminates the run then works as usual.
+                # Fire the event inside `trainer.run`, so that a handler can terminate the run as usual.
                 trainer.add_event_handler(Events.STARTED, lambda engine: engine.fire_event(Events.EPOCH_COMPLETED))
             trainer.run(loader, max_epochs=max_epochs, epoch_length=epoch_length)
         ended = trainer.state.iteration >= epoch_length * max_epochs and not self.evaluation.abandoned
@@ -161,7 +162,7 @@ class AttachedRun:
         return self.state.ranks.from_rank_zero(is_finished)
 
     def _forget_lost_evaluations(self) -> None:
-        # The resumed run repeats the evaluations after the saved state.
+        # Remove the records of evaluations after the saved state, because the resumed run repeats these evaluations.
         if self.state.ranks.rank == 0:
             self.run.folder.truncate_metrics(self.evaluation.records)
 
@@ -175,8 +176,8 @@ class AttachedRun:
                     f"the launcher of the ranks of a machine has died: saved at iteration {state.iteration}; "
                     "continue with --resume"
                 )
-                # All ranks raise this error. `report_failures` does not post an error whose `quiet` is set: a posted
-                # one would make the watchers (`failures.py`) end all ranks within seconds.
+                # All ranks raise this error. Set `quiet` on every rank, so that `report_failures` does not post the
+                # error: after a post, the watchers (`failures.py`) would end all ranks within seconds.
                 error.quiet = self.state.ranks.rank != 0
                 raise error
             name = self.stop.signal_name

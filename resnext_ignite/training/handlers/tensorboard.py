@@ -1,4 +1,4 @@
-"""TensorBoard on rank 0: scalars, images, histograms and the config; a resume neither loses nor repeats any of them."""
+"""Writes scalars, images, histograms and the config to TensorBoard on rank 0; a resume does not lose or repeat any."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _EVALUATED_SCALARS = ("top1_error", "top5_error", "loss")
 
 
 class _BestEffortEvents:
-    """TensorBoard's event writer, safe on a full disk: after a failed write, it warns once and drops all events."""
+    """TensorBoard's event writer, safe on a full disk: after a failed write, it warns once and drops later events."""
 
     def __init__(self, writer: Any) -> None:
         self.writer, self.failed = writer, False
@@ -124,7 +124,7 @@ class TensorBoard:
         """Write the scalars of an evaluation, by split, and histograms of the trained (not the averaged) weights."""
         record = engine.state.record
         if self._histograms is not None and record["split"] == self._split:
-            # Their step is the iteration, like that of the scalars: a resumed run purges both by iteration.
+            # The step of the histograms is the iteration, as for the scalars: a resumed run purges both by iteration.
             self._histograms(engine, self.logger, Events.ITERATION_COMPLETED)
         flipped = (f"{name}_flip" for name in _EVALUATED_SCALARS if f"{name}_flip" in record)
         for name in (*_EVALUATED_SCALARS, *flipped):
@@ -152,7 +152,7 @@ class TensorBoard:
 
 
 class AugmentedSheet:
-    """Draws augmented images of the first batch, the input of the model; attach it to the first ITERATION_COMPLETED."""
+    """Draws augmented images of the first batch, as the model gets them; attach it to the first ITERATION_COMPLETED."""
 
     def __init__(self, board: TensorBoard, augment: Augment, classes: tuple[str, ...], count: int) -> None:
         self.board, self.augment, self.classes, self.count = board, augment, classes, count
@@ -167,7 +167,7 @@ class AugmentedSheet:
 
 
 class MistakeSheets:
-    """Draws the worst mistakes and the confusion matrix after evaluations, at most once in `seconds`.
+    """Draws the worst mistakes and the confusion matrix after evaluations, at most once every `seconds` seconds.
 
     Call `draw` at the end.
 

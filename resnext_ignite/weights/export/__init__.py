@@ -1,1 +1,1 @@
-"""Models as ONNX, torch.export or safetensors files, each with a model card."""
+"""Exports models as ONNX, torch.export or safetensors files, each with a model card."""

@@ -1,4 +1,4 @@
-"""Writers of the export formats. Each writer checks its file against the model before the file gets its final name."""
+"""Writes the export formats. Each writer checks its file against the model before the file gets its final name."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from resnext_ignite.runtime.storage import replace_durably, write_durably
 from resnext_ignite.weights.export.networks import prepare_for_export, program_of, reference, traced_images
 from resnext_ignite.weights.foreign.metadata import as_strings
 
-# torch's exporter writes this opset directly and converts it to all others. Runtimes read it since 2023.
+# torch's exporter writes this opset directly; other opsets need a conversion. Runtimes have read opset 18 since 2023.
 OPSET = 18
-# The largest accepted difference of a logit, relative to the larger of 1 and the largest logit.
+# The largest accepted difference between an exported and an original logit, relative to max(1, largest logit).
 TOLERANCE = 1e-4
 
 
@@ -39,7 +39,7 @@ class Options:
 
 
 def write_onnx(path: Path, model: nn.Module, metadata: ModelMetadata, options: Options) -> float:
-    """Write an ONNX file with the weights inside, and return the largest difference of its logits in onnxruntime.
+    """Write an ONNX file with the weights inside, and return the `largest_difference` of its logits in onnxruntime.
 
     Raises:
         CheckpointError: the logits differ from the model's by more than TOLERANCE; nothing is written.
@@ -57,7 +57,7 @@ def write_onnx(path: Path, model: nn.Module, metadata: ModelMetadata, options: O
             output_names=["logits"],
             opset_version=OPSET,
             external_data=False,
-            # The optimiser folds BatchNorm too.
+            # The exporter's optimiser also folds BatchNorm, so without `fold` it must not run.
             optimize=options.fold,
             verbose=False,
         )
@@ -79,7 +79,7 @@ def write_onnx(path: Path, model: nn.Module, metadata: ModelMetadata, options: O
 
 
 def onnx_logits(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
-    """Return a function that computes an ONNX file's logits on the CPU; `threads` 0 is onnxruntime's default."""
+    """Return a function that computes an ONNX file's logits on the CPU; `threads` = 0: onnxruntime's default."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -89,7 +89,7 @@ def onnx_logits(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
 
 
 def write_program(path: Path, model: nn.Module, metadata: ModelMetadata, options: Options) -> float:
-    """Write a torch.export file with its metadata in `metadata.json`, and return the largest difference of its logits.
+    """Write a torch.export file with `metadata.json` inside, and return the `largest_difference` of its logits.
 
     Raises:
         CheckpointError: as in `write_onnx`.
@@ -115,10 +115,10 @@ def write_program(path: Path, model: nn.Module, metadata: ModelMetadata, options
 
 
 def write_weights(path: Path, model: nn.Module, metadata: ModelMetadata) -> None:
-    """Write the weights, under this project's names, and their metadata as safetensors.
+    """Write the weights, under this project's names, and the model's metadata as safetensors.
 
     Raises:
-        CheckpointError: the weights read back are not those that were written; no file remains.
+        CheckpointError: the weights that were read back differ from those that were written; no file remains.
     """
     from safetensors.torch import load, save
 
@@ -133,7 +133,7 @@ def write_weights(path: Path, model: nn.Module, metadata: ModelMetadata) -> None
 
 
 def export_metadata(metadata: ModelMetadata, options: Options) -> dict[str, str]:
-    """Return, as strings, the metadata that is needed to feed an exported model and to name its outputs."""
+    """Return the metadata that describes the inputs of an exported model and names its outputs, as strings."""
     return {
         "model_name": metadata.config.model.name,
         "classes": json.dumps(metadata.classes, ensure_ascii=False),
@@ -147,9 +147,10 @@ def export_metadata(metadata: ModelMetadata, options: Options) -> dict[str, str]
 def largest_difference(
     logits: Callable[[Tensor], Tensor], model: nn.Module, metadata: ModelMetadata, options: Options
 ) -> float:
-    """Return the largest difference of `logits` from the model's in eager mode, over max(1, largest logit).
+    """Return the largest difference between the results of `logits` and the model's logits in eager mode.
 
-    The inputs are one image of the model's size, and a batch of three smaller images, wider than high, with odd sides.
+    It is relative to max(1, largest logit). The inputs are one image of the model's size, and a batch of three smaller
+    images, which are wider than high and have odd sides.
     """
     generator = torch.Generator().manual_seed(0)
     size = metadata.image_size

@@ -1,4 +1,4 @@
-"""The model card (README.md) beside an exported model. It states only what the checkpoint states.
+"""Composes the model card (README.md) of an exported model, only from the checkpoint and the result of the export.
 
 The format is that of Hugging Face: YAML between two lines of dashes, then Markdown.
 """
@@ -35,8 +35,8 @@ class ExportedModel:
         name: name of the file.
         format: value of the command's `--format`.
         options: options of the export.
-        difference: largest difference of its logits from the model's (`formats.py`); None: a file of weights alone.
-        versions: versions of the packages that wrote it, by name.
+        difference: `largest_difference` of its logits (`formats.py`); None for safetensors, which holds only weights.
+        versions: versions of the packages that wrote the file, by package name.
     """
 
     name: str

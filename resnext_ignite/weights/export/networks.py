@@ -1,4 +1,4 @@
-"""The network to export: in evaluation mode, if requested with folded BatchNorms and with the normalisation inside."""
+"""Prepares a network for export: evaluation mode and, if requested, folded BatchNorms and a built-in normalisation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from resnext_ignite.models.grouped_conv import GroupedConv2d
 from resnext_ignite.models.inference import fold_batch_norm
 from resnext_ignite.models.resnext import ResNeXt
 
-# (N, C, H, W). Any size works except 1, because tracing treats a size of 1 as a constant.
+# (N, C, H, W) of the traced images. N, H and W are arbitrary, but not 1: tracing treats a size of 1 as a constant.
 _TRACED = (2, 3, 96, 112)
 
 
 class NormalizeUint8(nn.Module):
-    """A network after the normalisation (value / 255 - mean) / std: uint8 RGB (N, 3, H, W) -> logits.
+    """A network that first normalises its images, (value / 255 - mean) / std: uint8 RGB (N, 3, H, W) -> logits.
 
     Args:
         network: takes normalised images, float32 (N, 3, H, W).
-        mean, std: of red, green and blue, for values from 0 to 1.
+        mean, std: mean and standard deviation of red, green and blue, for values from 0 to 1.
     """
 
     scale: Tensor
@@ -43,11 +43,11 @@ class NormalizeUint8(nn.Module):
 
 
 class EvenMaxPool2d(nn.Module):
-    """The stem's max pooling, 3x3 with stride 2, with separate padding; its input must not be negative.
+    """The stem's 3x3 max pooling with stride 2; it pads in a separate step, and its input must not be negative.
 
     If the pooling itself pads, torch.export derives a condition on the parity of the input's sides, and then rejects
-    dynamic sizes. Here the padded side is 2n + 1 by its formula. The padding is zero instead of minus infinity. The
-    result is the same, because no value is below zero.
+    dynamic sizes. Here the formula of the padded side has the form 2n + 1, so its parity is known. The padding is zero
+    instead of minus infinity. The result is the same, because no value is below zero.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class EvenMaxPool2d(nn.Module):
 
 
 def prepare_for_export(model: nn.Module, mean: Color, std: Color, *, uint8: bool, fold: bool) -> nn.Module:
-    """Return a copy for export; its grouped convolutions use `grouped`, whatever implementation training used."""
+    """Return a copy for export; its grouped convolutions use torch's own implementation (`grouped`)."""
     network = fold_batch_norm(model) if fold else copy.deepcopy(model).eval()
     for module in network.modules():
         if isinstance(module, GroupedConv2d):
@@ -74,7 +74,7 @@ def traced_images(*, uint8: bool) -> Tensor:
 
 
 def reference(model: nn.Module, images: Tensor, mean: Color, std: Color) -> Tensor:
-    """Return the model's own logits, in eager mode, of images: uint8 or normalised float32 (N, 3, H, W)."""
+    """Return the model's own logits in eager mode. The images (N, 3, H, W) are uint8, or normalised float32."""
     if images.dtype == torch.uint8:
         images = normalize(images.permute(0, 2, 3, 1), mean, std).permute(0, 3, 1, 2)
     with torch.inference_mode():
@@ -84,7 +84,7 @@ def reference(model: nn.Module, images: Tensor, mean: Color, std: Color) -> Tens
 def program_of(network: nn.Module, *, uint8: bool) -> ExportedProgram:
     """Export the network with torch.export, for any batch size, height and width."""
     sizes = {0: Dim("batch", min=1), 2: Dim("height", min=1), 3: Dim("width", min=1)}
-    # Without this, torch.export rejects images so small that the last feature map is a single pixel.
+    # Without this setting, torch.export rejects images so small that the last feature map is a single pixel.
     with shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         program = torch.export.export(
             _with_even_max_pool(network), (traced_images(uint8=uint8),), dynamic_shapes={"images": sizes}

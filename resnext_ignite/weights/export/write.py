@@ -1,4 +1,4 @@
-"""Exports one model to one format, with its model card."""
+"""Exports a model to one format, with its model card."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _WRITTEN_WITH = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime"), "torch-
 def export_model(
     output: Path, card: Path, model: nn.Module, metadata: ModelMetadata, format: str, options: Options
 ) -> float | None:
-    """Write a model as `onnx`, `torch-export` or `safetensors`, and its card.
+    """Write a model as `onnx`, `torch-export` or `safetensors`, and its model card.
 
-    Returns the largest difference of its logits from the model's (`formats.py`); None for safetensors.
+    Return the `largest_difference` of the exported logits (`formats.py`), or None for safetensors.
 
     Raises:
         CheckpointError: the file does not reproduce the model; no file remains.

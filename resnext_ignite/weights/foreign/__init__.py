@@ -1,1 +1,1 @@
-"""Checkpoints of other systems: recognise them, read them without running code, rename weights in both directions."""
+"""Recognises checkpoints of other systems, reads them without running their code, and renames weights both ways."""

@@ -1,4 +1,4 @@
-"""Reads binary files that may be damaged or hostile. The cursor never passes the end of the file."""
+"""Reads binary files that may be damaged or hostile. The cursor never reads past the end of the file."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class Cursor:
         return CheckpointError(f"{self.file}: byte {self.position}: {reason}")
 
     def take(self, size: int) -> memoryview:
-        """Return the next `size` bytes, not copied.
+        """Return the next `size` bytes without a copy.
 
         Raises:
-            CheckpointError: fewer bytes are left. The methods below raise it for the same reason.
+            CheckpointError: fewer bytes are left. The methods below raise this error for the same reason.
         """
         if not 0 <= size <= self.left:
             raise self.failure(f"{size} bytes should follow, but only {self.left} do; damaged or cut off")
@@ -67,14 +67,14 @@ class Cursor:
         return struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(f"<{code}")))
 
     def count(self, code: str, size: int) -> int:
-        """Read a number of items, each of at least `size` bytes, and check that so many bytes follow."""
+        """Read the number of the items that follow, and check that `size` bytes are left for each item."""
         count = self.integer(code)
         if not 0 <= count * size <= self.left:
             raise self.failure(f"a count of {count}, but only {self.left} bytes follow; damaged or cut off")
         return count
 
     def text(self, code: str) -> str:
-        """Read a name that follows its length; `code` is the length's format character in `struct`."""
+        """Read a length in bytes, and then a name of this length; `code` is the format character of the length."""
         length = self.count(code, 1)
         if length > _LONGEST_NAME:
             raise self.failure(f"a name of {length} bytes; damaged")

@@ -1,5 +1,6 @@
-"""Reads Caffe's .caffemodel files with protobuf and the needed fields of BVLC/caffe, src/caffe/proto/caffe.proto.
+"""Reads Caffe's .caffemodel files with protobuf. It declares only the fields that a ResNeXt needs.
 
+The original declarations are in BVLC/caffe, src/caffe/proto/caffe.proto.
 `caffe_network.py` finds the network in the layers.
 """
 
@@ -76,7 +77,7 @@ _MESSAGES = {
 
 
 def load_caffemodel(file: Path) -> Any:
-    """Return the layers of a file, as messages with the fields above.
+    """Return the layers of a file, as protobuf messages with the fields of "Layer" above.
 
     Raises:
         CheckpointError: the file is damaged, or in Caffe's old format (V1).
@@ -114,7 +115,7 @@ def blob_of(blob: Any, where: str) -> Tensor:
     """Return a blob's numbers in its shape, in float32.
 
     Raises:
-        CheckpointError: the numbers do not fill the shape; `where` begins the message.
+        CheckpointError: the count of numbers does not match the shape; the message begins with `where`.
     """
     shape = tuple(blob.shape.dim)
     if not blob.HasField("shape"):
@@ -136,8 +137,8 @@ def pair(parameters: Any, both: str, each: str, default: int) -> tuple[int, int]
     """Return a size as (height, width).
 
     Args:
-        both: name of the repeated field, which holds one number for both sides, or (height, width).
-        each: name of the two separate fields, without `_h` and `_w`.
+        both: name of the repeated field, which holds either one number for both sides, or height and width.
+        each: the two separate fields have this name, followed by `_h` or `_w`.
         default: value for both sides if none of the fields is set.
     """
     if parameters.HasField(f"{each}_h") or parameters.HasField(f"{each}_w"):

@@ -1,6 +1,6 @@
 """Finds the ResNeXt in the layers that `caffe_file.py` reads.
 
-It follows the graph, because every converter names the layers differently.
+It follows the connections of the layers instead of their names, because every converter chooses other names.
 
 A .caffemodel does not state how its images were prepared. The ResNeXts published for Caffe take BGR images, as OpenCV
 reads them (soeaver/caffe-model, cls/evaluation_cls.py). This project assumes BGR for every file, and ImageNet's mean
@@ -39,10 +39,10 @@ class _Value:
 
     Args:
         begins: where its convolutions begin: -1 at the image, 0 after the stem, n after the n-th block.
-        convolutions: the convolutions since then, in order.
-        is_rectified: whether a ReLU is the last layer.
-        joined: the block of a sum, until the sum's ReLU.
-        is_averaged: whether an average pooling precedes; only the classifier may follow it.
+        convolutions: the convolutions from there to this blob, in order.
+        is_rectified: whether the last layer is a ReLU.
+        joined: the block, if this blob is the sum of its branch and its shortcut, before the ReLU; otherwise None.
+        is_averaged: whether the blob comes after an average pooling; only the classifier may follow.
     """
 
     begins: int
@@ -133,7 +133,7 @@ class _Graph:
         mean, var, factor = (self._blob(layer, number).flatten() for number in range(3))
         if len(factor) != 1:
             raise self.failure(layer, f"a scale factor of {len(factor)} numbers")
-        # Caffe stores weighted sums and their total weight. A total weight of 0 means that it has seen no image.
+        # Caffe stores weighted sums of the statistics, and the total weight, which is 0 if the layer has seen no image.
         scale = 1 / float(factor[0]) if factor[0] else 0.0
         ones, zeros = torch.ones(mean.shape), torch.zeros(mean.shape)
         eps = layer.batch_norm_param.eps if layer.batch_norm_param.HasField("eps") else 1e-5

@@ -51,15 +51,15 @@ def checkpoint_of(model: ForeignModel) -> dict[str, Any]:
 
 
 def classes_of(model: ForeignModel) -> tuple[tuple[str, ...], str]:
-    """Return a model's class names and their data set, found by the number of classes.
+    """Return a model's class names and the value of `data.name`; both are guessed from the number of classes.
 
-    If no known data set has this number of classes, the names are numbers.
+    If no known data set has this number of classes, the class names are numbers.
     """
     count = model.network.num_classes
     if model.is_imagenet and count == 1000:
         return tuple(ResNeXt50_32X4D_Weights.IMAGENET1K_V1.meta["categories"]), "imagefolder"
     if not model.is_imagenet and model.source not in ("torchvision", "timm"):
-        # These systems train on CIFAR only.
+        # These systems train networks with a 3x3 stem on CIFAR only.
         for data, names in CLASSES.items():
             if count == len(names):
                 return names, data

@@ -1,6 +1,7 @@
-"""A ResNeXt as a graph of layers without names: checks its geometry, and gives its weights this project's names.
+"""Describes a ResNeXt by its layers without their names, checks it, and gives its weights this project's names.
 
-Formats that hold the network itself need this. `keys.py` renames the weights of formats that hold names.
+The readers of Torch7 and Caffe files use this module, because these files hold the network itself. For files that hold
+only named weights, `keys.py` renames the weights.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Norm:
 
 
 def no_norm(channels: int) -> Norm:
-    """Return the BatchNorm that changes nothing."""
+    """Return a BatchNorm that changes nothing."""
     zeros, ones = torch.zeros(channels), torch.ones(channels)
     return Norm(zeros, ones, ones, zeros, 0.0)
 
@@ -40,7 +41,7 @@ class Convolution:
     """A convolution and the BatchNorm after it.
 
     Args:
-        where: its place in the file, for errors.
+        where: place of the convolution in the file, for errors.
         weight: (out, in / groups, kernel, kernel).
         bias: (out,), or None.
         geometry: kernel, stride and padding, each (height, width).
@@ -152,5 +153,5 @@ def _sizes(geometry: tuple[tuple[int, int], ...]) -> str:
 
 
 def with_project_eps(var: Tensor, eps: float) -> Tensor:
-    """Return a variance that gives the same BatchNorm with this project's eps as `var` does with `eps`."""
+    """Return var + eps - EPS: with EPS, this variance gives the same BatchNorm as `var` with `eps`."""
     return (var.double() + (eps - EPS)).float()

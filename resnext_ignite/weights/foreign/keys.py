@@ -1,4 +1,4 @@
-"""Maps the names that other systems give their weights to this project's names, and back."""
+"""Translates the names that other systems give their weights into this project's names, and back."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Naming:
 
     Args:
         marker: a name that only this scheme has; it identifies files.
-        rules: patterns of the scheme's names, each with its replacement: this project's name.
-        back: patterns of this project's names, each with its replacement: the scheme's name. Empty: this project writes
-            no files with this scheme.
+        rules: pairs (pattern of the scheme's names, replacement), where the replacement gives this project's name.
+        back: pairs (pattern of this project's names, replacement), where the replacement gives the scheme's name.
+            Empty: this project writes no files with this scheme.
     """
 
     marker: str
@@ -58,7 +58,7 @@ def _renamed(name: str, rules: tuple[tuple[str, str | Callable[[re.Match[str]], 
 
 
 _OURS = r"((?:conv1|bn1|fc)\.\w+|layer\d+\.\d+\.(?:conv[123]|bn[123]|downsample\.[01])\.\w+)"
-# This project's names in a block, and ResNeXt.pytorch's.
+# For each module in a block: this project's name, and ResNeXt.pytorch's name.
 _PARTS = {
     "conv1": "conv_reduce",
     "bn1": "bn_reduce",
@@ -70,7 +70,7 @@ _PARTS = {
     "downsample.1": "shortcut.shortcut_bn",
 }
 _FROM_PARTS = {theirs: ours for ours, theirs in _PARTS.items()}
-# weiaicunzai/pytorch-cifar100: positions in each block's Sequential, and this project's names.
+# For each module in a block: its position in the Sequential of weiaicunzai/pytorch-cifar100, and this project's name.
 _SPLIT_PARTS = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7": "bn3"}
 
 TORCHVISION = Naming("layer1.0.conv2.weight", ((_OURS, r"\1"),), ((_OURS, r"\1"),))
@@ -111,7 +111,7 @@ PYTORCH_CIFAR100 = Naming(
         ),
     ),
 )
-# The symbol zoo of MXNet's example/image-classification (symbols/resnext.py), without `arg:` and `aux:`.
+# Names in the symbol zoo of MXNet's example/image-classification (symbols/resnext.py), without `arg:` and `aux:`.
 _MXNET_PARTS = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_var": "running_var"}
 _MXNET_NORM = rf"({'|'.join(_MXNET_PARTS)})"
 _MXNET_BLOCK = r"stage([1-9])_unit([1-9]\d?)"
@@ -136,7 +136,7 @@ MXNET = Naming(
 )
 _GLUON_PARTS = {"gamma": "weight", "beta": "bias"}
 _GLUON_VALUE = r"(weight|bias|gamma|beta|running_mean|running_var)"
-# gluoncv/model_zoo/resnext.py: the positions in a block's Sequential are those of pytorch-cifar100.
+# Names in gluoncv/model_zoo/resnext.py. The positions in a block's Sequential are the same as in pytorch-cifar100.
 GLUONCV = Naming(
     "features.4.0.body.3.weight",
     (
@@ -156,9 +156,9 @@ GLUONCV = Naming(
 
 
 def spread_first_convolutions(weights: Weights) -> None:
-    """Replace the first 1x1 of each block, in place, by an equal convolution without groups.
+    """Change `weights` in place: replace the first 1x1 of each block by an equivalent convolution without groups.
 
-    pytorch-cifar100 groups this convolution too. The new weights are zero between the groups.
+    pytorch-cifar100 groups this convolution too. The new weights are zero between channels of different groups.
     """
     for name in [name for name in weights if name.startswith("layer") and name.endswith(".conv1.weight")]:
         block = name.removesuffix("conv1.weight")

@@ -1,6 +1,6 @@
 """Writes and reads the metadata of this project's safetensors files: everything about a model except its tensors.
 
-The format allows only strings. Paths of the machine that trained the model are left out.
+In safetensors, metadata are strings. Local paths of the machine that trained the model are left out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Stated(BaseModel):
 def public_values(config: Config) -> Values:
     """Return a config's values by dotted path, without local paths.
 
-    `data.root` is left out, and `model.pretrained` is reduced to its last part.
+    `data.root` is left out, and `model.pretrained` is reduced to the last part of its path.
     """
     values = flatten(config)
     del values["data.root"]
@@ -46,7 +46,7 @@ def public_values(config: Config) -> Values:
 
 
 def as_strings(metadata: ModelMetadata) -> dict[str, str]:
-    """Return a model's metadata as a safetensors file holds it; `model_name` and `format` are for other programs."""
+    """Return a model's metadata as strings, for a safetensors file; other programs use `model_name` and `format`."""
     stated = {
         "classes": metadata.classes,
         "mean": metadata.mean,
@@ -67,7 +67,7 @@ def as_strings(metadata: ModelMetadata) -> dict[str, str]:
 
 
 def metadata_in(file: Path) -> dict[str, Any] | None:
-    """Return the content of a checkpoint, without the weights, from a safetensors file; None: not this project's file.
+    """Return the checkpoint in a safetensors file, without the weights; None if this project did not write the file.
 
     Raises:
         CheckpointError: the metadata is of another version, or a value is missing or invalid.

@@ -1,4 +1,7 @@
-"""Reads MXNet's .params files without MXNet: apache/mxnet src/ndarray/ndarray.cc, NDArray::Save and ::Load."""
+"""Reads MXNet's .params files without MXNet.
+
+The format is that of NDArray::Save and NDArray::Load in apache/mxnet, src/ndarray/ndarray.cc.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,16 @@ from torch import Tensor
 from resnext_ignite.weights.foreign.binary import Cursor, content_of, float_tensor
 from resnext_ignite.weights.foreign.signatures import MXNET
 
-# The first number of an array is the format's version, 1 to 3. In older files it is the number of dimensions.
+# The first number of an array marks version 1, 2 or 3 of the format. In older files, it is the number of dimensions.
 _V1, _V2, _V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
 _DTYPES = ("<f4", "<f8", "<f2", "u1", "<i4", "i1", "<i8")
 _MOST_DIMENSIONS = 32
-# Bytes of the shortest array: in an older file, a number of dimensions of 0.
+# The shortest array is in an older file: only its number of dimensions, 0.
 _MIN_ARRAY_BYTES = 4
 
 
 def load_params(file: Path) -> dict[str, Tensor]:
-    """Return the arrays in a file by name, in float32; the names come without `arg:` and `aux:`.
+    """Return the arrays in a file by name, in float32; `arg:` and `aux:` are removed from the names.
 
     Raises:
         CheckpointError: the file is damaged; an array is sparse, empty or without a name; or two have the same name.

@@ -1,4 +1,4 @@
-"""Adapts ResNeXts of MXNet's symbol zoo: they have another eps in each BatchNorm, and a BatchNorm of the images."""
+"""Adapts ResNeXts of MXNet's symbol zoo: their BatchNorms have another eps, and an extra one normalises the images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.weights.foreign.graph import with_project_eps
 from resnext_ignite.weights.foreign.keys import Statistics, Weights
 
-# The epsilon of every BatchNorm in the symbol zoo's ResNeXt, including that of the images.
+# The epsilon of every BatchNorm in the symbol zoo's ResNeXt, including the BatchNorm of the images.
 _EPS = 2e-5
 
 
@@ -25,8 +25,8 @@ def adapt_symbol_zoo(weights: Weights) -> None:
 def statistics_of_data(weights: Weights, file: Path) -> tuple[Statistics, Statistics] | None:
     """Remove the images' BatchNorm from the weights, and return it as mean and std for values from 0 to 1.
 
-    None: there is no such BatchNorm. Its gamma is 1 (fix_gamma), whatever the file holds:
-    (x - m) / s + b = (x - (m - b * s)) / s, with x from 0 to 255.
+    Return None if there is none. MXNet computes with a gamma of 1 (fix_gamma), whatever gamma is in the file. The
+    result follows from (x - m) / s + b = (x - (m - b * s)) / s, with x from 0 to 255.
 
     Raises:
         CheckpointError: a part of the BatchNorm is missing, or its mean or std is not valid.

@@ -1,6 +1,6 @@
 """Reads checkpoints of other systems: recognises the system, renames the weights and fits them to a network.
 
-No code in a file is run. Errors name the weight that does not fit.
+It runs no code from the file. An error names the weight that does not fit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
     """Read the model in a file that another system wrote, or that this project exported as safetensors.
 
     Args:
-        source: one of SYSTEMS; "auto": recognised from the file.
+        source: one of SYSTEMS; "auto": recognise the system from the file.
 
     Raises:
         CheckpointError: the file cannot be read, its system is unknown, or its weights do not fit a ResNeXt.
@@ -61,14 +61,15 @@ def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
         source, renamed = renamed_weights(file, source)
     system = SYSTEMS[source]
     system.adapt(renamed)
-    # Do this before `recognise`, because it removes MXNet's BatchNorm of the images, which is not part of the network.
+    # Call `statistics` before `recognise`: it removes MXNet's BatchNorm of the images, which this project's networks
+    # do not have.
     mean, std = system.statistics(renamed, file) or (system.mean, system.std)
     network = recognise(renamed, file)
     return ForeignModel(source, network, fit_weights(renamed, network, file), mean, std)
 
 
 def format_of(file: Path) -> str | None:
-    """Return "torch7" or "caffe", recognised from a file's first bytes or suffix; None: a file of named weights.
+    """Return "torch7" or "caffe", recognised by the file's first bytes or suffix; None for a file of named weights.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -107,7 +108,7 @@ def renamed_weights(file: Path, source: str) -> tuple[str, dict[str, Tensor]]:
 
 
 def load_tensors(file: Path) -> Any:
-    """Load a file of safetensors, of MXNet or of torch.save, without running code from it.
+    """Load a file that safetensors, MXNet or torch.save wrote, without running code from it.
 
     Raises:
         CheckpointError: the file cannot be read, or holds more than tensors and plain values.
@@ -136,13 +137,13 @@ def load_tensors(file: Path) -> Any:
 
 
 def state_of(content: Any, file: Path) -> tuple[dict[str, Tensor], bool]:
-    """Return the weights in a file's content, without wrappers' prefixes, and whether an outer dictionary held them.
+    """Return the weights in a file's content, without prefixes of wrappers, and whether an outer dictionary held them.
 
     Raises:
         CheckpointError: there are no weights, or one is not a tensor.
     """
     wrapped = False
-    # The moving average comes first, as in timm's own loading.
+    # Prefer the moving average of the weights, as timm's own loading does.
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content, wrapped = content[key], True
@@ -162,10 +163,10 @@ def recognise_system(weights: Mapping[str, Tensor], *, wrapped: bool, file: Path
         wrapped: whether an outer dictionary held the weights.
 
     Raises:
-        CheckpointError: no known system does.
+        CheckpointError: no known system uses these names.
     """
     if RESNEXT_PYTORCH.marker in weights:
-        # Both use the same names. Only pytorch-classification stores more than the weights in its files.
+        # Both systems use the same names. Only pytorch-classification stores more than the weights in its files.
         return "pytorch-classification" if wrapped else "resnext.pytorch"
     if PYTORCH_CIFAR100.marker in weights:
         return "pytorch-cifar100"

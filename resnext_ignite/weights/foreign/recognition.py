@@ -26,7 +26,7 @@ class Network:
 
 
 def recognise(weights: dict[str, Tensor], file: object) -> Network:
-    """Return the network of weights that have this project's names.
+    """Return the network to which the weights belong; the weights must have this project's names.
 
     Raises:
         CheckpointError: this project has no such network; the message names the weight or the stages that do not fit.
@@ -39,7 +39,7 @@ def recognise(weights: dict[str, Tensor], file: object) -> Network:
     if stem[2] not in (3, 7):
         raise CheckpointError(f"{file}: conv1.weight: a stem of {stem[2]}x{stem[3]}, where a ResNeXt has 3x3 or 7x7")
     cardinality, rest = divmod(grouped[0], grouped[1])
-    # The smallest base width with this group width, because `Architecture.group_width` rounds down.
+    # `Architecture.group_width` rounds down, so several base widths may give this group width. Take the smallest.
     base_width = -(-64 * grouped[1] // stem[0])
     if rest:
         raise CheckpointError(
@@ -74,10 +74,10 @@ def _blocks(weights: dict[str, Tensor]) -> tuple[int, ...]:
 
 
 def fit_weights(weights: dict[str, Tensor], network: Network, file: object) -> dict[str, Tensor]:
-    """Return copies of the weights in the network's order: in float32, batch counters in int64 (zero if missing).
+    """Return copies of the weights, in the network's order and in float32. Batch counters are int64, and 0 if missing.
 
     Raises:
-        CheckpointError: a weight is missing, unknown or of another shape; the message names the first.
+        CheckpointError: a weight is missing, unknown or of another shape; the message names the weight.
     """
     try:
         with torch.device("meta"):

@@ -1,12 +1,15 @@
-"""The first bytes of Torch7, Caffe and MXNet files. Their readers are separate: they are imported only when needed."""
+"""Defines the first bytes of Torch7, Caffe and MXNet files, which identify the format.
+
+The readers of these formats are in other modules, so that they are imported only if a file needs them.
+"""
 
 from __future__ import annotations
 
 import struct
 
-# The first value of a file is a table (type 3) or an object (type 4), and has the number 1.
+# The first value of a .t7 file is a table (type 3) or an object (type 4), and has the number 1.
 TORCH7 = (struct.pack("<ii", 3, 1), struct.pack("<ii", 4, 1))
-# A NetParameter begins with its name (field 1). Without a name, it begins with its first layer (field 100).
+# A .caffemodel is a NetParameter. It begins with its name (field 1) or, without a name, with a layer (field 100).
 CAFFE = (b"\x0a", b"\xa2\x06")
-# The magic number before the arrays, an unsigned 64-bit integer.
+# The magic number at the start of a .params file, an unsigned 64-bit integer.
 MXNET = struct.pack("<Q", 0x112)

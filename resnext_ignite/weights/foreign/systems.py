@@ -1,4 +1,4 @@
-"""The systems whose checkpoints this project reads, and the model that was read from one."""
+"""Defines the systems whose checkpoints this project reads, and the model that such a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class System:
     """A system whose checkpoints this project reads.
 
     Args:
-        naming: names of its weights; None: they have no names, and the reader follows the network in the file.
-        mean, std: its normalisation, for values from 0 to 1.
-        is_imagenet: whether its models are trained on images of 224 pixels; None: those with a 7x7 stem.
-        adapt: changes renamed weights, in place, to those of this project's network.
-        statistics: takes renamed weights and the file (for errors); returns the mean and std that replace those above,
-            or None.
+        naming: names of its weights; None: the weights have no names, and the reader follows the network in the file.
+        mean, std: the system's normalisation, for values from 0 to 1.
+        is_imagenet: whether its models are trained on images of 224 pixels; None: only models with a 7x7 stem are.
+        adapt: changes the renamed weights in place, so that they fit this project's network.
+        statistics: returns the mean and std of one model, or None if `mean` and `std` above are valid for it; takes the
+            renamed weights and the file (for errors).
     """
 
     naming: Naming | None
@@ -56,7 +56,8 @@ def _cifar_statistics_for_small_stem(weights: Weights, file: Path) -> tuple[Stat
 SYSTEMS = {
     # Its train.py uses the same statistics for CIFAR-10 and CIFAR-100.
     "resnext.pytorch": System(RESNEXT_PYTORCH, cifar.MEAN, cifar.STD),
-    # Its cifar.py uses ResNeXt.pytorch's network and names, stores them in a dictionary, and has other statistics.
+    # Its cifar.py uses ResNeXt.pytorch's network and names. Its files hold the weights in a dictionary. Its statistics
+    # differ.
     "pytorch-classification": System(RESNEXT_PYTORCH, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     # The statistics are from its conf/global_settings.py.
     "pytorch-cifar100": System(
@@ -65,7 +66,7 @@ SYSTEMS = {
         (0.2673342859, 0.2564384629, 0.2761504713),
         adapt=spread_first_convolutions,
     ),
-    # torchvision's and timm's own models have a 7x7 stem. CIFAR models with their names come from `convert --to`.
+    # torchvision's and timm's own models have a 7x7 stem. `convert --to` writes CIFAR models with the same names.
     "torchvision": System(
         TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifar_statistics_for_small_stem
     ),
@@ -92,7 +93,7 @@ TARGETS = {"torchvision": TORCHVISION, "timm": TORCHVISION, "resnext.pytorch": R
 class ForeignModel:
     """A model that was read from a file: its weights under this project's names, its network and its normalisation.
 
-    `stated` is the rest of a checkpoint, from a safetensors file of this project (`metadata.py`); else None.
+    For a safetensors file of this project (`metadata.py`), `stated` holds the rest of the checkpoint; otherwise None.
     """
 
     source: str
@@ -115,7 +116,7 @@ def renamed_for(target: str, weights: Mapping[str, Tensor], file: Path) -> dict[
     """Return a model's weights under another system's names.
 
     Raises:
-        CheckpointError: that system has no such network; the message names the first weight that it lacks.
+        CheckpointError: that system has no such network; the message names the first weight without a name there.
     """
     renamed = {}
     for name, value in weights.items():

@@ -1,4 +1,4 @@
-"""Reads Torch7's binary files without Torch (torch/torch7: File.lua, Tensor.c, Storage.c). Functions are not run.
+"""Reads Torch7's binary files without Torch (torch/torch7: File.lua, Tensor.c, Storage.c). It runs no code in them.
 
 The content becomes Python values; `torch7_network.py` finds the ResNeXt in them.
 """
@@ -19,9 +19,9 @@ from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.weights.foreign.binary import Cursor, content_of, float_tensor
 
 _NIL, _NUMBER, _STRING, _TABLE, _OBJECT, _BOOLEAN, _FUNCTION = range(7)
-# Types of functions that may contain themselves, in files of later versions.
+# Later versions of Torch7 write functions that may contain themselves, with these types.
 _RECURSIVE_FUNCTIONS = (7, 8)
-# NumPy's types, by the class name without `torch.`, `Cuda` and `Tensor` or `Storage`.
+# NumPy's types by class name. The name has lost its prefixes `torch.` and `Cuda` and its suffix `Tensor` or `Storage`.
 _DTYPES = {
     "": "<f4",  # CudaTensor
     "Float": "<f4",
@@ -51,7 +51,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Array:
-    """A view of a storage; the units of `offset` and `strides` are numbers, not bytes."""
+    """A view of a storage; `offset` and `strides` count numbers, not bytes."""
 
     storage: Storage | None
     offset: int
@@ -62,7 +62,8 @@ class Array:
         """Return a copy in float32.
 
         Raises:
-            CheckpointError: the view leaves the storage, or has more numbers than it; `where` begins the message.
+            CheckpointError: the view extends beyond the storage, or has more numbers than the storage; the message
+                begins with `where`.
         """
         count = math.prod(self.sizes) if self.sizes else 0
         last = self.offset + sum((size - 1) * step for size, step in zip(self.sizes, self.strides, strict=True))

@@ -1,7 +1,7 @@
 """Reads the ResNeXt in a Torch7 file: a model of facebookresearch/ResNeXt or fb.resnet.torch, with nn or cudnn modules.
 
-It accepts the bottlenecks `resnext_C` and `resnet`. It refuses the split form (`resnext_B`) and shortcuts padded with
-zeros (type A).
+It accepts the bottleneck types `resnext_C` and `resnet`. It refuses the split form (`resnext_B`) and shortcuts padded
+with zeros (type A).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from resnext_ignite.weights.foreign.torch7_file import Array, Object, load_t7
 
 _CONVOLUTIONS = ("SpatialConvolution", "SpatialConvolutionMM")
 _SOFTMAX = ("SoftMax", "LogSoftMax")
-# Both limits are far above any network's. Only a damaged file, or a module that contains itself, exceeds them.
+# Both limits are far above any real network. Only a damaged file, or a module that contains itself, exceeds them.
 _MOST_LAYERS = 10_000
 _DEEPEST = 100
 
@@ -28,7 +28,7 @@ def read_torch7(file: Path) -> Weights:
     """Return the weights of a .t7 file's model under this project's names.
 
     Raises:
-        CheckpointError: the file is damaged, or holds no model of a ResNeXt; the message names the place.
+        CheckpointError: the file is damaged, or holds no ResNeXt; the message names the module.
     """
     content = load_t7(file)
     if isinstance(content, dict):
@@ -56,7 +56,7 @@ class _Model:
         if not isinstance(module, Object):
             raise self.failure(where, "no module")
         if module.kind == "DataParallelTable":
-            # Its modules are replicas of one network.
+            # Its modules are replicas of one network, so the first one is enough.
             inner = self._modules(module, where)[:1] or [module.fields.get("impl")]
             yield from self._flat(inner[0], where, depth + 1)
         elif module.kind == "Sequential":

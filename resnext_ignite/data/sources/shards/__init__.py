@@ -1,4 +1,4 @@
-"""Images in tar shards of WebDataset's layout: the list `<split>/shards.json`, and the place of each image."""
+"""Reads tar shards of WebDataset's layout: the list of shards, `<split>/shards.json`, and the images in the shards."""
 
 from resnext_ignite.data.sources.shards.index import ShardIndex, index_shards, shard_classes
 from resnext_ignite.data.sources.shards.listing import LIST_NAME, Shard, ShardList, read_shard_list

@@ -1,4 +1,4 @@
-"""The index of the images in the shards of a split: built once, cached on disk, and used while no shard has changed."""
+"""Builds the index of the images in the shards of a split. The index is cached, and used while no shard has changed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 _VERSION = 1
-# Indexing fewer images takes no noticeable time.
+# Do not cache a smaller index: building it takes no noticeable time.
 _WORTH_KEEPING = 5_000
 _PARTS = ("firsts", "offsets", "sizes", "labels")
 _LONGEST_LABEL = 20
@@ -51,11 +51,11 @@ def index_shards(root: Path, split: str, classes: tuple[str, ...] | None = None)
     of each shard.
 
     Args:
-        classes: the allowed classes (those of the training split); None: those that `shards.json` lists.
+        classes: the allowed classes (the classes of the training split); None: the classes that `shards.json` lists.
 
     Raises:
         DataError: `shards.json` or a shard is missing, damaged or truncated, or has a class that is not in `classes`;
-            the message names it.
+            the message names the file.
     """
     folder = root / split
     listed = read_shard_list(folder / LIST_NAME)
@@ -88,10 +88,10 @@ def shard_classes(root: Path, split: str) -> tuple[str, ...]:
 
 
 def _state_of(folder: Path, listed: ShardList) -> tuple[float, str]:
-    """Return the time of the last change of any shard (seconds), and a hash of all that determines the index.
+    """Return the time of the last change of any shard (seconds), and a hash of what determines the index.
 
     Raises:
-        DataError: a shard is missing, or its size is not the listed one.
+        DataError: a shard is missing, or its size differs from the listed size.
     """
     stats = []
     for shard in listed.shards:
@@ -106,7 +106,7 @@ def _state_of(folder: Path, listed: ShardList) -> tuple[float, str]:
                 f"{path}: {fault}: {stat.st_size} bytes, but {LIST_NAME} lists {shard.bytes}; pack or copy it again"
             )
         stats.append(stat)
-    # Use ctime besides mtime: copying programs restore mtime.
+    # Include ctime, because programs that copy files can restore mtime.
     times = [(stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
     text = json.dumps([_VERSION, os.fsdecode(folder.resolve()), IMG_EXTENSIONS, listed.model_dump(), times])
     return max(stat.st_ctime_ns for stat in stats) / 1e9, hashlib.sha256(os.fsencode(text)).hexdigest()
@@ -132,7 +132,7 @@ def _walk(folder: Path, listed: ShardList) -> list[Array]:
 
 
 def _samples(tar: Tar, first: int, classes: int) -> Iterator[tuple[int, int, int]]:
-    """Yield offset, size and label of each image of a shard; check that the names count up from `first`.
+    """Yield the offset, size and label of each image in a shard; check that the names count up from `first`.
 
     Raises:
         DataError: a member is missing or out of order, or a label is not an integer from 0 to `classes` - 1.

@@ -1,4 +1,4 @@
-"""`<split>/shards.json`: the list of the tar shards in its folder. The packer writes it; training reads it."""
+"""Reads `<split>/shards.json`, the list of the tar shards in its folder. The packer writes this list."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def read_shard_list(path: Path) -> ShardList:
     """Read a `shards.json`.
 
     Raises:
-        DataError: it is missing, damaged, of another format, or has a name twice; the message names it.
+        DataError: the file is missing, damaged or of another format, or lists a name twice; the message names the
+            fault.
     """
     try:
         content = path.read_bytes()

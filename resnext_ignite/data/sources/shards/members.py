@@ -1,4 +1,4 @@
-"""The image files inside shards: any process can read each of them directly, in any order."""
+"""Reads image files inside shards. Any process can read any of them directly, in any order."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from resnext_ignite.data.sources.shards.tar import BLOCK, header_name
 
-# Shards that each process keeps open.
+# Number of shards that each process keeps open.
 _OPEN = 32
-# Part of the machine's memory for one read-ahead: it must not evict the shards that are being read.
+# Maximum size of one read-ahead, as a fraction of the machine's memory. A larger one could evict shards that are
+# still needed.
 _MEMORY_FRACTION = 0.125
 
 
@@ -31,9 +32,9 @@ class _Descriptor:
 
 
 class OpenFiles:
-    """Files that are read in parts. Each is opened at its first use; only a few stay open.
+    """Files that are read in parts. Each file is opened at its first use; only a few files stay open.
 
-    Forked processes can share an instance: no read depends on the descriptor's position.
+    Forked processes can share an instance, because no read depends on the position of a descriptor.
 
     Args:
         paths: the files.
@@ -51,7 +52,7 @@ class OpenFiles:
             OSError: the file cannot be read.
             EOFError: the file is too short.
         """
-        # This reference keeps the descriptor open during the read: another thread may evict it from the cache.
+        # This reference keeps the descriptor open during the read, even if another thread evicts it from the cache.
         descriptor = self._descriptor(file)
         content = os.pread(descriptor.number, size, offset)
         if len(content) < size:
@@ -59,7 +60,7 @@ class OpenFiles:
         return content
 
     def read_ahead(self, files: Iterable[int]) -> None:
-        """Request that the system read whole files into its page cache, as far as memory allows. Ignore errors."""
+        """Let the system read whole files into its page cache, as far as memory allows; ignore errors."""
         room = _MEMORY_FRACTION * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         for file in files:
             room -= self.sizes[file]
@@ -102,10 +103,10 @@ class Members:
 
     Args:
         files: the S shards.
-        firsts: int64 (S + 1,), the number of each shard's first image, then the number of all images N.
+        firsts: int64 (S + 1,), the position of each shard's first image among all N images; the last entry is N.
         offsets, sizes: int64 (N,), the start of each image in its shard and its length, in bytes.
         digest: hash of the hashes of all shards.
-        chosen: int64 (n,), the images that belong to this object, in this order; None: all.
+        chosen: int64 (n,), the positions of the images that belong to this object, in this order; None: all.
     """
 
     files: OpenFiles
@@ -128,15 +129,15 @@ class Members:
         return replace(self, chosen=positions if self.chosen is None else self.chosen[positions])
 
     def shards(self) -> Tensor:
-        """Return the number of each image's shard: int64 (n,)."""
+        """Return the number of the shard of each image, from 0: int64 (n,)."""
         numbers = np.arange(len(self)) if self.chosen is None else self.chosen
         return torch.from_numpy(np.searchsorted(self.firsts, numbers, side="right") - 1)
 
     def identity(self) -> str:
-        """Return a text with a hash of the shards' own hashes and of `chosen`."""
+        """Return a string with a hash of `digest` and `chosen`."""
         chosen = b"" if self.chosen is None else self.chosen.tobytes()
         return f"sha256 of shards {hashlib.sha256(self.digest.encode() + chosen).hexdigest()[:16]}"
 
     def read_ahead(self, groups: Sequence[int]) -> None:
-        """Request that the system read shards into its page cache; `groups` are their numbers."""
+        """Let the system read shards into its page cache; `groups` are the numbers of the shards."""
         self.files.read_ahead(groups)

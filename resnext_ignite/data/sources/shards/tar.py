@@ -1,6 +1,6 @@
-"""The places of the files in a plain tar archive, from its headers (POSIX.1-1988 ustar). Each header is checked.
+"""Finds the files in a plain tar archive from its headers (POSIX.1-1988 ustar), and checks each header.
 
-The standard library's tarfile takes a damaged header for the end of the archive; here it is an error.
+The standard library's tarfile treats a damaged header as the end of the archive; this module raises an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from resnext_ignite.runtime.errors import DataError, data_error
 
 BLOCK = 512
 _END = bytes(BLOCK)
-# Smallest read in bytes: it covers several blocks, because members such as labels are small.
+# Minimum number of bytes per read: several blocks, because many members, such as labels, are small.
 _AHEAD = 8 * BLOCK
 _PLAIN, _EXTENDED = (b"0", b"\0"), (b"x", b"g")
 # Keys of an extended header (POSIX.1-2001 pax) that change the name, size or kind of a member. Other keys are ignored.
@@ -24,7 +24,7 @@ _DECISIVE = (b" path=", b" size=", b" linkpath=", b" GNU.sparse")
 
 
 class Member(NamedTuple):
-    """A file in an archive: its name, and the offset and number of its bytes."""
+    """A file in an archive: its name, and the offset and size of its content in bytes."""
 
     name: str
     offset: int
@@ -41,7 +41,7 @@ class Tar:
     """An archive that is read in parts. Use it as a context manager, which closes the file.
 
     Raises:
-        DataError: it cannot be opened.
+        DataError: the archive cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
