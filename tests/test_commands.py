@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, command, train_tiny
+from conftest import ROOT, TINY, Command, command, train_tiny
 from PIL import Image
 from test_imports import COMMANDS
 
@@ -79,8 +79,8 @@ def test_the_whole_command_in_its_own_process(tmp_path: Path) -> None:
     assert "test error" in result.stdout.splitlines()[0]
     assert result.stdout.splitlines()[1] == f"run folder: {folder}"
     assert "epoch 1/1 iteration 4 loss" in result.stderr
-    again = command("train", *arguments)
-    assert (again.returncode, again.stdout) == (7, "")
+    again = Command(folder).wait()
+    assert (again.code, again.stdout) == (7, "")
     assert again.stderr == (f"error: {folder}: holds a run already; add --resume, or choose another --output-dir\n")
 
 
