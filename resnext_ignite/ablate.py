@@ -47,7 +47,8 @@ def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
 
     Raises:
         PreemptedError: a signal arrived; all progress is saved.
-        ResnextError: a run failed. If the cause is a non-finite number, the run only counts as failed.
+        ResnextError: a run failed. A run that fails because of a non-finite number raises no error here: it counts as
+            failed, and the next run starts.
     """
     from resnext_ignite.ablation.runs import result_of, write_results
     from resnext_ignite.data import keep_data_loaded
@@ -83,7 +84,7 @@ def _train(run: PlannedRun, folder: Path) -> None:
 
     from resnext_ignite import train
 
-    # Install them before each run: a finished run leaves its own handlers installed, which ignore further signals.
+    # Install these handlers before each run: a finished run leaves handlers installed that ignore further signals.
     install_exit_during_start()
     try:
         train.run(0, run.config, folder, resume=True)
@@ -101,7 +102,8 @@ def _quiet(quiet: bool) -> Iterator[None]:
     """Keep the runs' output away from standard output, which is for the results.
 
     Args:
-        quiet: drop that output and all log lines below warnings; otherwise, the output goes to standard error.
+        quiet: if true, drop the output, and all log lines below the level of warnings. If false, send the output to
+            standard error.
     """
     logging.disable(logging.INFO if quiet else logging.NOTSET)
     try:

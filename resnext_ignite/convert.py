@@ -12,8 +12,8 @@ from pathlib import Path
 from resnext_ignite.runtime.errors import ConfigError, run_command
 from resnext_ignite.runtime.storage import check_output_path
 
-# "auto", and the names in `weights/foreign/systems.py`. They are repeated here, because that module imports torch, and
-# that would slow down `--help`.
+# "auto", and the names in `weights/foreign/systems.py`. The names are repeated here, because importing that module also
+# imports torch, which would slow down `--help`.
 _SYSTEMS = (
     "auto",
     "resnext.pytorch",
@@ -35,7 +35,7 @@ def convert(checkpoint: Path, output: Path, source: str, target: str) -> str:
     """Convert the file `checkpoint` to the file `output`, and return a one-line report.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used. If a weight does not fit, the message names it.
+        CheckpointError: the checkpoint cannot be used. If a weight does not fit, the message names the weight.
     """
     import torch
 

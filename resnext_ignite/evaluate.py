@@ -1,8 +1,8 @@
 """Evaluate a checkpoint on a split: `python -m resnext_ignite.evaluate --checkpoint RUN [--json]`.
 
-The evaluation uses the config that the checkpoint stores. On the machine of the run, its metrics are therefore equal to
-those that the run recorded, to the last digit. The checkpoint may also come from another system, if `convert` reads its
-format.
+The evaluation uses the config that the checkpoint stores. On the machine of the run, it therefore reports the same
+metrics as the run recorded, to the last digit. The checkpoint may also come from another system, if `convert` can read
+it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], Data]:
     """Evaluate a checkpoint file or run folder; return the metrics and the data.
 
-    The metrics are those of ClassificationCounts and Calibration. Those of FlipCounts are included if the
-    config has `evaluation.flip_tta` and `views` is "one".
+    The metrics come from ClassificationCounts and Calibration, and also from FlipCounts if the config has
+    `evaluation.flip_tta` and `views` is "one".
 
     Args:
         views: "one": each image once, as in the run's own evaluations; "flip": mean logits over each image and its
@@ -88,7 +88,7 @@ def evaluate(
         config = with_values(config, {"train.device": "cpu"})
     # `progressive_from` concerns training only, but the config's check would refuse an image size that is not above it.
     config = with_values(config, {"augment.progressive_from": None})
-    # "fail": an evaluation must count every image.
+    # data.on_error: an evaluation must count every image. It therefore fails if it cannot read an image.
     fixed = {"data.on_error": "fail", "logging.mistakes": keep_mistakes}
     config = with_values(override_config(config, overrides), fixed)
     if views != "one" and config.evaluation.flip_tta:
@@ -119,8 +119,8 @@ def _check_classes(checkpoint: Path, own: tuple[str, ...], found: tuple[str, ...
     if own == found:
         return
     if foreign and len(own) == len(found):
-        # A file of another system stores no class names: `own` holds those of a known data set, or numbers. The names
-        # in the data may differ: the folders of ImageNet are not named after its classes.
+        # A file of another system stores no class names: `own` holds the class names of a known data set, or numbers.
+        # The names in the data may differ. For example, the folders of ImageNet do not have the names of the classes.
         log.info(f"{checkpoint}: assuming that its {len(own)} classes are those of the data, in the same order")
         return
     raise CheckpointError(f"{checkpoint}: has the classes {_shortened(own)}, but the data has {_shortened(found)}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from resnext_ignite.runtime.errors import ConfigError, run_command
 from resnext_ignite.runtime.storage import check_output_path
 
-# The suffix of each format's files. Programs that open the files rely on it.
+# The suffix of the files of each format. Programs that open such files rely on the suffix.
 _SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 
 
@@ -46,11 +46,11 @@ def card_path(output: Path) -> Path:
 
 
 def check_options(format: str, output: Path, *, changed: bool) -> None:
-    """Check the options before the work starts, because an error at the end would waste it.
+    """Check the options before the export starts, so that a wrong option does not waste the time of an export.
 
     Args:
-        changed: whether `--uint8` or `--no-fold` is given. These options change the network, but a safetensors file
-            holds only weights.
+        changed: whether `--uint8` or `--no-fold` is given. These options change the exported network, but a
+            safetensors file holds only weights.
 
     Raises:
         ConfigError: a file exists already, an option does not fit the format, or a folder or package is missing.

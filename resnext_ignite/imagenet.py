@@ -1,7 +1,7 @@
 """Unpacks ImageNet: `python -m resnext_ignite.imagenet --train TAR --val TAR --devkit TAR --output DIR`.
 
-The command unpacks the archives of ILSVRC2012 into a folder to train from. After an interruption, the same command
-resumes.
+The command unpacks the archives of ILSVRC2012 into a folder that training can read. After an interruption, run the same
+command again; it resumes.
 """
 
 from __future__ import annotations

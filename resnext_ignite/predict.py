@@ -50,7 +50,7 @@ class Prediction:
 
 
 def find_images(names: Sequence[str]) -> list[str]:
-    """Return the image files that the names on the command line mean, in order.
+    """Return the image files for the names on the command line, in the order of the names.
 
     A name is a file, a folder (all images in it and below it) or a pattern. A name that is none of these is returned
     unchanged; the prediction later reports it as a file that cannot be read.
@@ -208,8 +208,8 @@ def save_sheet(predictor: Predictor, predictions: Sequence[Prediction], path: Pa
 
 
 def _readable(predictions: Iterable[Prediction], broken: list[Prediction], given: str) -> Iterator[Prediction]:
-    # Yield the predictions for readable images. Report each other image immediately, and add it to `broken`. `given` is
-    # the name of the file that holds a copy of standard input.
+    # Yield the predictions for readable images. Report each unreadable image immediately, and add it to `broken`.
+    # `given` is the name of the file that holds a copy of standard input.
     for prediction in predictions:
         if prediction.error is None:
             yield prediction

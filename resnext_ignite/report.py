@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _short_name(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    """Return the name of the run's folder, or the given path if several runs have that name."""
+    """Return the name of the run's folder; if several of the runs have folders of this name, return the given path."""
     name = Path(run["run"]).resolve().name
     return name if sum(Path(other["run"]).resolve().name == name for other in runs) == 1 else run["run"]
 

@@ -54,8 +54,9 @@ def summarize(
 
     Args:
         model: a model's name, a checkpoint file or a run folder.
-        image_size, classes, stem_channels: None: the value of the checkpoint. For a name, the defaults are 224 pixels
-            and 1000 classes in the ImageNet layout, 32 pixels and 10 classes in the CIFAR layouts, and 64 channels.
+        image_size, classes, stem_channels: if None, the value is read from the checkpoint. For a model's name, the
+            default is 224 pixels and 1000 classes in the ImageNet layout, 32 pixels and 10 classes in the CIFAR
+            layouts, and 64 channels after the stem.
 
     Raises:
         ConfigError: `model` is neither a name nor a file, a number is out of range, or `classes` or `stem_channels` is
@@ -107,7 +108,7 @@ def _of_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def table(summary: Summary) -> str:
-    """Return a table with a row for each layer of a model, and its totals in the lines below the table."""
+    """Return a table with a row for each layer of a model, followed by lines with the totals of the model."""
     layers = summary.layers
     rows = [_HEAD]
     for row in layers.rows:

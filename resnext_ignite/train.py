@@ -32,8 +32,8 @@ def run(local_rank: int, config: Config, output_dir: Path, resume: bool = False)
     """Train on this rank, from scratch or, with `resume`, from the newest checkpoint; rank 0 prints the result.
 
     Raises:
-        ResnextError: the run failed, or a signal stopped it. Each subclass has an exit code. If the run folder is open
-            already, rank 0 also writes the error to `output_dir/status.json`.
+        ResnextError: the run failed, or a signal stopped it. Each subclass has an exit code. If the error occurs
+            after the run folder is opened, rank 0 also writes the error to `output_dir/status.json`.
     """
     import torch
 

@@ -15,7 +15,7 @@ from typing import Any
 from resnext_ignite.runtime.errors import CheckpointError, RunFolderError, run_command
 from resnext_ignite.runtime.tables import aligned
 
-# Parts that every resume reads. `_check_state` also checks the config and, if it enables them, the averaged weights.
+# Parts that every resume reads. `_check_state` also checks the config, and the averaged weights if there must be any.
 _PARTS = (
     "model",
     "optimizer",
@@ -38,7 +38,7 @@ class Checked:
     """The result of the check of one file.
 
     Attributes:
-        size: in bytes.
+        size: size of the file in bytes.
         ok: the file is undamaged and a checkpoint of this project.
         resumable: the file is also complete, so that a run can resume from it.
         reason: why the file is not ok or not resumable, or another remark; None if there is no remark.
@@ -129,7 +129,7 @@ def check_file(path: Path) -> Checked | None:
                 return None
             if after == before:
                 return Checked(path, size, ok=False, resumable=False, reason=_reason(path, error))
-            # A save replaced the file during the check, so that file and checksum may not have matched: check again.
+            # A save replaced the file during the check: the file may have been compared with the wrong checksum.
             continue
         return _check_state(path, size, state, has_sum=has_sum)
 
@@ -177,7 +177,7 @@ def _check_state(path: Path, size: int, state: dict[str, Any], *, has_sum: bool)
 
 
 def _part(state: Any, name: str) -> Any:
-    """Return the part of nested dicts with a dotted name; None if it is missing."""
+    """Look up a dotted name in nested dicts; return the value, or None if there is none."""
     for key in name.split("."):
         state = state.get(key) if isinstance(state, dict) else None
     return state

@@ -36,8 +36,8 @@ class PlannedRun:
 class Plan:
     """A checked plan: the name of its file, the variants, the seeds, and all runs in the order in which they train.
 
-    All variants train with the first seed, then all with the next one. An interrupted ablation can therefore compare
-    the variants seed by seed.
+    All variants train with the first seed, then all variants with the next seed. An interrupted ablation can therefore
+    compare the variants seed by seed.
     """
 
     name: str
@@ -66,7 +66,7 @@ def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
     if any(override.partition("=")[0] == "seed" for override in given):
         raise ConfigError(f"{COMMAND_LINE}: seed: the plan sets the seeds; leave it out")
     base.override(given)
-    # Check the values that all variants share first: an error in them is not an error of the first variant.
+    # First check the values that all variants share. Otherwise, the error message would name the first variant.
     base.config(str(path))
     seeds, variants = reader.seeds(), reader.variants()
     configs: dict[str, Config] = {}
@@ -95,7 +95,7 @@ def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
 
 
 def slug(name: str) -> str:
-    """Return the folder name of a variant: lowercase letters and digits; a hyphen replaces anything between them."""
+    """Return the folder name of a variant: lowercase letters, digits and hyphens, such as `no-mixup-0-2`."""
     return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 

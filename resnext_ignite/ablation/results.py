@@ -17,8 +17,9 @@ _COLUMNS = ("variant", "seeds", "error at epoch 0 %", "last-epoch error %", "aga
 class Result:
     """The state and the result of one planned run.
 
-    `error` is the top-1 test error in percent after the last epoch, and `first_error` the one at epoch 0; None if it is
-    not known. `seconds` is the run's wall-clock time; `evaluation_seconds` is the part of it that evaluations took.
+    `error` is the top-1 test error in percent after the last epoch, and `first_error` the top-1 test error at epoch 0.
+    `seconds` is the run's wall-clock time, and `evaluation_seconds` is the part of `seconds` that evaluations took. A
+    field is None if its value is unknown.
     """
 
     variant: str
@@ -95,7 +96,7 @@ def _row(variant: str, results: Sequence[Result], errors: dict[str, dict[int, fl
 
 
 def table(rows: Sequence[Row], baseline: str) -> str:
-    """Return a Markdown table with aligned columns, and below it an explanation of its marks."""
+    """Return a Markdown table with aligned columns, followed by an explanation of the marks in the table."""
     cells = [_COLUMNS, *(_cells(row, baseline) for row in rows)]
     lines = markdown(cells, align=True)
     notes = ["", "± is the standard error of the mean over seeds; differences are taken seed by seed."]
@@ -106,7 +107,7 @@ def table(rows: Sequence[Row], baseline: str) -> str:
 
 def _cells(row: Row, baseline: str) -> tuple[str, ...]:
     against = _with_error(row.difference, row.difference_standard_error, "+.2f") + (" *" if row.exceeds else "")
-    # The baseline may not have completed a run for each of the variant's seeds.
+    # There can be seeds for which the variant's run is completed, but the baseline's run is not.
     against += f" ({row.pairs} pairs)" if 0 < row.pairs < row.completed else ""
     return (
         row.variant.replace("|", "\\|"),

@@ -1,4 +1,4 @@
-"""Reads the results of an ablation from its run folders, and writes the files that compare them."""
+"""Reads the results of an ablation from its run folders, and writes the files that compare the results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def result_of(run: PlannedRun, path: Path) -> Result:
     the same way. A run that `evaluation.abandon` stopped is `failed` too.
 
     Raises:
-        RunFolderError: the run was made with another config.
+        RunFolderError: the run in the folder has another config than `run`.
     """
     folder = RunFolder(path)
     saved = folder.saved_config()

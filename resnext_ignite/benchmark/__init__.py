@@ -1,1 +1,4 @@
-"""This package compares this project with the alternatives: one module per suite, and the command in `__main__.py`."""
+"""This package compares the speed of this project with that of its alternatives.
+
+`__main__.py` has the command. The other modules measure the suites.
+"""

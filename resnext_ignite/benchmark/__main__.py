@@ -1,7 +1,7 @@
 """Measure this project against the alternatives: `python -m resnext_ignite.benchmark [--suite NAME ...]`.
 
 Contenders run in turns, A B A B ..., so that a drift of the machine's speed affects all of them. The command prints
-medians with their spread, and ratios.
+the median and the range of each contender, and ratios between contenders.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import IO, Any
 
 from resnext_ignite.runtime.errors import ConfigError, run_command
 
-# A suite of several models has one part per model, for example train and train:resnext50_32x4d.
+# A suite that measures several models has one part per model, for example train and train:resnext50_32x4d.
 SUITES = ("data", "train", "overhead", "eval", "startup", "checkpoint", "ranks", "kernels", "growth")
-# These suites are not in "all", because they take long. `photographs` needs image files, `export` onnxruntime.
+# "all" does not include these suites: they take long. In addition, `photographs` needs image files, and `export` needs
+# onnxruntime.
 _ON_REQUEST = ("folders", "photographs", "export")
 _LARGE = Path("configs/cifar10_resnext29_8x64d.yaml")
 _SMALL = Path("configs/cifar10_resnext11_small.yaml")
@@ -31,7 +32,7 @@ _IMAGENET = Path("configs/imagenet_resnext50_32x4d.yaml")
 
 
 def machine() -> dict[str, Any]:
-    """Return the hardware, the package versions, the date and the commit of a measurement."""
+    """Return the hardware, the package versions, the date, and the commit of this project."""
     import ignite
     import torch
     import torchvision
@@ -73,7 +74,7 @@ def _cpu_info() -> list[str]:
 
 
 def parts(photographs: Path = Path()) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return, by the name of each part, the function that measures it; batches are smaller on a CPU.
+    """Return a dict that maps the name of each part to the function that measures it. On a CPU, batches are smaller.
 
     Args:
         photographs: folder of JPEG files for the suite `photographs`.
@@ -182,7 +183,7 @@ def load_results(path: Path, results: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         path: a JSON file that an earlier call of the command wrote.
-        results: the results of this call; the file must come from the same machine.
+        results: the results of this call. Except for the date, `machine` must be the same here and in the file.
 
     Raises:
         ConfigError: the results in the file are from another machine, other versions or another commit.
@@ -221,7 +222,7 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 
 def print_result(name: str, result: dict[str, Any]) -> None:
-    """Print a suite's medians, their spread, and its ratios."""
+    """Print the median and the range of each contender of a suite, and the ratios of the suite."""
     for contender, values in result["samples"].items():
         spread = f"{min(values):.4g} to {max(values):.4g}"
         print(f"{name}: {contender}: {median(values):.4g} {result['unit']} ({spread})")

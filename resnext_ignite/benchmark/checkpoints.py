@@ -1,4 +1,4 @@
-"""Measures the cost of durable checkpoints: a synced and verified save against a plain `torch.save`."""
+"""Measures the cost of durable checkpoints: compares a synced and verified save with a plain `torch.save`."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ _CIFAR_IMAGES = 50_000
 
 
 def measure_checkpoint(contests: dict[Path, int], rounds: int = 11, iterations: int = 5) -> dict[str, Any]:
-    """Measure the seconds to save a run's state by `torch.save`, `torch.save` with fsync, and `save_checkpoint`.
+    """Measure the seconds of saving a run's state: `torch.save`, `torch.save` with fsync, and `save_checkpoint`.
 
     `save_checkpoint` writes, syncs, reads back, compares and renames. `checkpoint_share` is the fraction of a run's
-    time that `save_checkpoint` takes if it saves once per epoch of CIFAR's 50,000 images. The time of an epoch is its
-    number of iterations times the median time of an iteration that only does forward, backward and update.
+    time that `save_checkpoint` takes if the run saves once per epoch of CIFAR's 50,000 images. The time of an epoch is
+    computed: its number of iterations times the median time of forward, backward and update.
 
     Args:
-        contests: the configs, each with the batch size of these iterations.
-        iterations: number of these iterations.
+        contests: the configs to measure, each with its batch size.
+        rounds: number of saves per implementation.
+        iterations: number of timed iterations of forward, backward and update.
     """
     samples: dict[str, list[float]] = {}
     models: dict[str, dict[str, Any]] = {}
@@ -76,7 +77,7 @@ def _state_of(training: Training, data: Data) -> dict[str, Any]:
 
 
 def _time_saves(state: dict[str, Any], rounds: int) -> tuple[dict[str, list[float]], int]:
-    """Return the seconds of each save by implementation, and the size of the file in bytes."""
+    """Return, for each implementation, the seconds of each save; and the size of the saved file in bytes."""
 
     def save_synced(path: Path) -> None:
         with path.open("wb") as file:
@@ -94,14 +95,14 @@ def _time_saves(state: dict[str, Any], rounds: int) -> tuple[dict[str, list[floa
             save(path)
             seconds = time.perf_counter() - start
             size = path.stat().st_size
-            # Delete the files now, or the system would write the pending data while the next contender is measured.
+            # Delete the files now. Otherwise, the system writes the pending data while the next contender is measured.
             for file in folder.iterdir():
                 file.unlink()
             return seconds
 
         return run
 
-    # Save where runs are by default. A folder for temporary files may be in memory, where fsync costs nothing.
+    # Save into the default folder of runs. The system's temporary folder may be in memory, where fsync costs nothing.
     runs = Path("runs")
     runs.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs) as name:

@@ -1,4 +1,4 @@
-"""Measures the input from memory: this project's batches against torchvision's transforms in a DataLoader."""
+"""Measures how fast this project and torchvision make training batches from images in memory (images/s)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _BATCH = 128
 
 
 def measure_data(rounds: int = 5) -> dict[str, Any]:
-    """Measure the images/s of input of CIFAR's size: this project's batches against torchvision's transforms.
+    """Measure the images/s of this project's loader, and of a DataLoader with torchvision's transforms.
 
-    Both make float32 batches on the CPU from the same uint8 images: they crop with 4 pixels of padding, flip and
-    normalise. torchvision's transforms run in a DataLoader.
+    Both make float32 batches on the CPU from the same uint8 images of CIFAR's size: they crop with 4 pixels of padding,
+    flip and normalise.
     """
     devices.set_up_machine(torch.device("cpu"), deterministic=True)
     pixels = np.random.default_rng(0).integers(0, 256, (_IMAGES, 32, 32, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Measures training from JPEG files to updates: the images/s, and how long the device waits for images."""
+"""Measures training on JPEG files, including their decoding: images/s, and how long the device waits for images."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def measure_end_to_end(
     workers and discards the first batches.
 
     Args:
-        work: the config, the model and the batch; an imagefolder of the files replaces the data of the config.
-        decoders: values of `data.decode`.
+        work: the config, the model and the batch size. An imagefolder of the JPEG files replaces the config's data set.
+        decoders: the values of `data.decode` to measure.
         iterations: iterations per measurement.
 
     Raises:
@@ -90,7 +90,10 @@ def _loader(training: Training, data: Data, decoder: str) -> TrainLoader:
 
 
 def _turn(training: Training, loader: TrainLoader, iterations: int, ahead: int) -> Callable[[], float]:
-    """Return a function that discards `ahead` batches of the loader, then measures the seconds per iteration."""
+    """Return a function that trains on batches of the loader, and returns the seconds per iteration.
+
+    Before the measurement, the function discards the first `ahead` batches.
+    """
 
     def run() -> float:
         # Close the iterator at the end: workers that continue to decode would slow down the next measurement.

@@ -1,4 +1,4 @@
-"""Measures evaluation: this project's implementations of inference against torchvision's network."""
+"""Measures the images/s of evaluation, for this project's implementations of inference and torchvision's network."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def _repeated(
 
 
 def measure_evaluation(work: Workload, rounds: int = 5) -> dict[str, Any]:
-    """Measure the images/s of computing logits, and how much each implementation's bf16 logits differ from fp32.
+    """Measure the images/s of computing logits, and how much each implementation's bf16 logits differ from fp32 logits.
 
-    The difference of `plain` is due to bf16 alone. Compare the differences of `folded` and `compiled` with it.
+    The difference for `plain` is due to bf16 alone. It is the reference for the other two differences.
     """
     device = measured_device()
     makers: dict[str, Callable[[], Turn]] = {
@@ -114,7 +114,7 @@ def differences(work: Workload) -> dict[str, float]:
     device = measured_device()
     set_up_machine(device, deterministic=device.type == "cpu")
     model = _network(work, device)
-    # Use the measured batch size: torch.compile has its code for this size in the cache on disk.
+    # Use the same batch size as in the measurement: for this size, torch.compile has already cached its code on disk.
     images = random_batch(work.batch_size, work.image_size, work.num_classes, device, channels_last=True).images
     reference = Inference(model)(images)
     found = {}

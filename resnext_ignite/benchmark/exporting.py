@@ -1,4 +1,4 @@
-"""Measures exported models on the CPU: onnxruntime on an ONNX file against the same network in eager mode."""
+"""Measures exported models on the CPU: compares an ONNX file in onnxruntime with the same network in eager mode."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def time_eager(name: str, batch_size: int, way: str) -> Turn:
 
 
 def time_onnxruntime(file: Path, batch_size: int) -> Turn:
-    """Return a function that measures the seconds per batch of an ONNX file, on as many threads as torch uses."""
+    """Return a function that measures onnxruntime's seconds per batch, with the thread count of torch."""
     return _turn(onnx_logits(file, torch.get_num_threads()), batch_size)
 
 

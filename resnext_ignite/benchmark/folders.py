@@ -1,4 +1,4 @@
-"""Measures the cost of a list of a million images: the time to get the list, and the memory that it costs a worker."""
+"""Measures the cost of listing a million images: the seconds to get the list, and the bytes of memory per worker."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ def _measured(root: Path, rounds: int) -> dict[str, Any]:
 
 
 def _growth(samples: Sequence[Any]) -> int:
-    """Return how many bytes of private memory a forked process gains by reading all samples once, as workers do."""
+    """Return by how many bytes the private memory of a forked process grows while it reads all samples once.
+
+    The process stands for a worker of a DataLoader.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

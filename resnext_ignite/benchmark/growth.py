@@ -1,6 +1,6 @@
-"""Measures how time and memory grow with batch, depth, cardinality, images and ranks.
+"""Measures how time and memory grow with batch size, depth, cardinality, number of images and number of ranks.
 
-Each size runs in its own process.
+Each size is measured in its own process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from resnext_ignite.distributed.launch import launch
 from resnext_ignite.distributed.ranks import Ranks
 from resnext_ignite.runtime.timing import in_turns, medians, timed
 
-# A larger exponent counts as worse than linear. The limit is above 1 to allow for noise.
+# A growth exponent above this limit counts as worse than linear. The limit is above 1 to allow for noise.
 LINEAR = 1.1
 
 
@@ -80,7 +80,7 @@ def sizes(config_path: Path, *, large: bool) -> dict[str, dict[int, Callable[[],
 
 
 def measure_growth(config_path: Path, rounds: int = 3) -> dict[str, Any]:
-    """Measure the seconds and the peak bytes at each size, and compute the exponents of their growth; 1 is linear.
+    """Measure the seconds and the peak bytes at each size, and compute the exponents of the growth; 1 means linear.
 
     An exponent is computed from the two largest sizes, where fixed costs have the least influence.
     """
@@ -102,10 +102,10 @@ def measure_growth(config_path: Path, rounds: int = 3) -> dict[str, Any]:
 
 
 def measure_rank_growth(config_path: Path, batch_size: int = 128, rounds: int = 3) -> dict[str, dict[str, float]]:
-    """Return, for each number of ranks, the seconds per iteration of the same global batch, and rank 0's peak bytes."""
+    """Return, for each number of ranks, the seconds per iteration and rank 0's peak bytes, for a fixed global batch."""
     most = torch.cuda.device_count() or 4
     table = {}
-    # Leave out 1: a single rank runs in this process, so that its peak memory would include the earlier measurements.
+    # Leave out 1: a single rank would run in this process, whose peak memory includes the earlier measurements.
     for world_size in (count for count in (2, 4, 8) if count <= most):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "figures.json"

@@ -1,4 +1,4 @@
-"""Measures the grouped 3x3 convolutions of a ResNeXt, in each implementation, against the machine's limits."""
+"""Measures each implementation of the grouped 3x3 convolutions, and compares the times with the machine's limits."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from resnext_ignite.runtime.timing import in_turns, kernel_timer, medians
 from resnext_ignite.training.tuning import ComputeSettings, gradient_for
 
 PASSES = ("forward", "data gradient", "weight gradient")
-# bf16 has 8 significant bits. Sums of thousands of products that are rounded once have errors well below this.
+# The largest relative error that rounding can explain. bf16 has 8 significant bits. A sum of thousands of products that
+# is rounded to bf16 only once, at its end, has an error well below this limit.
 _TOLERANCE = 0.02
 
 
 def measure_kernels(models: dict[str, tuple[int, int]], rounds: int = 3) -> dict[str, Any]:
-    """Measure the seconds of each pass of each shape in each implementation, in bf16 and channels_last.
+    """Measure the seconds of each pass, for each shape and each implementation, in bf16 and channels_last.
 
-    The fastest implementation of a shape is the one with the least total time of the three passes. Before each
-    measurement, the output and the gradients of every implementation are compared with the grouped convolution in
-    float64.
+    For each shape, the fastest implementation is the one that takes the least time for all three passes together.
+    Before a shape is measured, `check` checks the results of all implementations.
 
     Args:
-        models: the batch size and the image size in pixels for each model name.
+        models: for each model's name, the batch size and the image size in pixels.
 
     Raises:
         ValueError: an implementation computes a different result.
@@ -106,10 +106,10 @@ def _passes(module: GroupedConv2d, images: Tensor, arithmetic: ComputeSettings) 
 
 
 def _least_seconds(shape: GroupedShape, images: int, flop_per_s: float, bytes_per_s: float) -> float:
-    """Return a lower bound for the seconds of a pass in bf16, from its operations and its memory traffic.
+    """Return a lower bound for the seconds of a pass in bf16, from the operations and the memory traffic of the pass.
 
-    The bound is the same for all three passes: each computes the same number of products, and moves tensors of the
-    sizes of the input, the output and the weights once.
+    The bound is the same for all three passes. Each pass computes the same number of products. Each pass also reads or
+    writes three tensors once; they have the sizes of the input, the output and the weights.
     """
     module = shape.module
     pixels_in, pixels_out = shape.size**2, (shape.size // module.stride[0]) ** 2
@@ -120,10 +120,10 @@ def _least_seconds(shape: GroupedShape, images: int, flop_per_s: float, bytes_pe
 
 @torch.enable_grad()
 def check(shape: GroupedShape, arithmetic: ComputeSettings, images: int = 2) -> dict[str, float]:
-    """Check the output and the gradients of each implementation against float64, and return the relative errors.
+    """Compare the results of each implementation with those of the grouped convolution in float64; return the errors.
 
-    The relative error of a tensor is the norm of its difference over the norm of the exact tensor. The error of an
-    implementation is the largest one of its output, data gradient and weight gradient.
+    The relative error of a tensor is ||tensor - exact tensor|| / ||exact tensor||. The error of an implementation is
+    the largest relative error among its output, its data gradient and its weight gradient.
 
     Raises:
         ValueError: an error is too large to be due to rounding.

@@ -1,4 +1,4 @@
-"""Measures the machine's highest rates, and computes the least time that a network needs at these rates."""
+"""Measures the machine's highest operations/s and bytes/s, and computes a network's least time at these rates."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from resnext_ignite.runtime.timing import in_turns, kernel_timer
 
 @dataclass(frozen=True)
 class Limits:
-    """Operations/s of a large matrix product in a precision, and bytes/s of a large copy (bytes read plus written).
+    """The highest measured rates of the machine, for one precision.
 
-    `bytes_a_number` is the size of a number in that precision.
+    `flop_per_s` is the operations/s of a large matrix product in this precision. `bytes_per_s` counts the bytes that a
+    large copy reads plus the bytes that it writes. `bytes_a_number` is the size of a number in this precision.
     """
 
     flop_per_s: float
@@ -37,7 +38,7 @@ class Limits:
 
 
 def measure_limits(device: torch.device, precision: str, rounds: int = 5) -> Limits:
-    """Return the best rates over all rounds, of matrix products of several sizes and of a large copy."""
+    """Measure matrix products of several sizes and a large copy, and return the best rates over all rounds."""
     dtype = DTYPES[precision]
     gpu = device.type == "cuda"
     sizes, count = ((4096, 8192), 2**30) if gpu else ((1024, 2048, 3072), 2**27)

@@ -1,7 +1,7 @@
-"""Builds the alternatives to this project: the same network from other packages, in the loops of their scripts.
+"""Builds the alternatives to this project: the same networks from other packages, with those packages' training loops.
 
-The loops are reimplemented here from the documented flags of each script. Each loop receives batches that are already
-on the device.
+This module reimplements each loop from the documented flags of the package's training script. Each loop receives
+batches that are already on the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from resnext_ignite.data.loaders import Batch
 from resnext_ignite.models import create_model
 from resnext_ignite.runtime.model_names import parse_model_name
 
-# Small enough that the loss stays finite while a benchmark trains on noise.
+# With this small learning rate, the loss stays finite while a benchmark trains on noise.
 _LR = 1e-4
 
 
@@ -98,7 +98,7 @@ def _same_size(model: nn.Module, name: str, num_classes: int) -> nn.Module:
 
 
 def resnext_pytorch_loop(name: str, num_classes: int, device: torch.device) -> Peer:
-    """Build ResNeXt.pytorch's loop: fp32, NCHW, and a running loss, which waits for the device in each iteration."""
+    """Build ResNeXt.pytorch's loop: fp32 and NCHW. Each iteration reads the loss, and so waits for the device."""
     model = create_model(name, num_classes).to(device)
     optimizer = torch.optim.SGD(model.parameters(), _LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
     average = 0.0

@@ -1,4 +1,4 @@
-"""Measures the input from JPEG files: this project's batches against torchvision, timm and plain decoding."""
+"""Measures how fast this project, torchvision and timm make batches from JPEG files, and how fast decoding alone is."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OURS, TORCHVISION, TIMM, LIMIT = "resnext_ignite", "torchvision", "timm", "libjp
 
 
 def measure_photographs(folder: Path, sizes: tuple[int, ...] = (224, 176, 128, 64), rounds: int = 5) -> dict[str, Any]:
-    """Measure the images/s of random-resized crops of a folder's JPEG files, flipped and normalised.
+    """Measure how many images/s each loader makes from JPEG files: random-resized crops, flipped and normalised.
 
     The batches are float32 on the CPU. Every loader has one worker per core. An epoch has `_IMAGES` images. If there
     are fewer files, they are repeated.
@@ -45,9 +45,9 @@ def measure_photographs(folder: Path, sizes: tuple[int, ...] = (224, 176, 128, 6
         DataError: there are no JPEG files.
     """
     files = jpegs_in(folder)
-    # Set up the machine as a run does. The process then keeps the memory that it frees, for the batches of all loaders.
+    # Set up the machine as a run does. The process then reuses the memory of old batches, for each of the loaders.
     devices.set_up_machine(torch.device("cpu"), deterministic=True)
-    # The workers need all cores. More threads of this process would occupy some of them while they wait for work.
+    # The workers need all cores. Further threads of this process would occupy cores even while idle.
     torch.set_num_threads(1)
     workers = len(os.sched_getaffinity(0))
     samples: dict[str, list[float]] = {}
@@ -85,7 +85,7 @@ def jpegs_in(folder: Path) -> list[Path]:
 def linked(files: list[Path], root: Path) -> Path:
     """Create an imagefolder of two classes in `root`, and return `root`.
 
-    It has `_IMAGES` links to the files; if there are fewer files, they are repeated.
+    The imagefolder has `_IMAGES` links to the files. If there are fewer files, several links lead to the same file.
     """
     for number in range(_IMAGES):
         place = root / "train" / ("a", "b")[number % 2]
@@ -95,7 +95,7 @@ def linked(files: list[Path], root: Path) -> Path:
 
 
 def _rate(batches: Iterator[Any], workers: int) -> Callable[[], float]:
-    """Return a function that measures the images/s over one epoch of endless `batches`."""
+    """Return a function that takes one epoch from the endless iterator `batches`, and returns the images/s."""
 
     def run() -> float:
         # Discard the batches that the workers have decoded before this measurement.
@@ -149,7 +149,7 @@ def _torchvision(root: Path, size: int, workers: int) -> Iterator[Any]:
 
 
 def _timm(root: Path, size: int, workers: int) -> Iterator[Any]:
-    """Return batches as timm's script makes them: uint8 from the workers, normalised by its prefetcher.
+    """Return batches as timm's script makes them: the workers return uint8, and timm's prefetcher normalises.
 
     timm's colour jitter and automatic augmentation are off, so that all loaders augment in the same way.
     """

@@ -1,4 +1,4 @@
-"""Draws a benchmark: a row of bars for each suite, and curves of growth."""
+"""Draws the results of a benchmark: bars for each suite, and curves for the growth of time and memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OWN_COLOR, _PEER_COLOR = "tab:blue", "0.65"
 
 
 def draw_benchmark(results: dict[str, Any]) -> Figure:
-    """Draw the medians as bars with the range of the samples, and growth as lines; this project's bars are blue."""
+    """Draw each median as a bar with the range of its samples, and growth as lines; this project's bars are blue."""
     found = results["suites"]
     bars = [name for name in found if name.partition(":")[0] in _BARS]
     tables = found.get("growth", {}).get("tables", {})

@@ -22,8 +22,9 @@ class Contender:
     The constructor runs a first measurement, to warm up.
 
     Args:
-        pool: an executor with this one process.
-        make: returns the function that measures; it is pickled, and called in the process.
+        pool: an executor with a single process, in which the contender runs.
+        make: a function that prepares the contender and returns the function that measures it. `make` is pickled and
+            called in the process.
     """
 
     def __init__(self, pool: ProcessPoolExecutor, make: Callable[[], Turn]) -> None:
@@ -34,7 +35,7 @@ class Contender:
         return self._pool.submit(_take_turn).result()
 
     def peak_bytes(self) -> int:
-        """Return the peak memory of the contender's process in bytes, on the GPU if there is one."""
+        """Return the peak memory of the contender's process in bytes: GPU memory if there is a GPU, else RAM."""
         return self._pool.submit(peak_bytes).result()
 
 
@@ -46,18 +47,18 @@ class Contenders(dict[str, Contender]):
 
 @contextlib.contextmanager
 def in_processes(makers: Mapping[str, Callable[[], Turn]]) -> Iterator[Contenders]:
-    """Start a process for each contender; the processes end with the block.
+    """Start a process for each contender; the processes end when the `with` block ends.
 
     A contender that fails during its preparation or its first measurement is left out, for example if a compiler is
     missing or the memory is full.
 
     Args:
-        makers: for each contender's name, a function that returns the function that measures; see `Contender`.
+        makers: for each contender's name, the argument `make` of `Contender`.
 
     Raises:
         RuntimeError: all contenders failed.
     """
-    # Fork from a server process that has only imported torch: a fresh process would need seconds for this import.
+    # Fork each process from a server that has already imported torch. In a fresh process, this import takes seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["resnext_ignite.benchmark.setup", "resnext_ignite.benchmark.peers"])
     contenders = Contenders()
@@ -89,7 +90,7 @@ def _take_turn() -> float:
 
 
 def peak_bytes() -> int:
-    """Return the peak memory of this process in bytes: memory allocated on the GPU if there is one, else RAM."""
+    """Return the peak memory of this process in bytes: memory allocated on the GPU if there is a GPU, else RAM."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     # Do not use getrusage: for a spawned process, it reports at least the peak of the parent process.

@@ -26,9 +26,10 @@ from resnext_ignite.runtime.timing import in_turns, medians
 
 
 def measure_ranks(contests: dict[Path, int], rounds: int = 5, iterations: int = 2) -> dict[str, Any]:
-    """Measure the images/s of one rank on all cores and of one rank per core, with the same global batch size.
+    """Measure the images/s of a single rank that uses all cores, and of one rank per core, with the same global batch.
 
-    On a machine with GPUs, compare one rank with one rank per GPU instead. With a single core or GPU, measure nothing.
+    On a machine with GPUs, compare a single rank on one GPU with one rank per GPU instead. With a single core or GPU,
+    measure nothing.
     `communication_share` is the fraction of an iteration's time that the reduction of gradients takes.
 
     Args:

@@ -1,4 +1,4 @@
-"""Builds what the suites measure: the model, optimizer and trainer of a config, and batches for them."""
+"""Builds the objects that the suites measure: model, optimizer and trainer from a config, and batches of images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Training:
         return timed(self.device, lambda: self.trainer.run(source, max_epochs=1, epoch_length=iterations)) / iterations
 
     def update_alone(self, ready: Batch, iterations: int) -> float:
-        """Run forward, backward and update alone, on a batch on the device, and return the seconds per iteration."""
+        """Run only forward, backward and update, on a batch that is on the device; return the seconds per iteration."""
         self.model.train()
 
         def update() -> None:

@@ -1,4 +1,4 @@
-"""Measures the time from the start of the command to the first iteration, against the time of the imports alone."""
+"""Measures the seconds from the start of `train` to the end of its first iteration, and the seconds of the imports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _IMPORTS = "import torch, torchvision, ignite.engine, ignite.handlers, ignite.me
 
 
 def measure_startup(config_path: Path, rounds: int = 3) -> dict[str, Any]:
-    """Measure the seconds until a run on the embedded data completes an iteration, and those of the imports alone."""
+    """Measure the seconds that a run takes to complete its first iteration, and the seconds of the imports alone.
+
+    The run trains on the embedded data set.
+    """
     with tempfile.TemporaryDirectory() as folder:
         runs = iter(range(1_000_000))
 

@@ -1,4 +1,4 @@
-"""Measures training: this trainer against other packages' loops, and its overhead over forward, backward and update."""
+"""Measures the images/s of this project's trainer and of other packages' loops, and the overhead of the trainer."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Workload:
     """The work of each contender: a config's model on batches of noise.
 
     Args:
-        config_path: the config for this trainer.
-        model: the name of the config's model, for the other loops.
+        config_path: the config file, for this project's trainer.
+        model: the name of the config's model; the loops of the other packages build the model from this name.
         batch_size: images per iteration.
         image_size: pixels per side.
         iterations: iterations per measurement.
@@ -59,7 +59,7 @@ class Workload:
 
 
 def time_trainer(work: Workload, overrides: list[str], forced_layout: bool = False) -> Turn:
-    """Return a function that measures the seconds per iteration of this trainer.
+    """Return a function that measures the seconds per iteration of this project's trainer.
 
     Args:
         overrides: further config values, `KEY=VALUE`.
@@ -96,7 +96,10 @@ def time_peer(work: Workload, way: Callable[[str, int, torch.device], Peer], cha
 
 
 def contenders(work: Workload, device: torch.device) -> dict[str, Callable[[], Turn]]:
-    """Return, by contender, the function that prepares its measurement; names of this trainer begin with `OURS`."""
+    """Return a dict that maps each contender's name to the function that prepares its measurement.
+
+    The names of this project's contenders begin with `OURS`.
+    """
     makers: dict[str, Callable[[], Turn]] = {
         OURS: partial(time_trainer, work, []),
         f"{OURS}, compiled": partial(time_trainer, work, ["train.compile=true"]),
@@ -112,7 +115,7 @@ def contenders(work: Workload, device: torch.device) -> dict[str, Callable[[], T
     torchvision_amp = partial(amp_loop, torchvision_network)
     makers[f"torchvision's network, {_AMP}"] = partial(time_peer, work, torchvision_amp, True)
     if device.type == "cuda" or not has_timm():
-        # At least one peer must be compiled. Compiling takes longer on a CPU; there, timm's script alone is enough.
+        # At least one peer must be compiled. On a CPU, where compiling takes longer, timm's compiled script is enough.
         compiled_way = partial(amp_loop, torchvision_network, compiled=True)
         makers[f"torchvision's network, {_AMP}, compiled"] = partial(time_peer, work, compiled_way, True)
     if has_timm():
@@ -123,7 +126,7 @@ def contenders(work: Workload, device: torch.device) -> dict[str, Callable[[], T
 
 
 def measure_training(work: Workload, rounds: int = 5) -> dict[str, Any]:
-    """Measure the images/s of a model in this trainer and in the loops of other packages, all on one batch of noise."""
+    """Measure the images/s of a model in this project's trainer and in other packages' loops, on one batch of noise."""
     device = measured_device()
     with in_processes(contenders(work, device)) as ways:
         limits = measure_limits(device, resolve_precision("auto", device))
@@ -143,7 +146,7 @@ def measure_training(work: Workload, rounds: int = 5) -> dict[str, Any]:
         ratio: max((speeds[name] for name in names if name in speeds), default=0.0) for ratio, names in peers.items()
     }
     ratios = {ratio: best / speed for ratio, speed in fastest.items() if speed}
-    # The speed without further config values, against the fastest peer in bf16 and channels_last.
+    # This project's speed with an unchanged config, divided by the speed of the fastest bf16, channels_last peer.
     ratios["train_default_vs_best_amp_peer"] = speeds[OURS] / fastest["train_vs_best_amp_peer"]
     ratios["train_of_limit"] = best * least / work.batch_size
     return {
@@ -163,8 +166,9 @@ def measure_overhead(config_path: Path, rounds: int = 11, iterations: int = 8) -
     """Measure the fraction of an iteration's time that is not forward, backward and update, for a config's model.
 
     One contender is the trainer with log point, schedule and input, as in a run. The other contender is forward,
-    backward and update alone, on one batch on the device. `trainer_overhead` is computed from the two medians.
-    `trainer_overhead_paired_median` is the median of the fractions of the rounds.
+    backward and update alone, on one batch on the device. `trainer_overhead` is computed from the medians of the two
+    contenders. For `trainer_overhead_paired_median`, the fraction is computed for each round, and the median of these
+    fractions is taken.
 
     Args:
         iterations: iterations per measurement.

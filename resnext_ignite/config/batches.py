@@ -18,8 +18,8 @@ def check_batch_size(config: Config, world_size: int) -> None:
     unit = world_size * train.accumulate * max(train.ghost_batch, 1)
     mixed = config.augment.mixup or config.augment.cutmix
     if mixed:
-        # Each image is mixed with its neighbour in the micro-batch of its rank. Each such micro-batch must therefore
-        # have an even number of images.
+        # An image can only be mixed with a neighbour in the same micro-batch on the same rank. Each rank must therefore
+        # have an even number of images in each micro-batch.
         unit = math.lcm(unit, 2 * world_size * train.accumulate)
     if train.batch_size % unit:
         fits = [size for size in (train.batch_size // unit * unit, (train.batch_size // unit + 1) * unit) if size]

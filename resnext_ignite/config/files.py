@@ -38,14 +38,18 @@ _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 class _Loader(yaml.SafeLoader):
     """Resolves scalars by the rules of YAML 1.2.
 
-    PyYAML itself uses those of YAML 1.1: it reads `1e-4` as a string, `010` as 8, `12:30` as 750, and `no` as false.
+    PyYAML's own loaders use the rules of YAML 1.1: they read `1e-4` as a string, `010` as 8, `12:30` as 750, and `no`
+    as false.
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes each string that YAML 1.1 (PyYAML) or 1.2 (`_Loader`) would read as another type, for example `1e-4`."""
+    """Quotes each string that a reader of YAML 1.1 (PyYAML) or YAML 1.2 (`_Loader`) would take for another type.
+
+    For example, without quotes, YAML 1.2 would read the string `1e-4` as a number.
+    """
 
 
 _SCALARS = {
@@ -67,12 +71,12 @@ class ConfigSource:
         self.places: dict[tuple[str, ...], str] = {}
 
     def read(self, text: str, place: str, path: tuple[str, ...] = (), *, lines: bool = True) -> None:
-        """Parse a YAML string, and replace the value at `path` by the parsed value.
+        """Parse a YAML string, and replace the value at `path` with the parsed value.
 
         Args:
             text: a string in the subset of YAML that config files use.
             place: the file or the command line, for error messages.
-            path: the keys that lead to the value, one by one; (): the value is the whole config.
+            path: the keys that lead to the value, outermost first; (): replace the whole config.
             lines: add the line number to the place of each value.
 
         Raises:
@@ -138,8 +142,8 @@ class ConfigSource:
             config = config_of(self.values)
         except ValidationError as error:
             raise ConfigError(_first_line(error, self.places, fallback)) from None
-        # A run stores its config with all keys. The stored file is longer than the user's, and the run must be able to
-        # read it.
+        # A run stores its config with all keys. The stored file is longer than the user's file, but must also be short
+        # enough to be read again.
         if len(dump_config(config)) > _LONGEST_TEXT:
             raise ConfigError(f"{fallback}: longer than a config can be ({_LONGEST_TEXT} characters)")
         return config
@@ -193,7 +197,7 @@ def _refuse_extras(text: str, where: Any) -> None:
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Limit the message of a ConfigError of the block to one printable line of at most 400 characters."""
+    """Limit the message of any ConfigError raised in the `with` block to one printable line of up to 400 characters."""
     # The message holds paths, keys and values that the user chose. They must not break the line, make it very long, or
     # send control characters to the terminal.
     try:
@@ -265,7 +269,7 @@ def _first_line(error: ValidationError, places: dict[tuple[str, ...], str], fall
     first = error.errors(include_url=False)[0]
     parts = [str(part) for part in first["loc"]]
     message = first["msg"].removeprefix("Value error, ")
-    # If a check concerns several keys, its message begins with the key to name.
+    # pydantic reports no key for a check that involves several keys; the message of that check begins with a key.
     named = re.match(r"([a-z_]+\.[a-z_0-9]+): ", message)
     if named is not None:
         parts, message = named[1].split("."), message[named.end() :]

@@ -1,4 +1,4 @@
-"""Defines which config keys a resumed run may change, and which values it takes over from its first start."""
+"""Lists the config keys that a resumed run may change, and the keys that the first start of a run resolves."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from resnext_ignite.config.schema import Config, flatten, with_values
 
-# A resumed run may have new values of these keys. None of them changes the result of an iteration, with one exception:
-# after a change of `train.epochs`, the learning rate and the size of growing images follow the new number of epochs.
+# A resumed run may have new values for these keys. Only a new value of `train.epochs` changes the result of an
+# iteration: the learning rate and, with progressive resizing, the size of the images depend on the number of epochs.
 SAFE_ON_RESUME = (
     "train.epochs",
     "train.max_hours",
@@ -47,20 +47,24 @@ _RESOLVED_AT_START = (
 
 
 def adopt_resolved(config: Config, saved: Config) -> Config:
-    """Return `config` with its open values (null or auto) replaced by those of `saved`, a run's resolved config."""
+    """Return a copy of `config` that takes over the resolved values of a run.
+
+    For each key in `_RESOLVED_AT_START` that is null or auto in `config`, the copy has the value in `saved`, the
+    resolved config of the run.
+    """
     now = flatten(config)
     before = flatten(saved)
     return with_values(config, {key: before[key] for key in _RESOLVED_AT_START if now[key] in (None, "auto", ["auto"])})
 
 
 def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the keys whose values differ, each with the saved and the new value."""
+    """Return the keys whose values differ: a dict from key to the pair (saved value, new value)."""
     before, after = flatten(saved), flatten(config)
     return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
 
 
 def differing_values(configs: Sequence[Config]) -> dict[str, list[Any]]:
-    """Return the keys whose values differ between the configs, each with the list of its values, one per config."""
+    """Return the keys whose values differ between the configs: a dict from key to a list with one value per config."""
     values = [flatten(config) for config in configs]
     listed = {key: [value[key] for value in values] for key in values[0]}
     return {key: column for key, column in listed.items() if any(value != column[0] for value in column)}

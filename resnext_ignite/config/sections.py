@@ -1,6 +1,6 @@
 """Defines the sections of a config: every key with its type, unit and default. `schema.py` combines them into `Config`.
 
-This module does not import torch, so that an error in a config is reported immediately.
+This module does not import torch: the slow import would delay the report of an error in a config.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class ModelConfig(Section):
     num_classes: Annotated[int, Field(ge=2, le=100_000)] | None = None
     """Number of classes; null: as many as the data has."""
     stem_channels: Annotated[int, Field(ge=1, le=1024)] = 64
-    """Output channels of the stem: 64 as published, fewer for a small machine. The width of every stage scales with
-    it."""
+    """Number of output channels of the stem (published: 64). The width of every stage is proportional to this number; a
+    smaller number suits a small machine."""
     pretrained: str | None = None
     """Initial weights: a checkpoint file or run folder of this project, a file of another system that `convert` reads,
     or torchvision's weights of this network (`torchvision:IMAGENET1K_V2`). If the weights are for another number of
@@ -73,17 +73,18 @@ class DataConfig(Section):
     name: Literal["cifar10", "cifar100", "imagefolder", "shards", "shapes"] = "shapes"
     """Data set. `shapes`: images that the program draws, the same in every run. `imagefolder`: image files
     `train/<class>/*` and `val/<class>/*` or `test/<class>/*` in `root`. `shards`: tar files of images in `train/` and
-    `val/` or `test/`; all keys for an `imagefolder` apply to them too. If only one of `val/` and `test/` exists, it is
-    the test split. If both exist, the run selects the best weights on `val/`, and evaluates `test/` once, at its
-    end."""
+    `val/` or `test/`; all keys that apply to an `imagefolder` apply to `shards` too. If only one of `val/` and `test/`
+    exists, it is the test split. If both exist, the run selects the best weights on `val/`, and evaluates `test/` once,
+    at the end of the run."""
     root: str = "data"
     """Folder of the data; a leading `~` is expanded. `shapes` does not use it."""
     download: bool = True
-    """Download CIFAR if `root` does not hold it; false: never download. In both cases, an archive in `root` is checked
-    and unpacked if the unpacked files are missing."""
+    """Download CIFAR if `root` does not hold it; false: never download. With either value, if the unpacked files are
+    missing and `root` holds the archive, the archive is checked and unpacked."""
     val_size: Annotated[int, Field(ge=0)] = 0
-    """Number of training images to hold out, chosen at random by `seed`. The run then selects the best weights on these
-    images, and evaluates the test split once, at its end. 0: hold out none, and evaluate on the test split."""
+    """Number of training images to hold out, chosen at random with `seed`. The run selects the best weights on these
+    images, and evaluates the test split once, at the end of the run. 0: hold out no images; if there is also no `val/`
+    folder, the run selects the best weights on the test split."""
     train_size: Annotated[int, Field(ge=1)] | None = None
     """Use only this many training images, the same ones for every seed; null: all. With `shapes`, this many images are
     drawn (null: 8192)."""
@@ -98,36 +99,37 @@ class DataConfig(Section):
     side (usual for ImageNet: 0.875). Evaluation uses this crop, and so does training without
     `augment.random_resized_crop`."""
     in_memory: bool | None = None
-    """`imagefolder`: decode each split once, and keep it in memory; true is incompatible with
-    `augment.random_resized_crop`. null: do this for a split only if it fits into memory, its images already have the
+    """`imagefolder`: whether to decode a split once and keep its pixels in memory. true: always (incompatible with
+    `augment.random_resized_crop`). false: never. null: only if the split fits into memory, its images already have the
     input size, and it needs no random-resized crops."""
     workers: Annotated[int, Field(ge=0, le=256)] | None = None
-    """`imagefolder`: number of processes per rank that decode images; 0: the main process decodes; null: one per core
-    of the rank, at most 8."""
+    """`imagefolder`: number of processes per rank that decode images; 0: the main process decodes; null: one process
+    for each core that the rank may use, at most 8."""
     decode: Literal["workers", "device"] = "workers"
     """`imagefolder`: where training JPEGs are decoded. `workers`: in the worker processes. `device`: on the GPU
-    (nvJPEG); the worker processes then only read the files, but still decode each file that is not a plain JPEG.
-    `device` needs `augment.random_resized_crop`. Both choices give the same crops, but slightly different pixel values.
-    Evaluation always decodes in the worker processes; its metrics do not depend on the decoder."""
+    (nvJPEG). With `device`, the worker processes read the files, and decode only the files that are not plain JPEGs;
+    `augment.random_resized_crop` must be true. Both values give the same crops, but slightly different pixel values.
+    With both values, evaluation images are decoded in the worker processes."""
     on_error: Literal["fail", "skip"] = "fail"
     """`imagefolder`: reaction to a training image that cannot be read. `fail`: end the run (exit code 3). `skip`: print
     a warning, and exclude the image from the loss and the metrics."""
     max_skipped: Annotated[int, Field(ge=0)] = 100
-    """With `on_error=skip`: maximum number of unreadable training images per epoch. One more ends the run (exit code
-    3)."""
+    """With `on_error=skip`: maximum number of unreadable training images per epoch. If an epoch has more, the run ends
+    with exit code 3."""
     shuffle_shards: Annotated[int, Field(ge=1)] = 16
     """`shards`: number of shards that training reads at a time; their images are shuffled together. The order of the
     shards changes every epoch."""
     mean: PerChannel | None = None
     """Mean of red, green and blue for the normalisation, on a scale of 0 to 1. null: the mean with which the weights of
-    `model.pretrained` were trained; without `model.pretrained`, the published mean of the data set (`imagefolder`: that
-    of ImageNet)."""
+    `model.pretrained` were trained; without `model.pretrained`, the published mean of the data set (`imagefolder`: the
+    mean of ImageNet)."""
     std: tuple[Positive, Positive, Positive] | None = None
-    """Standard deviation of red, green and blue, on the same scale. Set both `mean` and `std`, or neither."""
+    """Standard deviation of red, green and blue for the normalisation, on the same scale as `mean`. Set both `mean` and
+    `std`, or neither. null: chosen as for `mean`."""
 
 
 def size_step(image_size: int) -> int:
-    """Return the step in pixels by which progressive resizing enlarges the training images up to `image_size`."""
+    """Return the step of progressive resizing in pixels, if the full side of the training images is `image_size`."""
     return 16 if image_size >= 128 else 4
 
 
@@ -140,37 +142,38 @@ class AugmentConfig(Section):
     """Content of the padding: black (`zero`), the mean colour of the data (`mean`), or the reflected image
     (`reflect`)."""
     flip: Literal["none", "random", "alternating"] = "random"
-    """Mirror images left to right. `random`: in each epoch, each image with probability 0.5. `alternating`: each image
-    in every second epoch; whether it is mirrored in the first epoch is random."""
+    """Mirror images left to right. `none`: never. `random`: each image with probability 0.5 in each epoch.
+    `alternating`: each image in every second epoch; the first time is in epoch 1 or 2, at random for each image."""
     trivial: bool = False
     """Apply TrivialAugment (wide, arXiv:2103.10158): one random operation out of 14 to each image, at one random
     strength out of 31."""
     cutout: Annotated[int, Field(ge=0, le=512)] = 0
-    """Cutout: side in pixels of a square that is set to the mean colour, with a random pixel as its centre; 0: no
-    cutout."""
+    """Cutout: set a square around a random pixel of each image to the mean colour. This value is the side of the square
+    in pixels; 0: no cutout."""
     erasing: Fraction = 0.0
-    """Probability of random erasing (arXiv:1708.04896): a random box of 2 to 33 % of the area, with an aspect ratio of
-    0.3 to 3.3, is set to the mean colour."""
+    """Random erasing (arXiv:1708.04896): probability that a random box in an image is set to the mean colour. The box
+    has 2 to 33 % of the image's area, and an aspect ratio of 0.3 to 3.3."""
     random_resized_crop: bool = False
-    """`imagefolder`: crop a random box of 8 to 100 % of the area, with an aspect ratio of 3/4 to 4/3, and resize it to
-    the image size. This replaces the padding and its crop (`crop_padding`)."""
+    """`imagefolder`: crop a random box with 8 to 100 % of the image's area and an aspect ratio of 3/4 to 4/3, and
+    resize the box to the image size. This replaces the padding and crop of `crop_padding`."""
     color: Fraction = 0.0
     """Strength s of colour jitter: brightness, contrast and saturation are changed in random order, each by a random
     factor from 1 - s to 1 + s. 0: no jitter. fb.resnet.torch uses 0.4 on ImageNet."""
     lighting: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Strength of AlexNet's colour shift (section 4.1 of its paper): a random shift along the principal axes of
-    ImageNet's colours, whose coefficients have this standard deviation. 0: no shift. fb.resnet.torch uses 0.1."""
+    """Strength of the colour shift of AlexNet (section 4.1 of the AlexNet paper). The colour of each image is shifted
+    along each principal axis of ImageNet's colours, by the eigenvalue of the axis times a normal random coefficient.
+    This value is the standard deviation of the coefficients. 0: no shift. fb.resnet.torch uses 0.1."""
     mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Alpha of mixup (arXiv:1710.09412). For each image, lambda is drawn from Beta(alpha, alpha). The image becomes
-    lambda times itself plus 1 - lambda times its neighbour in the batch. 0: no mixup."""
+    """Alpha of mixup (arXiv:1710.09412). For each image, lambda is drawn from Beta(alpha, alpha). The mixed image is
+    the sum of lambda times the image and (1 - lambda) times its neighbour in the batch. 0: no mixup."""
     cutmix: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Alpha of CutMix (arXiv:1905.04899). For each image, lambda is drawn from Beta(alpha, alpha). A box of its
-    neighbour in the batch replaces the fraction 1 - lambda of its area. 0: no CutMix. If `mixup` is on too, each image
-    gets one of the two at random."""
+    """Alpha of CutMix (arXiv:1905.04899). For each image, lambda is drawn from Beta(alpha, alpha). A box with the
+    fraction 1 - lambda of the area (less if the box crosses an edge) is replaced with the same box of the neighbouring
+    image in the batch. 0: no CutMix. If `mixup` is on too, each image gets either mixup or CutMix, at random."""
     progressive_from: Annotated[int, Field(ge=8, le=512, multiple_of=4)] | None = None
     """Progressive resizing: side in pixels of the training images in the first epoch. The side grows linearly to
-    `data.image_size`, in steps of 4 pixels (16 pixels if `data.image_size` is at least 128). This value must be a
-    multiple of the step. Evaluation images always have their full size. null: no progressive resizing."""
+    `data.image_size`, in steps of 4 pixels (16 pixels if `data.image_size` is at least 128). `progressive_from` must be
+    a multiple of the step. The size of evaluation images does not change. null: no progressive resizing."""
     progressive_until: Fraction = 0.5
     """Progressive resizing: fraction of the epochs after which the training images have their full size."""
 
@@ -189,8 +192,8 @@ class OptimizerConfig(Section):
     """`sgd`: stochastic gradient descent with momentum. `muon`: Muon for all convolutions except the stem, and SGD for
     all other weights. Muon orthogonalises each update, separately for each group of a convolution."""
     lr: Annotated[float, Field(gt=0, le=100)] = 0.1
-    """Learning rate where the factor of the schedule is 1. It is not scaled by `train.batch_size` or by the number of
-    ranks."""
+    """Full learning rate. The learning rate of an iteration is this value times the factor of the schedule (0 to 1).
+    `lr` is not scaled with `train.batch_size` or with the number of ranks."""
     backbone_lr_factor: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Factor for the learning rate of all layers except the classifier. Below 1, pretrained weights change less."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -198,18 +201,18 @@ class OptimizerConfig(Section):
     nesterov: bool = True
     """Use Nesterov momentum, in SGD and in Muon."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 5e-4
-    """Coefficient of SGD's L2 penalty: this value times the weight is added to the gradient of each weight."""
+    """Coefficient of SGD's L2 penalty: SGD adds this value times each weight to the gradient of that weight."""
     decay_norm_and_bias: bool = True
     """Apply `weight_decay` also to BatchNorm weights and all biases, as published; false: only to the weights of
     convolutions and of the classifier."""
     muon_lr: Annotated[float, Field(gt=0, le=100)] = 0.05
-    """Learning rate of the convolutions that Muon updates, where the factor of the schedule is 1."""
+    """Full learning rate of the convolutions that Muon updates; the factor of the schedule applies to it as to `lr`."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of the convolutions that Muon updates. Suitable values: 0.6 for runs of a few epochs, up to 0.95 for
     long runs."""
     muon_weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Decoupled weight decay of the convolutions that Muon updates; it replaces `weight_decay` there. Each update
-    multiplies their weights by 1 - (learning rate) * (this value)."""
+    """Decoupled weight decay of the convolutions that Muon updates: each update multiplies their weights by 1 -
+    (learning rate) * (this value). `weight_decay` does not apply to them."""
 
 
 class ScheduleConfig(Section):
@@ -246,8 +249,8 @@ class TrainConfig(Section):
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Number of micro-batches per update; their gradients are accumulated. More micro-batches need less memory."""
     freeze: Literal["none", "stem", "backbone"] = "none"
-    """Layers whose weights and BatchNorm statistics stay as in `model.pretrained`: no layers, the stem, or all layers
-    except the classifier (`backbone`)."""
+    """Layers whose weights and BatchNorm statistics stay as in `model.pretrained`. `none`: no layers. `stem`: the stem.
+    `backbone`: all layers except the classifier."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto: a GPU if there is one, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -259,13 +262,15 @@ class TrainConfig(Section):
     only)."""
     grouped_conv: tuple[GroupedConvImplementation, ...] = ("grouped",)
     """Implementation of the grouped 3x3 convolutions. `grouped`: torch's grouped convolution. `split`: a dense
-    convolution for each group. `merged<m>`: m groups merged into one, with zeros between them. Give one implementation
-    for all shapes of this convolution, or a list with one for each shape, in the order in which the network uses them.
-    `auto`: the fastest for each shape, measured at the first start of the run."""
+    convolution for each group. `merged<m>`: every m groups form one wider group, in which the weights between different
+    original groups are zero. These convolutions have several shapes in a network. Give one implementation for all
+    shapes, or a list with one implementation for each shape, in the order in which the network uses the shapes. `auto`:
+    the fastest implementation for each shape, measured at the first start of the run."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Part of the target probability that the training loss spreads evenly over all classes; 0: no label smoothing."""
     clip_grad_norm: Annotated[float, Field(ge=0)] = 0.0
-    """Maximum norm of the gradient of all weights together. A larger gradient is scaled down to it; 0: no clipping."""
+    """Maximum norm of the gradient of all weights together. A gradient with a larger norm is scaled down to this norm;
+    0: no clipping."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay per iteration of an exponential moving average of the weights and BatchNorm statistics. If there is an
     average, evaluations use it. 0: no average, unless `ema_horizon` is set."""
@@ -276,7 +281,8 @@ class TrainConfig(Section):
     """Number of epochs after which averaging begins; until then, the average equals the current weights."""
     ema_reestimate_bn: Annotated[int, Field(ge=0)] = 0
     """Before each evaluation, recompute the BatchNorm statistics of the moving average from this many training batches:
-    the first batches of the epoch, or all of them if there are fewer. 0: average the statistics like the weights."""
+    the first batches of the epoch that has just been trained, or all its batches if there are fewer. 0: average the
+    statistics like the weights."""
     lookahead: Annotated[int, Field(ge=0)] = 0
     """Lookahead (arXiv:1907.08610): number of iterations between two steps of the slow weights. After each step,
     training continues from the slow weights. After the last epoch, the model has the slow weights. 0: no Lookahead."""
@@ -324,20 +330,22 @@ class TrainConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """When and how a run evaluates, and which results end it early."""
+    """When and how a run evaluates, and which evaluation results end the run early."""
 
     every: Annotated[int, Field(ge=1)] = 1
     """Number of epochs between two evaluations; the last epoch is always evaluated."""
     early: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
-    """Epochs to evaluate in addition to those of `every`; 0: before the first iteration."""
+    """Epochs after which the run evaluates, in addition to the epochs that `every` selects; 0: evaluate before the
+    first iteration."""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 500
     """Images per rank in one forward pass of an evaluation."""
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
-    """Height and width, in pixels, of the images in evaluations and later predictions; null: `data.image_size`."""
+    """Height and width, in pixels, of the images in evaluations, and in predictions with the trained model; null:
+    `data.image_size`."""
     patience: Annotated[int, Field(ge=0)] = 0
     """Stop after this many consecutive evaluations without a lower error; 0: never."""
     min_delta: Annotated[float, Field(ge=0, le=100)] = 0.0
-    """Percentage points by which the error must fall to count as lower for `patience`."""
+    """For `patience`: smallest decrease of the error, in percentage points, that counts as a lower error."""
     inference: Literal["plain", "folded", "compiled", "auto"] = "plain"
     """Implementation of the forward pass in evaluations. `plain`: the network as it is. `folded`: BatchNorm is folded
     into the convolutions. `compiled`: the folded network, compiled. `auto`: the fastest, measured at the first start of
@@ -346,11 +354,11 @@ class EvaluationConfig(Section):
     """Stop when the error, in percent, is at most this value; null: never."""
     abandon: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[float, Field(ge=0, le=100)]], ...] = ()
     """Limits of the error, in percent, by epoch, for example `{5: 60, 20: 15}` (stored as pairs). The run stops if its
-    error after one of these epochs is above the limit, except after the last epoch. These epochs are evaluated in
-    addition to those of `every`."""
+    error after one of these epochs is above the limit for that epoch. A limit for the last epoch is ignored. The run
+    evaluates after these epochs in addition to the epochs that `every` selects."""
     flip_tta: bool = False
-    """Also evaluate predictions that average the class probabilities of each image and its mirror image. Their metrics
-    are reported separately."""
+    """Also evaluate predictions that average the class probabilities of each image and its mirror image. The metrics of
+    these predictions are reported separately."""
 
     @field_validator("abandon", mode="before")
     @classmethod
@@ -392,7 +400,7 @@ class DistributedConfig(Section):
 
 
 class LoggingConfig(Section):
-    """What a run records."""
+    """The metrics, plots and images that a run records."""
 
     every_iterations: Annotated[int, Field(ge=1)] = 50
     """Number of iterations between two log points of the training metrics. The console also shows these metrics about
@@ -402,8 +410,7 @@ class LoggingConfig(Section):
     curves: bool = True
     """Draw `curves.png`: error, loss and learning rate over the epochs."""
     mistakes: Annotated[int, Field(ge=0, le=256)] = 64
-    """Number of worst mistakes of an evaluation that are stored in `evaluation.json` and drawn in `mistakes.png`; 0:
-    none."""
+    """Number of an evaluation's worst mistakes to store in `evaluation.json` and to draw in `mistakes.png`; 0: none."""
     images: Annotated[int, Field(ge=0, le=256)] = 64
     """Number of images on each TensorBoard sheet (augmented training images, worst mistakes). 0: TensorBoard gets no
     sheets and no confusion matrix."""

@@ -38,7 +38,7 @@ __all__ = [
 
 
 def build_augment(config: Config, data: Data) -> Augment:
-    """Build the augmentation of a config, with the mean and standard deviation of the data."""
+    """Build the augmentation of a config; the normalisation uses the mean and standard deviation in `data`."""
     augment = config.augment
     return Augment(
         seed=config.seed,
@@ -134,7 +134,7 @@ def _warn_of_sorted_shards(labels: torch.Tensor, shards: torch.Tensor, window: i
 
 
 def build_eval_loader(config: Config, data: Data, split: str, device: torch.device, ranks: Ranks) -> EvalLoader:
-    """Build the loader of this rank's slice of a split, for evaluation.
+    """Build the evaluation loader for this rank's slice of a split.
 
     Raises:
         DataError: the data has no such split, or images of the split have the label UNREADABLE.

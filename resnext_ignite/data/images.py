@@ -17,7 +17,7 @@ UNREADABLE = -100
 def color_to_uint8(color: tuple[float, float, float]) -> tuple[int, int, int]:
     """Convert a colour on a scale of 0 to 1 to uint8 values.
 
-    The rounding error is at most 0.5/255, about 0.01 standard deviations of a data set's pixels.
+    The rounding error is at most 0.5/255. This is about 0.01 times the usual standard deviation of the pixels.
     """
     red, green, blue = (round(255 * value) for value in color)
     return red, green, blue
@@ -42,7 +42,7 @@ class Images:
         return len(self.labels)
 
     def subset(self, positions: Tensor) -> Images:
-        """Return the images at some positions, int64 (n,), with their indices unchanged."""
+        """Return the images at the given positions, int64 (n,); they keep their `indices`."""
         return Images(self.pixels[positions], self.labels[positions], self.indices[positions])
 
     def to(self, device: torch.device) -> Images:
@@ -50,7 +50,7 @@ class Images:
         return Images(*(part.to(device) for part in (self.pixels, self.labels, self.indices)))
 
     def load(self, positions: Tensor) -> Tensor:
-        """Return the pixels at some positions: int64 (n,) -> uint8 (n, H, W, 3)."""
+        """Return the pixels of the images at the given positions: int64 (n,) -> uint8 (n, H, W, 3)."""
         return self.pixels[positions.to(self.pixels.device)]
 
     def resized(self, size: int) -> Images:

@@ -1,4 +1,4 @@
-"""Defines the loaders of the engines, which yield batches of normalised images on the device.
+"""Defines the loaders. They give the engines batches of normalised images on the device.
 
 The batches do not depend on whether a split is in memory or in files. `sampling.py` defines the order of the images.
 """
@@ -31,9 +31,10 @@ Split = Images | ImageFiles
 class Batch:
     """Images float32 (n, 3, H, W), labels int64 (n,), and the index of each image in its whole split, int64 (n,).
 
-    A training image that could not be read has the label UNREADABLE, and the mean colour replaces its pixels.
-    `lambdas`, float32 (n,) from 0 to 1, is the fraction of each mixed image that comes from the image itself; the rest
-    comes from its neighbour (images 0 and 1, 2 and 3, ... are neighbours). `lambdas` is None without mixing.
+    A training image that could not be read has the label UNREADABLE, and all its pixels have the mean colour.
+    `lambdas`, float32 (n,) from 0 to 1, belongs to the mixed images: entry i is the fraction of mixed image i that
+    comes from the original image i. The rest comes from the neighbour of image i (images 0 and 1, 2 and 3, ... are
+    neighbours). `lambdas` is None without mixing.
     """
 
     images: Tensor
@@ -43,7 +44,9 @@ class Batch:
 
 
 class TrainLoader:
-    """Yields augmented batches in an endless sequence of epochs, and skips the first `start_iteration` batches.
+    """Yields augmented batches in an endless sequence of epochs.
+
+    Set the attribute `start_iteration` to skip this many batches at the start of the sequence.
 
     Args:
         split: the training images.
@@ -53,8 +56,9 @@ class TrainLoader:
         mixing: mixes the augmented images; None: no mixing.
         workers: number of processes that decode files.
         random_resized_crop: for files: take a random-resized crop instead of the central square.
-        sizes: side of the images in each epoch; None: the size of the split. With random-resized crops of files, the
-            crop is resized to this side, and `cutout` is scaled with it; otherwise the augmented image is resized.
+        sizes: side of the images in each epoch; None: the size of the split. Random-resized crops are resized to this
+            side before the augmentation, and the side of the cutout square is scaled in proportion. Otherwise, images
+            are augmented at the size of the split, and then resized to this side.
         skip_unreadable: for files: give an image that cannot be read the label UNREADABLE and log a warning (once per
             image and rank), instead of raising an error.
         decode_on: for files: the device that decodes JPEG files and takes random-resized crops of them, after the
@@ -107,8 +111,9 @@ class TrainLoader:
 
     @property
     def _by_workers(self) -> bool:
-        # TrivialAugment is slow, so the workers apply it. They must also crop and flip, because these come before it:
-        # if the flip came after it, a mirrored image would be sheared about the upper right corner, not the upper left.
+        # TrivialAugment is slow, so the workers apply it. The crop and the flip come before TrivialAugment, so the
+        # workers must apply them too. If the flip came last, the shear of a mirrored image would appear to be about its
+        # upper right corner, not its upper left corner.
         return not isinstance(self.split, Images) and self.augment.trivial and self.decode_on is None
 
     def _decoded(self, files: ImageFiles, batches: Iterable[tuple[int, Tensor]]) -> Iterator[Decoded]:
@@ -228,7 +233,7 @@ class CropsLoader:
     """Yields batches with several crops of each image, for an evaluation: `images` is float32 (n, crops, 3, H, W).
 
     Args:
-        loaders: one loader for each crop, with the same images in the same order.
+        loaders: one loader for each crop; all loaders yield the same images in the same order.
     """
 
     def __init__(self, loaders: Sequence[EvalLoader]) -> None:

@@ -14,7 +14,7 @@ _cached: dict[Hashable, Data] | None = None
 
 @contextlib.contextmanager
 def keep_data_loaded() -> Iterator[None]:
-    """Let `load_or_reuse` keep the data that it loaded last in memory, until the block ends."""
+    """Until the `with` block ends, let `load_or_reuse` keep the most recently loaded data in memory."""
     global _cached
     _cached = {}
     try:
@@ -24,11 +24,14 @@ def keep_data_loaded() -> Iterator[None]:
 
 
 def load_or_reuse(config: Config, load: Callable[[], Data]) -> Data:
-    """Load the splits of a config. In a `keep_data_loaded` block, reuse the last data if the config needs it."""
+    """Load the splits of a config.
+
+    In a `keep_data_loaded` block, return the most recently loaded data instead if the config needs the same data.
+    """
     if _cached is None:
         return load()
-    # The key holds everything in the config that `load_data` depends on. The seed selects the held-out images; with
-    # random-resized crops, the images are not decoded into memory.
+    # The key holds everything in the config that `load_data` depends on. It includes the seed, which selects the
+    # held-out images, and `random_resized_crop`: if it is on, the training images are not decoded into memory.
     held_out = config.seed if config.data.val_size else None
     sizes = (config.image_size, config.evaluation.image_size)
     key = (config.data, held_out, sizes, config.augment.random_resized_crop)

@@ -1,7 +1,7 @@
-"""Random numbers that depend only on (seed, epoch, index) and their purpose; and the order of the training images.
+"""Computes random numbers that depend only on (seed, epoch, index) and a purpose, and the order of training images.
 
-A counter-based hash replaces random generators. It has no state: any number of workers and ranks, and a resumed run,
-compute the same numbers. It uses only int64 arithmetic, which gives the same result on every device.
+A counter-based hash replaces random generators. The hash has no state, so the numbers are the same with any number of
+workers and ranks, and in a resumed run. It uses only int64 arithmetic, which gives the same result on every device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _MIX2 = 0x94D049BB133111EB
 
 
 class Purpose(IntEnum):
-    """The use of a random number. Each value selects a random stream of the run: add new values, never renumber."""
+    """The purpose of a random number. Each value selects a separate stream of random numbers.
+
+    Add new values, but never change an existing value: the results of a run would change.
+    """
 
     ORDER = 1
     HELD_OUT = 2
@@ -81,7 +84,7 @@ def uniform(seed: int, epoch: int, indices: Tensor, purpose: int) -> Tensor:
 
 def integers(seed: int, epoch: int, indices: Tensor, purpose: int, below: int) -> Tensor:
     """Return a uniform integer in [0, below) for each index: int64 (N,) -> int64 (N,)."""
-    # Use 40 bits: if `below` is under 2**16, the probabilities of the integers differ by less than a factor 1 + 2**-24.
+    # Use 40 bits: if `below` is under 2**16, the probabilities of the integers differ by a factor below 1 + 2**-24.
     return _shift_right(keyed_hash(seed, epoch, indices, purpose), 24) % below
 
 
@@ -143,7 +146,10 @@ class TrainOrder:
         self.groups, self.window = None if groups is None else groups.to(device), window
 
     def batches(self, start_iteration: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (epoch from 1, positions int64 (n,)) for every iteration after the first `start_iteration` ones."""
+        """Skip the first `start_iteration` iterations; yield (epoch, positions) for each later iteration.
+
+        The epoch counts from 1. The positions, int64 (n,), are those of this rank's images in the split.
+        """
         epoch, first = divmod(start_iteration, self.iterations_per_epoch)
         while True:
             epoch += 1
@@ -172,7 +178,7 @@ class TrainOrder:
         return permutation(self.seed, epoch, groups, Purpose.SHARDS, self.device)
 
     def groups_ahead(self, start_iteration: int) -> Iterator[list[int]]:
-        """Yield a list of the groups to read ahead for each item of `batches`.
+        """For each item of `batches`, yield a list of the groups to read ahead.
 
         Each group is listed once per epoch, about `window` groups before its images are needed. Each list is short, so
         that reading ahead does not delay a worker's batch for long. The lists are only a hint: they assume that all

@@ -32,7 +32,7 @@ class Data:
         image_size: side of the training images in pixels.
         evaluation_size: side of all other images in pixels.
         workers: number of processes per rank that decode files.
-        contents: for each split, a description: the number of images and, for files, a hash that identifies them.
+        contents: for each split, a string with the number of images and, for files, a hash that identifies the files.
         shards: int64 (N,), the shard of each training image; None if the data is not in shards.
 
     `selection` is the split whose metrics select the best weights: val if it exists, else test.

@@ -66,8 +66,8 @@ def warm_up_ddp_buckets(wrapped: nn.Module, images: Tensor) -> None:
     """Run two backward passes, so that DDP rebuilds its gradient buckets now; weights and buffers do not change.
 
     DDP rebuilds its buckets after the first two backward passes of a process. Without this warm-up, the first
-    iterations of a resumed run would sum gradients in another order than those of an uninterrupted run. With three or
-    more ranks, the results would then differ in the last bits.
+    iterations after a resume would sum the gradients in a different order than the same iterations of an uninterrupted
+    run. With three or more ranks, the results would differ in the last bits.
 
     Args:
         images: float32 (n, 3, H, W), any values; if the model has ghost batches, n must be a multiple of their size.

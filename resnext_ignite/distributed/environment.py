@@ -71,11 +71,12 @@ def launched_on_this_machine(environment: Mapping[str, str] = os.environ) -> int
 
 @contextlib.contextmanager
 def record_exit_for_torchrun() -> Iterator[None]:
-    """Write an error of the block to torchrun's error file; refuse to run the block if a restart cannot help.
+    """Write an error that is raised in the `with` block to torchrun's error file, unless the error is a bug.
 
     Raises:
         ResnextError: an earlier attempt ended with an error that a restart cannot fix (config, data, checkpoint,
-            non-finite number, preemption). This error has the same class and exit code.
+            non-finite number, preemption). The raised error has the class and exit code of the earlier error, and the
+            `with` block does not run.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:

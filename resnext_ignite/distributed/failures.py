@@ -32,9 +32,9 @@ _WAIT_FOR_FAILURE_S = 3.0
 _WAIT_FOR_RANK_0_S = 0.5
 # Each rank checks at this interval whether another rank has failed.
 _POLL_S = 1.0
-# A rank that still runs this long after a failure counts as hung.
+# A rank that still runs this long after the failure of another rank counts as hung.
 _HANG_AFTER_S = 5.0
-# gloo raises plain RuntimeErrors; recognise them by the source location or the first words of the message.
+# gloo raises plain RuntimeErrors; their messages contain a source location in gloo, or begin with "Gloo ... failed".
 _GLOO_ERROR = re.compile(r"\[\S*/gloo/\S*:\d+\]|^Gloo \w+ failed")
 
 
@@ -56,7 +56,8 @@ class FailureBoard:
 
     Args:
         store: the store that the ranks share.
-        generation: name that separates these ranks from those before a restart (see `rendezvous`).
+        generation: name of this generation of ranks (see `rendezvous`); failures from before a restart have another
+            generation, and do not count.
     """
 
     current_generation: ClassVar[str] = ""
@@ -78,7 +79,7 @@ class FailureBoard:
         return cls(dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5)), cls.current_generation)
 
     def post(self, failure: Failure) -> Failure:
-        """Post a failure; return the failure that was posted first, which may be another rank's."""
+        """Post a failure; return the failure that was posted first, which may come from another rank."""
         text = json.dumps(asdict(failure))
         return Failure(**json.loads(with_timeout(lambda: self._store.compare_set("first", "", text))))
 
@@ -105,13 +106,13 @@ class FailureBoard:
 
 
 def refuse_restart_of(generation: str, store: dist.Store) -> None:
-    """Refuse to start if the ranks before the restart, on any machine, failed with an error that a restart cannot fix.
+    """Refuse to start if, before the restart, a rank on any machine failed with an error that a restart cannot fix.
 
     Args:
         generation: name of the generation of ranks before the restart.
 
     Raises:
-        ResnextError: the first failure of that generation.
+        ResnextError: the first failure in this generation, if a restart cannot fix it.
     """
     first = FailureBoard(store, generation).first()
     # When a machine joins or leaves, torchrun stops the ranks of the other machines with SIGTERM in order to restart
@@ -123,10 +124,13 @@ def refuse_restart_of(generation: str, store: dist.Store) -> None:
 
 @contextlib.contextmanager
 def report_failures(ranks: Ranks) -> Iterator[None]:
-    """Turn an error of the block into the error that this rank reports; only the first error of all ranks is printed.
+    """Turn any error raised in the `with` block into the error that this rank reports.
+
+    Only the failure that was posted first is printed, by the rank that posted it.
 
     Raises:
-        ResnextError: this rank's own error, or the error of the rank with which it lost contact.
+        ResnextError: this rank's own error or, if this rank lost contact with another rank, the failure that was posted
+            first.
     """
     try:
         yield
@@ -192,10 +196,11 @@ def _lost_contact_error(error: BaseException, board: FailureBoard, ranks: Ranks)
 
 @contextlib.contextmanager
 def watch_other_ranks(ranks: Ranks) -> Iterator[None]:
-    """End this process soon after any rank has failed, even if the block hangs in a collective.
+    """End this process soon after a rank has failed, even if the `with` block hangs in a collective.
 
-    A hung rank prints the stacks of its threads before it exits. If another rank has reported this rank as hung or
-    gone, this happens immediately; otherwise, it happens after `_HANG_AFTER_S` seconds.
+    If another rank has reported this rank as hung or gone, this process immediately prints the stacks of its threads
+    and exits. Otherwise, it does the same only if the `with` block has not ended `_HANG_AFTER_S` seconds after this
+    process has found the failure.
     """
     if ranks.world_size == 1:
         yield

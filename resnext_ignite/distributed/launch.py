@@ -1,6 +1,6 @@
 """Runs a function on every rank; torchrun or srun has started the ranks, or this module spawns a process for each.
 
-The parent of spawned ranks reports the failures that they could not report themselves.
+The parent of spawned ranks reports each failure that a rank could not report itself.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def launch(
         timeout_s: a rank counts as failed if the other ranks wait for it this long, in seconds.
 
     Raises:
-        ConfigError: `nproc_per_node` is set although a launcher started this process, or this machine has GPUs, but
-            fewer than ranks.
+        ConfigError: `nproc_per_node` is set although a launcher has already started the ranks; or this machine has
+            fewer GPUs than ranks, but at least one GPU.
         ResnextError: the function's own error, or RankError if another rank failed.
         SystemExit: a spawned rank failed, and its error is already printed.
     """
@@ -108,7 +108,7 @@ def launch(
 
 def _run_as_rank(function: Callable[..., None], args: tuple[Any, ...], backend: str, timeout_s: float) -> None:
     if launched_by_torchrun():
-        # torchrun inside a Slurm job: Ignite would use the rank numbers of Slurm, not those of torchrun (ignite#3259).
+        # Inside a Slurm job, Ignite would use Slurm's rank numbers instead of torchrun's (ignite#3259).
         os.environ.pop("SLURM_JOB_ID", None)
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     try:
@@ -183,7 +183,7 @@ def _wait_for_all(ranks: list[mp.Process], board: FailureBoard) -> int:
             if number in codes or rank.is_alive():
                 continue
             codes[number] = _exit_code_of(number, rank.exitcode or 0, board)
-            # No deadline after a preemption: the other ranks exit while rank 0 still saves.
+            # Set no deadline after a preemption: rank 0 may still be saving after the other ranks have exited.
             if codes[number] not in (0, PreemptedError.exit_code):
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
         if time.monotonic() >= deadline:
@@ -194,7 +194,7 @@ def _wait_for_all(ranks: list[mp.Process], board: FailureBoard) -> int:
 
 
 def _exit_code_of(number: int, code: int, board: FailureBoard) -> int:
-    """Return the exit code of a rank; report the failure of the rank if it could not do so itself."""
+    """Return the exit code of a rank; report the rank's failure if the rank could not report it itself."""
     if code < 0 or code == 1:
         how = (
             f"was killed by {signal.Signals(-code).name}"

@@ -29,11 +29,15 @@ class Ranks:
 
     @classmethod
     def current(cls) -> Ranks:
-        """Return the values of this process from `ignite.distributed`."""
+        """Return the `Ranks` of this process, as `ignite.distributed` reports them."""
         return cls(idist.get_rank(), idist.get_world_size(), idist.get_local_rank(), idist.get_nproc_per_node())
 
     def cores(self) -> int:
-        """Return how many cores this rank may use: all that Slurm bound it to, else an equal part of the machine's."""
+        """Return how many cores this rank may use.
+
+        If Slurm has bound the rank to some of the machine's cores, it may use all of these cores. Otherwise, the ranks
+        of a machine divide its available cores equally.
+        """
         own = len(os.sched_getaffinity(0))
         bound = launched_by_srun() and own < (os.cpu_count() or own)
         return own if bound else max(1, own // self.local_world_size)
@@ -47,7 +51,7 @@ class Ranks:
         return f"{self.world_size} ranks ({places}; {dist.get_backend()})"
 
     def first_on_node(self, prepare: Callable[[], None]) -> None:
-        """Call `prepare` on one rank per machine, while the other ranks wait; if it fails, all ranks raise an error.
+        """Call `prepare` on one rank per machine; the other ranks wait. If one call fails, all ranks raise an error.
 
         idist.one_rank_first is not used: if the first rank failed, the other ranks would wait for ever.
 

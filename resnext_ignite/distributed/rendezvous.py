@@ -1,4 +1,4 @@
-"""Connects the ranks that torchrun started to one another, also after a restart.
+"""Connects ranks to one another after torchrun has started or restarted them.
 
 torchrun 2.11 uses one store for all its restarts, although its documentation says otherwise. Keys of dead ranks (gloo's
 addresses, NCCL's key) stay in this store; restarted ranks read them and wait for ranks that no longer exist. torchrun's
@@ -56,11 +56,12 @@ def torchrun_keeps_store() -> bool:
 
 
 def agree_on_generation(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
-    """Return a name for the generation of these ranks, the same on all of them; call it on all of them.
+    """Return a name for the generation of these ranks. Call this on all ranks: all get the same name.
 
     Each rank except rank 0 writes a random word into the store. Rank 0 answers each word with the name, and returns
     when every other rank has confirmed the name. The word of a dead rank may still be in the store. Rank 0 answers this
-    word too, but no rank confirms the answer; the restarted rank then replaces the word.
+    word too, but no rank confirms the answer. Rank 0 therefore polls again, until the restarted rank has replaced the
+    word.
 
     Raises:
         RuntimeError: a rank did not confirm in time, or the store is gone.
@@ -100,7 +101,7 @@ def last_generation(store: dist.Store) -> str | None:
 
 
 def begin_generation(store: dist.Store, timeout_s: float) -> tuple[str, dist.Store]:
-    """Return a name for the generation of these ranks, and their own part of the store; call it on all ranks.
+    """Return a name for the generation of these ranks, and a part of the store for it alone; call this on all ranks.
 
     Raises:
         RuntimeError: not all ranks took part in time, or torchrun is gone.

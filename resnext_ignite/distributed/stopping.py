@@ -1,7 +1,7 @@
 """Stops a run early: all ranks agree on the iteration at which they stop.
 
-`StopAgreement.exchange` is a single all-reduce. Between saves and evaluations, it is the only collective besides those
-of the model (DDP, SyncBatchNorm).
+`StopAgreement.exchange` is a single all-reduce. Between saves and evaluations, the only other collectives are the
+model's own (DDP, SyncBatchNorm).
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class StopReason(IntEnum):
     TIME_LIMIT = 4
     SIGNAL = 5
     ORPHANED = 6
-    """The process that started a rank is gone. It would have forwarded signals to the rank and restarted it."""
+    """The process that started a rank is gone: nothing forwards signals to this rank or restarts it any more."""
 
 
 class StopAgreement:
     """Makes all ranks stop at the same iteration; each rank may request a stop.
 
     `exchange` sends the requests (a signal, the time limit) to all ranks; in training, it sends the metrics in the same
-    all-reduce. If the result of an evaluation ends the run (patience, target, abandon), all ranks know this without an
-    exchange, and stop immediately. A non-finite number needs no request: all ranks find it in the exchanged metrics,
-    and their log points raise the error.
+    all-reduce. The result of an evaluation is the same on all ranks. If it ends the run (patience, target, abandon),
+    all ranks therefore stop immediately, without an exchange. A non-finite number needs no request: all ranks find the
+    number in the exchanged metrics, and their log points raise the error.
 
     Args:
         max_hours: request a stop this many hours from now; None: never.
@@ -77,15 +77,22 @@ class StopAgreement:
         self.reason = max(self.reason, reason)
 
     def exchange(self, numbers: Tensor) -> Tensor:
-        """Gather float64 (k,) to (world_size, k) on all ranks, and combine the stop requests, in one all-reduce."""
+        """Combine the stop requests of all ranks, and gather `numbers` in the same all-reduce.
+
+        Args:
+            numbers: float64 (k,).
+
+        Returns:
+            The numbers of all ranks, float64 (world_size, k), on every rank.
+        """
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self.request_stop(StopReason.TIME_LIMIT)
         packed = torch.zeros(self.ranks.world_size, len(numbers) + 2, dtype=torch.float64)
         packed[self.ranks.rank, :-2] = numbers
         packed[self.ranks.rank, -2], packed[self.ranks.rank, -1] = self._requested, self._signal
         if self.ranks.world_size > 1:
-            # Each rank fills only its own row, so that the sum contains the numbers of each rank. The caller can then
-            # take a sum, a minimum or a maximum over ranks.
+            # Each rank fills only its own row; the all-reduce adds zeros to it. The caller can take a sum, a minimum or
+            # a maximum over the rows.
             shared = packed.to(idist.device())
             dist.all_reduce(shared)
             packed = shared.cpu()
@@ -98,8 +105,8 @@ class StopAgreement:
 class SyncSchedule:
     """Schedules the exchanges: the first after one position, to measure the speed, then about every five seconds.
 
-    A position is an iteration of training or a batch of an evaluation. Each exchange computes the position of the next
-    one from the time of the slowest rank, so that all ranks use the same position.
+    A position is the number of an iteration in training, or of a batch in an evaluation. Each exchange computes the
+    position of the next exchange from the time of the slowest rank; therefore, all ranks compute the same position.
     """
 
     def __init__(self, stop: StopAgreement) -> None:
@@ -108,7 +115,10 @@ class SyncSchedule:
         self.start(0)
 
     def start(self, position: int) -> None:
-        """Start the clock at a position; call it again after other work, such as an evaluation, to exclude its time."""
+        """Start the clock at a position.
+
+        Call this again after other work, such as an evaluation, so that the clock does not include this work.
+        """
         self._last, self._next, self._since = position, position + self._stride, time.monotonic()
 
     def due(self, position: int) -> bool:
@@ -116,7 +126,14 @@ class SyncSchedule:
         return position >= self._next or (self.stop.ranks.world_size == 1 and self.stop.stop_requested)
 
     def exchange(self, position: int, numbers: Tensor) -> Tensor:
-        """Gather float64 (k,) to (world_size, k + 1); the last column holds the seconds since the last exchange."""
+        """Gather `numbers` as StopAgreement.exchange does, with each rank's seconds since its last exchange.
+
+        Args:
+            numbers: float64 (k,).
+
+        Returns:
+            float64 (world_size, k + 1); the last column holds the seconds.
+        """
         elapsed = torch.tensor([time.monotonic() - self._since], dtype=torch.float64)
         gathered = self.stop.exchange(torch.cat([numbers, elapsed]))
         slowest = max(gathered[:, -1].max().item(), 1e-9)
@@ -127,16 +144,16 @@ class SyncSchedule:
 
 @contextlib.contextmanager
 def stop_on_signals(stop: StopAgreement) -> Iterator[Callable[[], None]]:
-    """Turn SIGTERM, SIGUSR1, SIGHUP and Ctrl-C inside the block into a stop at the next exchange.
+    """Inside the `with` block, turn SIGTERM, SIGUSR1, SIGHUP and Ctrl-C into a request to stop at the next exchange.
 
-    The caller calls the yielded function before the first iteration. Until then there is nothing to save, and a signal
-    ends the process immediately. After the first stop signal, further stop signals have no effect. The death of the
-    parent process (`signals.PARENT_GONE`) also stops and saves the run, but it counts as a failure of the ranks, not as
-    a request of the user.
+    The caller must call the yielded function before the first iteration. Before this call there is nothing to save, and
+    a signal ends the process immediately. After the first stop signal, further stop signals have no effect. The death
+    of the parent process (`signals.PARENT_GONE`) also stops and saves the run, but it counts as a failure of the ranks,
+    not as a request by the user.
 
     Raises:
-        KeyboardInterrupt: a signal came before there was anything to save (`errors.as_resnext_error` turns it into exit
-            code 75).
+        KeyboardInterrupt: a signal came before there was anything to save (`errors.as_resnext_error` turns this error
+            into a PreemptedError, exit code 75).
     """
     running, signal_received = False, False
 

@@ -27,7 +27,8 @@ _MOST_NAMED_CLASSES = 40
 def pyplot() -> Any:
     """Return matplotlib's pyplot, set up for machines without a display.
 
-    The import takes half a second. The first call does it, so that the first iteration of a run need not wait for it.
+    matplotlib is imported in the first call, not with this module: the import takes half a second, which would delay
+    the first iteration of a run.
     """
     import matplotlib as mpl
 
@@ -69,7 +70,7 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] 
             points = [record for record in records if record["split"] == split]
             epochs = [record["epoch"] for record in points]
             label = f"{name} {split}" if several else split
-            # Without a marker, a single point would be invisible, for example that of a split that is evaluated once.
+            # Without a marker, a curve of a single point is invisible. A split that is evaluated once has such a curve.
             style: dict[str, Any] = {"color": color if several or number else None, "marker": "o", "markersize": 3}
             top.plot(epochs, [p["top1_error"] for p in points], label=label, **style)
             middle.plot(epochs, [p["loss"] for p in points], label=label, **style)
@@ -103,7 +104,12 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] 
 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
-    """Draw which fraction of each true class (row) got each prediction (column), from counts int64 (C, C)."""
+    """Draw a confusion matrix: the fraction of each true class (row) with each prediction (column).
+
+    Args:
+        confusion: counts of images, int64 (C, C).
+        classes: the names of the C classes.
+    """
     classes = [printable(name) for name in classes]
     counts = confusion.double()
     fractions = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()

@@ -1,4 +1,4 @@
-"""Builds the report of runs: it fills the template `report_page.html`, and embeds the plots as data URIs."""
+"""Builds the report page of one or more runs: fills the template `report_page.html`, and embeds plots as data URIs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from resnext_ignite.runs.class_metrics import metrics_by_class
 from resnext_ignite.runs.folder import Record, RunFolder
 from resnext_ignite.runtime.storage import write_durably
 
-# A larger confusion matrix is drawn as an image instead of a table.
+# With more classes than this, the page shows the confusion matrix as an image instead of a table.
 _MOST_CELLS_A_SIDE = 20
 _MOST_CLASSES = 50
 # Sizes of the curves in inches, chosen so that the text is readable at the width of the page.
@@ -34,7 +34,7 @@ _DESKTOP, _PHONE = (8, 8), (4.4, 7)
 
 
 def save_page(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """Write the report page of some runs.
+    """Write the report page of the given runs.
 
     Args:
         runs: for each run's name, its summary from `report.summarize`.
@@ -94,7 +94,10 @@ def _view(name: str, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation_of(folder: RunFolder, last: Record) -> tuple[Record | None, str]:
-    """Return the content of `evaluation.json`; or None and the reason, if it does not belong to the last record."""
+    """Return the content of `evaluation.json` and an empty string.
+
+    If the file is not readable or does not belong to the last record, return None and the reason.
+    """
     evaluation = folder.read_evaluation()
     if not evaluation:
         return (
@@ -106,8 +109,9 @@ def _evaluation_of(folder: RunFolder, last: Record) -> tuple[Record | None, str]
             f"evaluation.json is of another evaluation ({name_of_evaluation(evaluation)}) than the last of "
             f"metrics.jsonl ({name_of_evaluation(last)}), so that confusion matrix and mistakes are left out."
         )
-    # A resumed run may repeat this evaluation, and be interrupted after it has written only `metrics.jsonl`. The counts
-    # in `evaluation.json` are then those of the first evaluation; without determinism, they may differ.
+    # A resumed run may repeat this evaluation, and be interrupted when it has written `metrics.jsonl`, but not yet
+    # `evaluation.json`. In that case, `evaluation.json` holds the counts of the first evaluation. They may differ from
+    # the counts of the second evaluation if the run is not deterministic.
     correct = sum(count for true, predicted, count in evaluation["confusion"] if true == predicted)
     images = sum(count for _, _, count in evaluation["confusion"])
     if (correct, images) != (last["correct"], last["images"]):
@@ -136,13 +140,16 @@ def _details(evaluation: Record) -> dict[str, Any]:
 
 
 def _matrix(confusion: Tensor) -> list[list[tuple[int, int]]]:
-    """Return for each cell its count and its percentage of the true class, from counts int64 (C, C)."""
+    """Return each count of a confusion matrix, int64 (C, C), with its percentage of the true class."""
     fractions = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)).round().int()
     return [list(zip(*rows, strict=True)) for rows in zip(confusion.tolist(), fractions.tolist(), strict=True)]
 
 
 def _sheet(folder: RunFolder, last: Record) -> dict[str, str]:
-    """Return `mistakes.png` under the key `uri`; if it does not belong to the last record, the reason under `note`."""
+    """Return the image `mistakes.png` under the key `uri`.
+
+    If the image is not readable or does not belong to the last record, return the reason under the key `note`.
+    """
     try:
         data = folder.mistakes.read_bytes()
         with Image.open(folder.mistakes) as image:
@@ -158,7 +165,7 @@ def _sheet(folder: RunFolder, last: Record) -> dict[str, str]:
 
 
 def _config_rows(config: Config) -> list[tuple[str, Any, Any, bool]]:
-    """Return for each config key: the key, its value, its default, and whether they differ."""
+    """Return a row for each config key: key, value, default, and whether the value differs from the default."""
     changed = changed_values(config, Config())
     return [(key, value, changed.get(key, (value,))[0], key in changed) for key, value in flatten(config).items()]
 

@@ -1,6 +1,6 @@
-"""Writes checkpoint files durably, verifies and reads them, and builds a model from one without an Ignite engine.
+"""Writes checkpoint files durably, verifies and reads them, and builds a model from a checkpoint.
 
-`training/handlers/checkpointing.py` defines the content of the file, and when files are written and removed.
+`training/handlers/checkpointing.py` defines the content of a checkpoint, and when checkpoints are written and removed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint: sync the data, read it back and compare, sync the checksum, rename, sync the folder.
 
     Raises:
-        OSError: a write failed; the file at `path`, which is the old or the new one, still verifies.
+        OSError: a write failed. `path` holds either the old file or the complete new file, and this file verifies.
         CheckpointError: the data that was read back differs from the data that was written.
     """
     replaced = _sums_of_existing(path)
@@ -67,10 +67,13 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def _sums_of_existing(path: Path) -> list[str]:
-    """Return the checksums of the file at `path`. If an intact file has none, such as a copied file, compute one."""
+    """Return the stored checksums of the file at `path`.
+
+    If none is stored, for example for a copied file, and the file is intact, compute its checksum.
+    """
     sums = _read_sums(path)
     if not sums and path.exists():
-        # A file that cannot be verified is of no use; a failed save need not keep it usable.
+        # A file that fails this check cannot be used anyway, and a failed save need not preserve it.
         with contextlib.suppress(CheckpointError, OSError):
             verify_archive(path)
             sums = [sha256_of(path)]
@@ -110,11 +113,11 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def verify_archive(path: Path) -> None:
-    """Check a file of torch.save against the CRCs in it; torch.load does not check them.
+    """Check a file from torch.save against the CRCs that the file contains; torch.load does not check these CRCs.
 
     Raises:
         DamagedError: a CRC is wrong.
-        ForeignFileError: the file is not a zip archive, or only a part of one.
+        ForeignFileError: the file is not a zip archive, or is only a part of a zip archive.
         OSError: the file cannot be read.
     """
     try:
@@ -131,19 +134,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Verify a checkpoint, and return its content, on the CPU.
 
     Raises:
-        DamagedError: the file is damaged, or (ForeignFileError) not a checkpoint of this project.
+        DamagedError: the file is damaged.
+        ForeignFileError: the file is not a checkpoint of this project. The class is a subclass of DamagedError.
         CheckpointError: the file cannot be read, or has the format of another version.
     """
     verify_checkpoint(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        # The file has just been verified, so that the storage must have caused the error.
+        # The file has just been verified; only the storage can have caused the error.
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except Exception as error:
         if as_out_of_memory(error):
             raise
-        # A malicious or foreign file can make torch raise any exception; refuse the file in one line.
+        # A malicious or foreign file can make torch raise any exception; raise a one-line error instead.
         reason = " ".join(str(error).split())[:120]
         raise ForeignFileError(f"{path}: not a checkpoint of this project ({reason})") from None
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
@@ -167,7 +171,10 @@ def config_of_checkpoint(path: Path, state: dict[str, Any]) -> Config:
 
 
 def iteration_checkpoints(folder: Path) -> list[Path]:
-    """Return the resume points of a folder, newest first by the iteration in the name: file times are unreliable."""
+    """Return the resume points of a folder, newest first.
+
+    The iteration in the file name defines the order, because file times are unreliable.
+    """
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _ITERATION_FILE.fullmatch(path.name))]
@@ -175,9 +182,10 @@ def iteration_checkpoints(folder: Path) -> list[Path]:
 
 
 def outdated_checkpoints(newest: Path, keep: int, unreadable: Collection[Path] = ()) -> list[Path]:
-    """Return the resume points to remove after `newest` was written and verified, so that `keep` remain.
+    """Return the resume points to remove after `newest` was written and verified.
 
-    All files to remove are older than `newest`. Newer files and `unreadable` ones are neither removed nor counted.
+    `newest` and the `keep` - 1 resume points before it remain; all older ones are removed. Files that are newer than
+    `newest` and files in `unreadable` are neither removed nor counted.
     """
     newest_first = [path for path in iteration_checkpoints(newest.parent) if path not in unreadable]
     return newest_first[newest_first.index(newest) + keep :]
@@ -198,7 +206,7 @@ def resume_candidates(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A verified state and its file, and the damaged and the unreadable files that were tried before it."""
+    """The path and the content of a verified checkpoint, and the damaged or unreadable files that were tried first."""
 
     path: Path
     state: dict[str, Any]
@@ -246,17 +254,17 @@ def set_aside(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed save or removal left: partly written files, and checksums without their file."""
+    """Remove the files that a killed process left: partly written files, and checksum files without a checkpoint."""
     for path in [*folder.glob(".*.tmp"), *folder.glob("*.pt.sha256")]:
         if path.suffix == ".tmp" or not path.with_suffix("").exists():
             path.unlink(missing_ok=True)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint for a file or a run folder.
+    """Return the checkpoint file of a run folder; if `path` is not a folder, return it unchanged.
 
-    A file is returned unchanged. In a run folder it is `best.pt` if it was selected on held-out images (split "val"),
-    else `final.pt`, else the newest resume point.
+    The checkpoint of a run is `best.pt` if the run selected it on held-out images (split "val"), else `final.pt`, else
+    the newest resume point.
 
     Raises:
         CheckpointError: the run folder has no checkpoint, or `best.pt` cannot be used.
@@ -279,8 +287,8 @@ class ModelMetadata:
     """The metadata of the weights: enough to prepare the input of the model and to name its classes.
 
     `errors` holds the records of the run's last and best evaluation; the best one is selected on the split `selection`.
-    `config` is the resolved config. `source` is None for weights from a run of this project. Otherwise, it names the
-    system that the weights come from, and `config` describes only the model and the normalisation.
+    `config` is the resolved config. `source` is None for weights from a run of this project. For other weights,
+    `source` names the system that they come from, and `config` describes only the model and the normalisation.
     """
 
     classes: tuple[str, ...]
@@ -298,7 +306,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
     """Return a model in eval mode on the CPU, from a checkpoint file or a run folder, and its metadata.
 
     If the run averaged its weights (`train.ema_decay`, `train.ema_horizon`), the model has the averaged weights: the
-    run also evaluated those.
+    run's own evaluations used the averaged weights, too.
 
     Raises:
         CheckpointError: there is no usable checkpoint.
@@ -308,7 +316,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelMetadata]:
 
 
 def model_of(state: dict[str, Any], file: Path) -> tuple[nn.Module, ModelMetadata]:
-    """Return the same as `load_model`, from the content of a checkpoint; errors name `file`."""
+    """Return a model and its metadata, as `load_model` does, from the content of a checkpoint; errors name `file`."""
     config = config_of_checkpoint(file, state)
     try:
         model = build_model(config)

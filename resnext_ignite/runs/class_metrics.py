@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """The metrics of one class: the number of its images, and how many of them are predicted correctly.
+    """The metrics of one class: its number of images, its number of correct predictions, and the most frequent mistake.
 
     `taken_for` is the most frequent wrong prediction, and `times` its count. If no prediction is wrong, `taken_for` is
     `label` and `times` is 0.

@@ -154,7 +154,7 @@ class RunFolder:
                 MetricsLine.model_validate(record)
                 records.append(record)
             except (ValueError, RecursionError):
-                # A run that was killed during a write left a part of a line; a resume repeats that line's evaluation.
+                # A run that was killed during a write leaves an incomplete line. A resume repeats the evaluation.
                 break
         return records
 
@@ -218,7 +218,10 @@ class OpenRun:
     unreadable: frozenset[Path] = frozenset()
 
     def check_data(self, contents: dict[str, str]) -> None:
-        """Check that a resumed run gets the same images as before: its random numbers depend on the image index.
+        """Check that a resumed run gets the same images as before the interruption.
+
+        The random numbers of an image depend only on (seed, epoch, index). With other images, the resumed run would
+        therefore differ from an uninterrupted run.
 
         Args:
             contents: a description of the images of each split.
@@ -237,12 +240,13 @@ class OpenRun:
 
 @contextlib.contextmanager
 def open_run(path: Path, config: Config, ranks: Ranks, *, resume: bool) -> Iterator[OpenRun]:
-    """Lock a run folder until the block ends, and prepare a new run or, with `resume`, load the run in the folder.
+    """Lock a run folder until the `with` block ends. With `resume`, load the newest checkpoint in the folder.
 
     If the block raises an error, `status.json` records it. Only rank 0 accesses the folder.
 
     Raises:
-        RunFolderError: the folder is in use or holds another run, or the config would change the run.
+        RunFolderError: another process uses the folder; the folder holds a run, and `resume` is false; or the config
+            would change the run.
         CheckpointError: there are checkpoints to resume from, but none can be used.
     """
     folder = RunFolder(path)

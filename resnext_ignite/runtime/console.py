@@ -1,4 +1,4 @@
-"""Sets up the log, and standard output and standard error, which stay safe if a stream is closed, full or hung up.
+"""Sets up the log, standard output and standard error, and handles streams that are closed, full or hung up.
 
 This module does not import torch.
 """
@@ -82,7 +82,8 @@ def _opened(name: str, kind: type[io.FileIO], errors: str) -> TextIO:
         # A file name may hold bytes that are not valid text: standard output writes them unchanged, standard error
         # writes them escaped.
         errors=errors,
-        # Flush after each line where Python does: standard error, a terminal, and with `python -u` (write_through).
+        # Python itself flushes standard error and terminals after each line, and every stream with `python -u` (which
+        # sets write_through). Do the same here.
         line_buffering=name == "stderr" or raw.isatty() or bool(getattr(before, "write_through", False)),
     )
 
@@ -122,7 +123,7 @@ def set_up_console(*, quiet: bool = False) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
-    # Ignite also logs an error of the run, but the command reports it at the end. Disable Ignite's loggers instead of
-    # setting their level, because Ignite's launcher sets the level again.
+    # Ignite also logs the error that ends a run, but the command itself reports this error. Disable Ignite's loggers
+    # instead of setting their level, because Ignite's launcher sets the level again.
     for name in ("ignite.engine.engine.Engine", "ignite.distributed.launcher.Parallel"):
         logging.getLogger(name).disabled = True

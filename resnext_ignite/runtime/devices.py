@@ -38,7 +38,8 @@ def set_up_machine(device: torch.device, *, deterministic: bool) -> None:
     """Select deterministic kernels or the fastest ones; on a CPU, let the process keep the memory that it frees."""
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
-    # torch fills new memory to expose reads of uninitialised values. This code has none, and the filling costs time.
+    # With deterministic algorithms, torch fills new memory, to expose reads of uninitialised values. This code has no
+    # such reads, and the filling costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cpu":
         _keep_freed_memory()
@@ -46,7 +47,8 @@ def set_up_machine(device: torch.device, *, deterministic: bool) -> None:
 
 def _keep_freed_memory() -> None:
     # By default, glibc returns the memory of the activations to the system in every iteration, and the next iteration
-    # causes a page fault for each page of it. For a small network, this takes a quarter of the iteration time.
+    # causes a page fault for each page of this memory. For a small network, the page faults take a quarter of the
+    # iteration time.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_max = -1, -4

@@ -119,7 +119,7 @@ def advice_for(number: int | None) -> str:
 def data_error(where: object, error: OSError, advice: str) -> DataError:
     """Return an OSError as a DataError with the message `where: what happened; advice`.
 
-    If the process has too many open files, the data is not the cause: replace the advice by one about that limit.
+    If the process has too many open files, the data is not the cause; the message then advises how to open more files.
     """
     if error.errno in _TOO_MANY_FILES:
         advice = advice_for(error.errno)
@@ -128,10 +128,10 @@ def data_error(where: object, error: OSError, advice: str) -> DataError:
 
 @contextlib.contextmanager
 def raise_as_data_error(where: object) -> Iterator[None]:
-    """Turn an OSError of the block into a DataError.
+    """Turn any file error (OSError) raised in the `with` block into a DataError.
 
     Args:
-        where: the name for the message if the error does not name a file.
+        where: the name that the message gives if the error does not name a file.
 
     Raises:
         DataError: an operation on a file failed with an OSError. Other errors are raised unchanged.
@@ -170,8 +170,9 @@ def as_resnext_error(error: BaseException) -> ResnextError | None:
 
 
 def _is_file_error(error: OSError) -> bool:
-    # Accept every other errno, because file systems have errnos of their own. The `errno` of a `socket.gaierror` is not
-    # one of the system's error numbers.
+    # Exclude the errors that cannot come from a file, and accept all others: some file systems have their own error
+    # numbers, so the numbers of file errors cannot be listed. The `errno` of a `socket.gaierror` is not one of the
+    # system's error numbers.
     foreign = isinstance(error, _NOT_FILE_ERRORS) or type(error).__name__ == "gaierror"
     return bool(error.errno) and error.errno not in _BUGS and not foreign
 
@@ -195,7 +196,8 @@ def as_out_of_memory(error: BaseException) -> ConfigError | None:
 def report_error(error: BaseException) -> int:
     """Print an error to standard error, in one line, and return the exit code; a bug is printed with its traceback.
 
-    An error whose `quiet` is True is not printed. With `RESNEXT_DEBUG=1`, every other error has its traceback.
+    An error whose `quiet` is True is not printed. With `RESNEXT_DEBUG=1`, every other error is printed with its
+    traceback.
     """
     known = as_resnext_error(error)
     bug = error if known is None else known.__cause__
@@ -209,7 +211,10 @@ def report_error(error: BaseException) -> int:
 
 
 def run_command(main: Callable[[list[str]], int | None], *, prints_result: bool = True) -> None:
-    """Run a command's `main` on the arguments of the process; exit with its exit code, or with that of its error.
+    """Run a command's `main` on the arguments of this process, and exit.
+
+    The exit code is the value that `main` returns (None: 0). If `main` raises an error, this function reports the error
+    and exits with the exit code of the error.
 
     Args:
         prints_result: see `console.set_up_streams`.
@@ -221,7 +226,7 @@ def run_command(main: Callable[[list[str]], int | None], *, prints_result: bool 
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         code = report_error(error)
-        # The command has failed; an error of the flush must not replace that error.
+        # The command has failed; if the flush fails too, this second error must not replace the first one.
         with contextlib.suppress(OSError, SystemExit):
             sys.stdout.flush()
     sys.exit(code or 0)

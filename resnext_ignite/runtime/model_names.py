@@ -39,8 +39,8 @@ class Architecture:
     def grouped_shapes(self) -> int:
         """Return the number of different shapes of the grouped 3x3 convolutions.
 
-        Stage 1 has one shape. Each later stage has two, because its first block has a stride of 2; a stage with a
-        single block has one.
+        Stage 1 has one shape. A later stage has two shapes, because its first block has a stride of 2, or one shape if
+        the stage has a single block.
         """
         return 1 + sum(min(count, 2) for count in self.blocks[1:])
 
@@ -52,7 +52,7 @@ class Architecture:
         return tuple(stem_channels * 2**stage for stage in range(len(self.blocks)))
 
     def group_width(self, planes: int) -> int:
-        """Return the channels per group of a stage's 3x3 convolutions; `base_width` is defined for 64 planes."""
+        """Return the number of channels per group in a stage with `planes` planes: `base_width` for 64 planes."""
         return planes * self.base_width // 64
 
 
@@ -80,7 +80,7 @@ def parse_model_name(name: str) -> Architecture:
 
 
 def depth_of(layout: str, blocks: tuple[int, ...]) -> int | None:
-    """Return the depth that has these numbers of blocks in its stages, or None if there is no such depth."""
+    """Return the depth for which a layout has these numbers of blocks per stage, or None if there is no such depth."""
     if layout == "cifar":
         return 9 * blocks[0] + 2 if len(blocks) == 3 and len(set(blocks)) == 1 else None
     return next((depth for depth, found in _IMAGENET_BLOCKS.items() if found == blocks), None)

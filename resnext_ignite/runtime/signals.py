@@ -30,7 +30,7 @@ ENDING_SIGNALS = (*STOP_SIGNALS, PARENT_GONE)
 
 
 def describe_signal(number: int) -> str:
-    """Return the description of a signal that follows 'stopped by' in a message."""
+    """Return the words that stand for a signal after 'stopped by' in a message."""
     return "the end of its parent process" if number == PARENT_GONE else signal.Signals(number).name
 
 
@@ -38,8 +38,8 @@ def exit_during_start(number: int, frame: object) -> None:
     """End the process during its start. This is a signal handler.
 
     Raises:
-        KeyboardInterrupt: always, for every signal. It is not a subclass of Exception: code that catches every
-            Exception, and reports a damaged file, must not catch a stop.
+        KeyboardInterrupt: always, for every signal. Some code catches every Exception and reports a damaged file; it
+            does not catch a KeyboardInterrupt, which is not a subclass of Exception.
     """
     raise KeyboardInterrupt(f"stopped by {describe_signal(number)} before there was anything to save")
 
@@ -64,11 +64,11 @@ def install_exit_during_start() -> None:
 
 @contextlib.contextmanager
 def note_stop_signals() -> Iterator[Callable[[], str | None]]:
-    """Record every stop signal that arrives inside the block, whichever handler it has.
+    """Record every stop signal that arrives inside the `with` block, whichever handler handles it.
 
     The yielded function returns the name of the last stop signal since the previous call, or None if there was none. A
     run has its own handlers, which ignore a signal that arrives while the run ends. A command that makes several runs
-    therefore calls the function after each of them. After the block, the previous handlers are restored.
+    therefore calls the function after each run. After the block, the previous handlers are restored.
     """
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     reads, writes = os.pipe()

@@ -52,7 +52,7 @@ def replace_durably(
 
 
 def write_durably(path: Path, content: str | bytes, before_rename: Callable[[Path], None] | None = None) -> None:
-    """Replace a file durably (`replace_durably`) by the given content; text is encoded as UTF-8."""
+    """Replace the content of a file durably (see `replace_durably`); text is encoded as UTF-8."""
     written = content.encode() if isinstance(content, str) else content
 
     def write(file: IO[bytes]) -> None:
@@ -79,7 +79,10 @@ def append_durably(path: Path, line: str) -> None:
 
 @contextlib.contextmanager
 def name_file_in_errors(path: Path) -> Iterator[None]:
-    """Add the file name to an OSError that has none: Python does not set it for operations on an open file."""
+    """Add the file name to any OSError raised in the `with` block that has none.
+
+    Python does not set the file name if an operation on an open file fails.
+    """
     try:
         yield
     except OSError as error:
@@ -132,7 +135,8 @@ def check_output_path(option: str, path: Path, *, new: bool = False) -> None:
         new: the file must not exist yet.
 
     Raises:
-        ConfigError: the folder does not exist, or something else is at the path already.
+        ConfigError: the folder does not exist; or the path exists, and is not a file or (with `new`) is a file; or the
+            system rejects the path.
     """
     try:
         if not path.parent.is_dir():
@@ -148,7 +152,7 @@ def check_output_path(option: str, path: Path, *, new: bool = False) -> None:
 
 @contextlib.contextmanager
 def warn_on_failure(what: str) -> Iterator[None]:
-    """Turn an OSError of the block into a warning, for files that a run does not need."""
+    """Turn any OSError raised in the `with` block into a warning; use it only for files that the run does not need."""
     try:
         yield
     except OSError as error:

@@ -33,12 +33,15 @@ def in_turns(
 
 
 def medians(samples: dict[str, list[float]]) -> dict[str, float]:
-    """Return the median of each contender."""
+    """Return the median of each contender's values."""
     return {name: median(values) for name, values in samples.items()}
 
 
 def timed(device: torch.device, work: Callable[[], object], times: int = 1) -> float:
-    """Return the mean seconds per call over `times` calls in a row: by CUDA events on a GPU, by the clock on a CPU."""
+    """Return the mean seconds per call over `times` calls in a row.
+
+    CUDA events measure the time on a GPU; the clock measures it on a CPU.
+    """
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -54,5 +57,8 @@ def timed(device: torch.device, work: Callable[[], object], times: int = 1) -> f
 
 
 def kernel_timer(device: torch.device, work: Callable[[], object]) -> Callable[[], float]:
-    """Return a function that times a kernel: 20 calls in a row on a GPU, to hide the launch overhead; 1 on a CPU."""
+    """Return a function that measures a kernel and returns its mean seconds per call.
+
+    The function calls the kernel once on a CPU, and 20 times in a row on a GPU, to hide the launch overhead.
+    """
     return lambda: timed(device, work, 20 if device.type == "cuda" else 1)

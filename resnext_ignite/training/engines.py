@@ -22,7 +22,7 @@ from resnext_ignite.training.metrics import ClassificationCounts, FlipCounts, Tr
 
 
 class RunEvents(EventEnum):
-    """Events that a training run adds to Ignite's; fired on the trainer."""
+    """Events that a training run adds to Ignite's events; they are fired on the trainer."""
 
     METRICS_READY = "metrics_ready"
     """Fired at each log point: `state.metrics` holds the training metrics since the previous log point."""
@@ -56,7 +56,7 @@ def create_trainer(
         skip_unreadable: exclude images with the label UNREADABLE from the loss and the metrics.
 
     Raises:
-        ValueError: during a run, if `accumulate` does not divide a batch.
+        ValueError: during a run, if `accumulate` does not divide the size of a batch.
     """
     sums = TrainingSums(device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -76,8 +76,8 @@ def create_trainer(
                     logits = model(images).float()
                 loss = target.loss(logits, label_smoothing)
                 readable = (labels != UNREADABLE).sum() if skip_unreadable else torch.full_like(loss, len(labels))
-                # Divide by the number of all images. The number of readable images differs between ranks; if it were
-                # the divisor, the mean of the gradients over ranks would depend on the number of ranks.
+                # Divide by the number of all images, readable or not. The number of readable images differs between
+                # ranks; if it were the divisor, the mean gradient over ranks would depend on the number of ranks.
                 scaler.scale(loss / len(labels) / accumulate).backward()
             with torch.no_grad():
                 sums.add(loss.detach(), (logits.argmax(1) == labels).sum(), readable, len(labels) - readable)
@@ -183,7 +183,7 @@ def create_evaluator(
     Args:
         model: on `device`, without DistributedDataParallel: the forward pass of an evaluation must not wait for other
             ranks.
-        num_classes: outputs of the model.
+        num_classes: number of outputs of the model.
         precision: "fp32", "bf16" or "fp16".
         inference: "plain", "folded" or "compiled"; see Inference.
         keep_mistakes: number of worst mistakes to list.
@@ -204,10 +204,10 @@ def create_evaluator(
 
 
 def blank_images(config: Config, device: torch.device, ranks: Ranks) -> Tensor:
-    """Return images of zeros, float32 (n, 3, H, W), for a backward pass of the config's network.
+    """Return images of zeros, float32 (n, 3, H, W), for the backward passes that warm up DDP.
 
-    To save time, n is one ghost batch or, without ghost batches, at most 2. With `train.compile`, n is a rank's whole
-    micro-batch, because torch compiles the network for each n separately.
+    To save time, n is the size of one ghost batch or, without ghost batches, at most 2. With `train.compile`, n is the
+    size of a rank's whole micro-batch, because torch compiles the network for each n separately.
     """
     train, size = config.train, config.data.image_size
     assert size is not None

@@ -18,9 +18,9 @@ from resnext_ignite.distributed.ranks import Ranks
 class TrainingSums:
     """The sums of the training metrics since the last exchange between ranks, and the first bad iteration.
 
-    Both are on the device. An iteration is bad if its loss or gradient is not finite; if there is no bad iteration, the
-    first one is infinity. The gradient is checked after its reduction over ranks, so that all ranks record a non-finite
-    gradient of one rank.
+    Both are on the device. An iteration is bad if its loss or gradient is not finite. If there is no bad iteration,
+    infinity is stored in place of the iteration. The gradient is checked after its reduction over ranks: if the
+    gradient of one rank is not finite, all ranks record the iteration as bad.
     """
 
     NAMES = ("loss", "correct", "images", "unreadable", "skipped_updates")
@@ -152,9 +152,10 @@ class FlipCounts(ClassificationCounts):
         self.logits_of = logits_of
 
     def update(self, output: tuple[Tensor, Batch]) -> None:
-        """Average the class probabilities of a batch, given as logits float32 (n, C), with those of its mirror images.
+        """Average the class probabilities of each image and its mirror image, then count the averages.
 
-        Then count the averages.
+        Args:
+            output: the logits of the images, float32 (n, C), and the batch.
         """
         logits, batch = output
         mirrored = self.logits_of(batch.images.flip(-1))
@@ -172,8 +173,8 @@ class Calibration(Metric):
     """The gap between a model's confidence and its accuracy, reduced over all ranks once, at the end.
 
     `compute` returns a dict: calibration_error, the expected calibration error in percent over equally wide bins of
-    confidence (Guo et al., arXiv:1706.04599, equation 3), and calibration_bins, float64 (bins, 3): number of images,
-    number of correct predictions, and sum of the confidences.
+    confidence (Guo et al., arXiv:1706.04599, equation 3), and calibration_bins, float64 (bins, 3): for each bin, the
+    number of images, the number of correct predictions, and the sum of the confidences.
     """
 
     BINS = 15

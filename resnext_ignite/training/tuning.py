@@ -27,7 +27,7 @@ _ROUNDS = 3
 # On a CPU, the time is proportional to the number of images, so a few images suffice. A GPU reaches its full speed only
 # on a whole batch.
 _MAX_IMAGES_ON_CPU = 8
-# If a candidate's first timing is more than this many times the fastest one, the candidate is not timed again.
+# A candidate is not timed again if its first timing is longer than this factor times the shortest first timing.
 _DROP_IF_SLOWER_BY = 1.5
 # Compiling takes about a minute. Try it only if all evaluations together take more than five minutes without it.
 _MIN_SECONDS_TO_COMPILE = 300
@@ -62,7 +62,7 @@ def resolve_auto(config: Config, data: Data, device: torch.device, ranks: Ranks)
 def grouped_conv_for(config: Config, image_size: int, device: torch.device, world_size: int = 1) -> list[str]:
     """Return the fastest implementation for each shape of the network's grouped 3x3 convolutions, in network order.
 
-    The number of images is that of a micro-batch on one of `world_size` ranks.
+    The convolutions are measured on as many images as each of `world_size` ranks has in a micro-batch.
     """
     images = config.train.batch_size // config.train.accumulate // world_size
     return choose_grouped_conv(_plain_model(config), image_size, images, _arithmetic(config, device))
@@ -84,14 +84,17 @@ def inference_for(config: Config, model: nn.Module, data: Data, split: str, devi
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """The device, precision and memory format in which networks compute."""
+    """The device, precision and memory format with which networks compute."""
 
     device: torch.device
     dtype: torch.dtype
     channels_last: bool
 
     def noise(self, images: int, channels: int, size: int) -> Tensor:
-        """Return noise in place of images or activations: float32 (images, channels, size, size), always the same."""
+        """Return random values to use as images or activations: float32 (images, channels, size, size).
+
+        All calls with the same arguments return the same values.
+        """
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(images, channels, size, size, generator=generator)
         return noise.to(
@@ -118,7 +121,7 @@ def _arithmetic(config: Config, device: torch.device) -> ComputeSettings:
 def choose_grouped_conv(model: nn.Module, image_size: int, images: int, arithmetic: ComputeSettings) -> list[str]:
     """Return the fastest implementation for each shape of a network's grouped 3x3 convolutions, in network order.
 
-    The measured time is that of a forward and a backward pass.
+    Each measurement covers a forward and a backward pass.
 
     Args:
         images: number of images in one forward pass of training on this device.

@@ -39,7 +39,7 @@ def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device)
 
 
 def pad(images: Tensor, padding: int, fill: Tensor | None) -> Tensor:
-    """Pad with the colour `fill`, uint8 (3,), or by reflection if it is None.
+    """Pad with the colour `fill`, uint8 (3,), or by reflection if `fill` is None.
 
     uint8 (N, H, W, 3) -> (N, H+2p, W+2p, 3), with p = `padding`.
     """
@@ -58,7 +58,10 @@ def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
 
 
 def crop(padded: Tensor, positions: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
-    """Crop a square out of each of the images at `positions`: (M, H, W, 3), three int64 (n,) -> (n, size, size, 3)."""
+    """Crop a square out of each image at `positions`: (M, H, W, 3) -> (n, size, size, 3).
+
+    `positions`, `top` and `left` are int64 (n,).
+    """
     m, h, w, _ = padded.shape
     image, row, pixel = h * w * 3, w * 3, 3
     # Make a view of all windows, with rows of 3*size contiguous values: one gather then copies whole rows.
@@ -76,9 +79,10 @@ def flip(images: Tensor, chosen: Tensor) -> Tensor:
 
 
 def cut_out(images: Tensor, top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
-    """Set a box in each image to zero, in place: (N, H, W, 3), int64 (N,) each -> `images`.
+    """Set a box in each image to zero, in place, and return `images` (N, H, W, 3).
 
-    A box may extend beyond the edges of the image.
+    `top` and `left` are int64 (N,); `height` and `width` are int64 (N,) or integers. A box may extend beyond the edges
+    of the image.
     """
     rows = torch.arange(images.shape[1], device=images.device)
     columns = torch.arange(images.shape[2], device=images.device)
@@ -131,7 +135,10 @@ def jitter_color(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def add_lighting(images: Tensor, strengths: Tensor) -> Tensor:
-    """Shift each image's colour along the axes `_COLOR_AXES`: float (N, H, W, 3), (N, 3) -> (N, H, W, 3)."""
+    """Shift each image's colour along the axes `_COLOR_AXES`, by `strengths` (N, 3) times `_COLOR_SCALES`.
+
+    float (N, H, W, 3) -> (N, H, W, 3).
+    """
     axes = _constant(_COLOR_AXES, torch.float32, images.device)
     axes = axes * _constant(_COLOR_SCALES, torch.float32, images.device)
     return images + (strengths @ axes.T)[:, None, None, :]
@@ -169,7 +176,7 @@ class Augment:
         return pad(pictures, self.crop_padding, self._fill(pictures.device)) if self.crop_padding else pictures
 
     def __call__(self, padded: Tensor, positions: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
-        """Augment and normalise some images: apply `on_pixels`, then `on_images`.
+        """Augment and normalise the images at `positions`: apply `on_pixels`, then `on_images`.
 
         Args:
             padded: uint8 (M, H+2p, W+2p, 3), as `pad` returns them.
@@ -187,7 +194,7 @@ class Augment:
         return self.on_images(images, epoch, indices, self._mirrored(epoch, indices))
 
     def on_pixels(self, padded: Tensor, positions: Tensor | None, epoch: int, indices: Tensor) -> Tensor:
-        """Crop, mirror and apply TrivialAugment; arguments as for `__call__` -> uint8 (n, H, W, 3)."""
+        """Crop, mirror and apply TrivialAugment; return uint8 (n, H, W, 3). The arguments are those of `__call__`."""
         images, mirrored = self._cropped(padded, positions, epoch, indices), self._mirrored(epoch, indices)
         images = images if mirrored is None else flip(images, mirrored)
         return trivial_augment(images, self.seed, epoch, indices) if self.trivial else images
@@ -224,8 +231,8 @@ class Augment:
     def resized(self, images: Tensor, size: int) -> Tensor:
         """Resize square images with antialiasing: float32 (N, 3, H, W) -> (N, 3, size, size).
 
-        Resizing after the normalisation gives the same result as before it, because the weights of each output pixel
-        sum to one.
+        Resizing normalised images gives the same result as resizing and then normalising, because the weights of each
+        output pixel sum to one.
         """
         if images.shape[-1] == size:
             return images

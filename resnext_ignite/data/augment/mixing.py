@@ -1,7 +1,7 @@
 """Mixup and CutMix: mix each image with its neighbour in the batch (0 with 1, 2 with 3, ...).
 
-The random numbers depend only on (seed, epoch, index). Each rank takes a contiguous slice of a micro-batch with
-an even number of images, so an image has the same neighbour on any number of ranks.
+The random numbers depend only on (seed, epoch, index). Each rank's slice of a micro-batch is contiguous and has an even
+number of images, so an image has the same neighbour on any number of ranks.
 """
 
 from __future__ import annotations

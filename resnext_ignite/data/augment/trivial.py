@@ -36,7 +36,7 @@ class Operation:
     signed: bool = False
 
     def strength(self, bin_: int, negative: bool) -> float:
-        """Return the strength of a bin (0 to 30), negated if `negative` and the operation is signed."""
+        """Return the strength of a bin (0 to 30), negated if `negative` is true and the operation is signed."""
         strength = self.strengths[bin_] if self.strengths else 0.0
         return -strength if negative and self.signed else strength
 
@@ -86,7 +86,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def choices(seed: int, epoch: int, indices: Tensor) -> list[tuple[str, float]]:
-    """Return n pairs, the operation and strength for each image; `indices` are int64 (n,), epochs count from 1."""
+    """Return the pair (operation, strength) for each image; `indices` is int64 (n,), and `epoch` counts from 1."""
     operation, bin_, negative = (
         integers(seed, epoch, indices, Purpose.TRIVIAL + number, below)
         for number, below in enumerate((len(OPERATIONS), BINS, 2))

@@ -21,12 +21,12 @@ ATTEMPTS = 10
 """Number of random boxes that are tried before the central box is used, as in torchvision."""
 CENTRE = (0.5, 0.5)
 FIVE_CROPS = (CENTRE, (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
-"""Anchors of the central crop and the four corner crops. AlexNet's ten crops are these and their mirror images (section
-4.1)."""
+"""Anchors of the central crop and the four corner crops. AlexNet's ten crops are these five crops and their mirror
+images (section 4.1)."""
 
 
 def square_crop(size: int, share: float = 1.0, anchor: tuple[float, float] = CENTRE) -> Crop:
-    """Return the same crop as torchvision's Resize to `size` / `share`, followed by a crop of `size` pixels.
+    """Return a crop equal to torchvision's Resize to `size` / `share`, followed by a square crop of side `size`.
 
     The box reproduces torchvision's rounding to whole pixels: a shift by half a pixel would change every pixel.
 
@@ -48,20 +48,24 @@ def square_crop(size: int, share: float = 1.0, anchor: tuple[float, float] = CEN
 
 
 def random_crop(draws: Iterable[Sequence[float]]) -> Crop:
-    """Return a crop that calls `random_box` with `draws`, which must not be an iterator: each call reads it again."""
+    """Return a crop function that calls `random_box` with `draws`.
+
+    `draws` must not be an iterator, because each call reads `draws` from the beginning.
+    """
     return lambda width, height: random_box(width, height, draws)
 
 
 def random_box(width: int, height: int, draws: Iterable[Sequence[float]]) -> Box:
-    """Return a box (left, top, right, bottom) of random area and aspect ratio, from uniform numbers (attempts, 4).
+    """Return a box (left, top, right, bottom) of random area and aspect ratio.
 
-    As in torchvision's RandomResizedCrop and fb.resnet.torch's RandomSizedCrop, take the first box that fits into the
-    image. If no box fits, take the largest central box of the nearest allowed aspect ratio, as torchvision does, but do
-    not round it to whole pixels.
+    `draws` holds four uniform numbers in [0, 1) for each attempt. As in torchvision's RandomResizedCrop and
+    fb.resnet.torch's RandomSizedCrop, take the first box that fits into the image. If no box fits, take the largest
+    central box whose aspect ratio is allowed and closest to that of the image. torchvision does the same, but rounds
+    this box to whole pixels.
     """
     for area_draw, aspect_draw, top_draw, left_draw in draws:
         area = width * height * (_AREA[0] + area_draw * (_AREA[1] - _AREA[0]))
-        # The logarithm is uniform, so that portrait and landscape boxes are equally likely.
+        # The logarithm of the aspect ratio is uniform, so that portrait and landscape boxes are equally likely.
         low, high = np.log(_ASPECT)
         aspect = float(np.exp(low + aspect_draw * (high - low)))
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
@@ -94,6 +98,6 @@ def _attempt(seed: int, epoch: int, indices: Tensor, number: int) -> list[list[f
 
 
 def crop_draws(seed: int, epoch: int, indices: Tensor) -> list[_CropDraws]:
-    """Return n items, the argument of `random_crop` for each image; `indices` are int64 (n,)."""
+    """Return a list with the argument `draws` of `random_crop` for each image; `indices` is int64 (n,)."""
     firsts = _attempt(seed, epoch, indices, 0)
     return [_CropDraws(seed, epoch, indices[k : k + 1], first) for k, first in enumerate(firsts)]

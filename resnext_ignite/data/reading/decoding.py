@@ -1,4 +1,4 @@
-"""Decodes one image file: turns it upright, converts it to RGB, crops and resizes it. Any file may be damaged.
+"""Decodes one image file: turns it upright, converts it to RGB, crops and resizes it. A damaged file gives a DataError.
 
 simplejpeg (libjpeg-turbo) decodes JPEG files: it is faster than PIL, and gives the same pixels. PIL decodes unusual
 JPEG files and all other formats.
@@ -139,15 +139,15 @@ def read_crop(source: ImagePath, size: int, crop: Crop, *, training: bool = Fals
     if pixels is None:
         pixels = np.array(open_rgb(source))
         box = crop(pixels.shape[1], pixels.shape[0])
-    # After decoding at a smaller size, the box is usually fractional. Then resize with a sub-pixel box: rounding would
-    # shift the crop by up to half a pixel.
+    # After decoding at a smaller size, the box is usually fractional. In that case, resize with a sub-pixel box: if the
+    # box were rounded, the crop would shift by up to half a pixel.
     cut = training and _is_whole_pixels(box)
     return crop_and_resize(pixels, size, box) if cut else resized(pixels, size, box)
 
 
 @dataclass(frozen=True)
 class UndecodedJpeg:
-    """The bytes of a JPEG file that any JPEG decoder can decode, its size in pixels, and the requested crop box."""
+    """A JPEG file that any JPEG decoder can decode: its bytes, the size of its image in pixels, and the crop box."""
 
     content: bytes
     width: int
@@ -158,9 +158,9 @@ class UndecodedJpeg:
 def read_undecoded(source: ImagePath, size: int, crop: Crop) -> UndecodedJpeg | None:
     """Read a JPEG file without decoding it, and compute its training crop; return None if the file needs `read_crop`.
 
-    The file must be in YCbCr, upright, and end with an EOI marker, because decoders give different pixels for a
-    truncated file. The box must be in whole pixels. Its sides must be at most `_MAX_SHRINK` times `size`: a larger box
-    needs less work in `read_crop`, which decodes at a fraction of the size.
+    The image must be in YCbCr and upright. The file must end with an EOI marker, because decoders give different pixels
+    for a truncated file. The coordinates of the box must be whole pixels. Its sides must be at most `_MAX_SHRINK` times
+    `size`: for a larger box, `read_crop` is faster, because it decodes at a fraction of the size.
     """
     plain = _PlainJpeg.of(source)
     if plain is None or plain.space != "YCbCr" or plain.orientation != 1 or plain.content[-2:] != b"\xff\xd9":
@@ -191,7 +191,7 @@ class _PlainJpeg:
 
     @classmethod
     def of(cls, source: ImagePath) -> _PlainJpeg | None:
-        """Read a file; return None if it is no plain JPEG or is unreadable. PIL then decodes it or reports an error."""
+        """Read a file; return None if PIL must decode it (no plain JPEG) or report its error (unreadable)."""
         try:
             content = _jpeg_bytes(source)
             height, width, space, _ = simplejpeg.decode_jpeg_header(content)

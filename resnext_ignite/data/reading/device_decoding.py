@@ -1,6 +1,7 @@
 """Decodes JPEG files on a device: workers read the files; the main process decodes, crops and resizes on the device.
 
-`decoding.py` decodes the other files: in the main process if the device refuses a file, otherwise in the workers.
+The workers decode the files that `read_undecoded` does not accept. If the device refuses a file, the main process
+decodes it on the CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from resnext_ignite.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# Number of pixels that are decoded together. They take 200 MB of the device's memory.
+# Maximum number of pixels that are decoded in one call. They take 200 MB of the device's memory.
 _PIXELS_AT_ONCE = 2**26
 _NO_BOX: Box = (0.0, 0.0, 0.0, 0.0)
 
@@ -48,7 +49,7 @@ class Part(NamedTuple):
 
 
 class JpegReader(Dataset[Any]):
-    """Reads the files of one batch in a worker process, if possible without decoding; `ImageReader` decodes all files.
+    """Reads the files of one batch in a worker process. Decodes only the files that `read_undecoded` does not accept.
 
     (epoch, positions, ahead) -> ((bytes, parts), epoch, positions, unreadable), as for `ImageReader`.
 
@@ -115,7 +116,10 @@ class JpegDecoder:
         self.device = device
 
     def decode(self, contents: Sequence[Tensor]) -> list[Tensor | None]:
-        """Decode files uint8 (bytes,) to RGB uint8 (3, H, W) on the device; the result is None for a refused file."""
+        """Decode files uint8 (bytes,) to RGB uint8 (3, H, W) on the device.
+
+        The result is None for each file that the decoder refuses.
+        """
         if self.device.type == "cuda":
             # nvJPEG uses its own stream, which does not wait for other streams. Synchronize first: pending kernels of
             # the current stream may still use the memory into which nvJPEG decodes.
@@ -131,8 +135,9 @@ class DeviceDecoding:
     """Decodes the batches of a `JpegReader` on a device.
 
     Args:
-        reader: the reader of the batches. Its `files` decode, in the main process, a file that the device refuses.
-        decoder: decodes the JPEG files. Crop and resize run on its device.
+        reader: the reader of the batches. If the device refuses a file, the main process decodes it with the `files`
+            of the reader.
+        decoder: decodes the JPEG files. The images are also cropped and resized on its device.
     """
 
     def __init__(self, reader: JpegReader, decoder: JpegDecoder) -> None:
@@ -144,10 +149,11 @@ class DeviceDecoding:
     def finished(
         self, batches: Generator[tuple[tuple[Tensor, list[Part]], int, Tensor, dict[int, str]], None, None]
     ) -> Iterator[tuple[Tensor, int, Tensor, dict[int, str]]]:
-        """Yield each batch with images uint8 (n, size, size, 3) instead of its files; close `batches` at the end.
+        """Yield each batch with decoded images uint8 (n, size, size, 3) instead of files; close `batches` at the end.
 
         Raises:
-            DataError: a file that the device refuses cannot be read, and `fill` is None; the message names it.
+            DataError: the device refuses a file, the CPU cannot decode it either, and the reader's `fill` is None; the
+                message names the file.
         """
         # Close `batches` after an error too: otherwise its workers run as long as the error's traceback exists.
         with contextlib.closing(batches):
@@ -157,7 +163,7 @@ class DeviceDecoding:
                 if self.stream is not None:
                     network = torch.cuda.current_stream(self.decoder.device)
                     network.wait_stream(self.stream)
-                    # Without this, the next decoding could reuse the memory while the network still reads it.
+                    # Without this call, the memory of `pictures` could be reused while the network still reads it.
                     pictures.record_stream(network)
                 yield pictures, epoch, positions, unreadable | reasons
 
@@ -198,7 +204,10 @@ class DeviceDecoding:
 
 
 def _group_by_pixels(parts: list[Part]) -> Iterator[list[int]]:
-    """Yield the places of the JPEG files in groups of at most `_PIXELS_AT_ONCE` pixels; a larger file is one group."""
+    """Yield the places of the JPEG files in groups of at most `_PIXELS_AT_ONCE` pixels.
+
+    A file with more pixels forms a group alone.
+    """
     places: list[int] = []
     pixels = 0
     for place, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""Defines a split as image files. Workers read it batch by batch, or `decode_into_memory` reads it once.
+"""Defines a split as image files. Workers read the files batch by batch, or `decode_into_memory` reads all files once.
 
 `decoding.py` decodes one file; `sources/` lists the files.
 """
@@ -54,16 +54,16 @@ class ImageFiles:
         return len(self.labels)
 
     def subset(self, positions: Tensor) -> ImageFiles:
-        """Return the files at some positions, int64 (n,), with their indices unchanged."""
+        """Return the files at the given positions, int64 (n,); they keep their `indices`."""
         paths = self.paths.take(positions.numpy())
         return replace(self, paths=paths, labels=self.labels[positions], indices=self.indices[positions])
 
     def contents(self) -> str:
-        """Return a string with the number of images and a hash that identifies them."""
+        """Return a string with the number of images and a hash that identifies the files."""
         return f"{len(self)} images, {self.paths.identity()}"
 
     def load(self, positions: Tensor) -> Tensor:
-        """Decode, crop and resize some images: int64 (n,) -> uint8 (n, size, size, 3).
+        """Decode, crop and resize the images at the given positions: int64 (n,) -> uint8 (n, size, size, 3).
 
         Raises:
             DataError: as `read`.
@@ -73,19 +73,19 @@ class ImageFiles:
     def read(
         self, positions: Tensor, crop_key: tuple[int, int] | None = None, fill: tuple[int, int, int] | None = None
     ) -> tuple[Tensor, dict[int, str]]:
-        """Decode, crop and resize some images; return the pixels and the unreadable images.
+        """Decode, crop and resize the images at the given positions; return the pixels and the unreadable images.
 
         Args:
             positions: int64 (n,).
             crop_key: (seed, epoch) of the random-resized crops; None: take the square crop at `anchor`.
-            fill: colour (uint8 values) of all pixels of an image that cannot be read; None: such an image is an error.
+            fill: colour (uint8 values) that fills an image that cannot be read; None: raise an error instead.
 
         Returns:
             Pixels uint8 (n, size, size, 3), and a dict from the place of each unreadable image among `positions` to
             the reason.
 
         Raises:
-            DataError: an image cannot be read and `fill` is None; the message names it. Or as `allocate_batch`.
+            DataError: an image cannot be read and `fill` is None (the message names the image); or as `allocate_batch`.
         """
         room = allocate_batch(len(positions), self.size, self.size, 3)
         pictures = room.numpy()
@@ -104,7 +104,7 @@ class ImageFiles:
         return room, unreadable
 
     def crops(self, positions: Tensor, crop_key: tuple[int, int] | None) -> list[Crop]:
-        """Return the crop of each image at some positions, int64 (n,); `crop_key` as for `read`."""
+        """Return the crop function of each image at the given positions, int64 (n,); `crop_key` as for `read`."""
         if crop_key is None:
             return [square_crop(self.size, self.crop_ratio, self.anchor)] * len(positions)
         return [random_crop(draws) for draws in crop_draws(*crop_key, self.indices[positions])]
@@ -123,7 +123,9 @@ def decode_into_memory(
     processes: int = 1,
     threads: int | None = None,
 ) -> Images | None:
-    """Decode a whole split once, in parallel. Return None if it does not fit into memory or needs resizing.
+    """Decode a whole split once, in parallel; return None if the split does not fit into memory.
+
+    Also return None if an image needs resizing and `any_size` is false.
 
     Args:
         files: the split.
@@ -159,7 +161,8 @@ def decode_into_memory(
         return True
 
     with no_warnings():
-        # First check the sizes in a few files' headers: this avoids useless decoding of a split of large images.
+        # First check the image sizes in the headers of a few files: images that need resizing are usually found before
+        # any image is decoded.
         step = max(1, len(files) // _PROBES)
         probes = range(0, len(files), step)
         if not any_size and not all(has_size(files.paths[position], files.size) for position in probes):

@@ -33,15 +33,15 @@ _ADVICE = {
 
 
 def ignore_signals(worker: int) -> None:
-    """Ignore the stop signals in a worker, and kill the worker when the main process dies.
+    """Make a worker ignore the stop signals, and let the system kill the worker when the main process dies.
 
-    A signal to the process group also reaches the workers. They must not exit then: the main process saves a
-    checkpoint first, and ends the workers afterwards.
+    A signal to the process group also reaches the workers. They must ignore it: the main process saves a checkpoint
+    first, and ends the workers afterwards.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # torch's watchdog in the worker checks whether the parent's pid has changed since the watchdog started. It does not
-    # notice a parent that died before that.
+    # notice a parent that died before the watchdog started.
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         die_with_parent(parent.pid, signal.SIGKILL)
@@ -77,14 +77,14 @@ def supervised(loader: DataLoader[Any]) -> Iterator[Any]:
     others = set(multiprocessing.active_children())
     workers: list[BaseProcess] = []
     items: Iterator[Any] = iter(())
-    # A traceback can keep this generator alive until the process exits. Kill the workers then: they ignore SIGTERM, so
-    # multiprocessing would wait for them for ever.
+    # A traceback can keep this generator alive until the process exits. In that case, kill the workers at exit: they
+    # ignore SIGTERM, so multiprocessing would wait for them for ever.
     end = Finalize(None, _end, (workers,), exitpriority=0)
     try:
         try:
             items = _start(loader)
         finally:
-            # Even if one worker fails to start, the workers before it are running: `_end` must kill them.
+            # Even if one worker fails to start, the workers that started before it are running: `_end` must kill them.
             workers += [child for child in multiprocessing.active_children() if child not in others]
             # torch's own exit handlers wait for each worker. Register this handler after them, so that it runs before
             # them: atexit calls the handlers in reverse order.
@@ -96,7 +96,8 @@ def supervised(loader: DataLoader[Any]) -> Iterator[Any]:
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                # The connection to a worker can break shortly before its death is visible: wait up to a second for it.
+                # The connection to a dying worker can break shortly before the worker's exit is visible: wait up to a
+                # second for the exit.
                 _check(workers, patience=1.0)
                 if _NO_DESCRIPTOR.search(str(error)):
                     raise data_error("data workers", _TOO_MANY_FILES, advice="") from None

@@ -1,1 +1,1 @@
-"""Reads the sources of images: CIFAR's archives, image folders and tar shards; generates the data set `shapes`."""
+"""Reads images from CIFAR's archives, image folders and tar shards, and generates the data set `shapes`."""

@@ -38,9 +38,9 @@ _DATASETS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def prepare_cifar(name: str, root: Path, *, download: bool) -> None:
-    """Check the files of a data set in `root`. If a file is missing, unpack the archive, and download it if necessary.
+    """Check the files of a data set in `root`. If a file is missing, unpack the archive.
 
-    A file with a wrong checksum is an error, and is never replaced.
+    If the archive is missing too, download it first. A file with a wrong checksum is an error, and is never replaced.
 
     Args:
         name: cifar10 or cifar100.
@@ -48,15 +48,15 @@ def prepare_cifar(name: str, root: Path, *, download: bool) -> None:
         download: download the archive if files are missing and `root` does not hold it.
 
     Raises:
-        DataError: a file is missing and cannot be downloaded; or a checksum is wrong, and the message has the found and
-            the expected checksum.
+        DataError: a file is missing and cannot be downloaded; or a checksum is wrong (the message gives the found and
+            the expected checksum).
         StorageError: there is no space to unpack the archive.
     """
     if download:
         with contextlib.suppress(OSError):
             root.mkdir(parents=True, exist_ok=True)
-    # The first rank of each machine prepares the folder. The machines may share it: lock it. A folder that is not
-    # writable needs no lock, because it does not change.
+    # The first rank of each machine prepares the folder. Several machines may share the folder, so lock it. A folder
+    # that is not writable needs no lock, because it does not change.
     shared = root.is_dir() and os.access(root, os.W_OK)
     with raise_as_data_error(root), FileLock(root / f".{name}.lock") if shared else contextlib.nullcontext():
         _prepare(_DATASETS[name], root, download=download)

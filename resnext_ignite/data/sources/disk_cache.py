@@ -20,7 +20,8 @@ from resnext_ignite.runtime.storage import write_durably
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
 UNCHANGED_S = 2.0
-"""A time of last change is reliable if it is this many seconds old: two changes in one clock tick have equal times."""
+"""A time of last change is reliable only if it is more than this many seconds old. If it is newer, a second change in
+the same clock tick could still follow, and would get the same time."""
 
 
 def get_or_build(
@@ -42,8 +43,8 @@ def get_or_build(
         find: builds the arrays.
         worth_caching: returns whether building these arrays takes long enough to cache them.
     """
-    # Read the clock before the state of the folder. If the folder changes between the two, its time of change is later
-    # than `now`, and the arrays are not cached.
+    # Read the clock before the state of the folder. If the folder changes in between, its time of last change is not
+    # earlier than `now`, and the arrays are not cached.
     path, now = _cache_path(kind, folder), time.time()
     changed_s, state = state_of()
     arrays = None if path is None else _read(path, state, names)
@@ -57,7 +58,8 @@ def get_or_build(
 def _cache_path(kind: str, folder: Path) -> Path | None:
     """Return the path of the cache file of a folder (below `XDG_CACHE_HOME`, by default ~/.cache).
 
-    Return None without a home directory, or if `XDG_CACHE_HOME` is relative, which its specification says to ignore.
+    Return None if `XDG_CACHE_HOME` is relative, because its specification says to ignore relative paths, or if the
+    variable is not set and there is no home directory.
     """
     # Without a home directory, expanduser leaves "~" as it is.
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))

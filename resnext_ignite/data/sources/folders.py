@@ -1,4 +1,4 @@
-"""Lists the images of an image folder. The list is cached on disk, and used while none of the folders has changed."""
+"""Lists the images of an image folder. The list is cached on disk, and valid until a class folder changes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ImageIndex:
     """The images of a folder, sorted by class and name.
 
     Args:
-        paths: N files, as class/file below the folder.
+        paths: N files; their names below the folder have the form class/file.
         labels: int64 (N,).
         classes: the names of the labels.
     """
@@ -43,8 +43,8 @@ class ImageIndex:
 def index_images(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageIndex:
     """List the images of `root/split`.
 
-    The list of a large folder is cached in the user's cache folder (`XDG_CACHE_HOME`), with the times of its class
-    folders.
+    The list of a large folder is cached in the user's cache folder (`XDG_CACHE_HOME`), with a hash over the times of
+    last change of its class folders.
 
     Args:
         classes: the allowed classes (the classes of the training split); None: the class folders define them.
@@ -119,7 +119,11 @@ def _entries(folder: Path, split: str) -> list[os.DirEntry[str]]:
 
 
 def _state_of(folder: Path, classes: list[str]) -> tuple[float, str]:
-    """Return the time of the last change of any class folder (seconds), and a hash of what determines the list."""
+    """Return the newest time of change of the class folders (seconds since 1970), and a hash.
+
+    The hash is over everything that the list depends on: the folder's path, the suffixes of image files, and the name,
+    inode and times of each class folder.
+    """
     try:
         stats = [os.stat(folder / name) for name in classes]
     except OSError as error:

@@ -39,7 +39,7 @@ class ImagePaths(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, position: int) -> ImagePath: ...
     def take(self, positions: NDArray[np.int64]) -> ImagePaths:
-        """Return the files at some positions: int64 (n,) -> n files."""
+        """Return the files at the given positions: int64 (n,) -> n files."""
 
     def identity(self) -> str:
         """Return a short string with a hash that identifies the files."""
@@ -52,8 +52,8 @@ class ImagePaths(Protocol):
 class Paths(Sequence[str]):
     """Paths below a folder.
 
-    Forked workers share the arrays of names. They could not share a list of strings for long: each access to a string
-    changes its reference count, and this copies the memory page by page.
+    Forked workers share the arrays of names. A list of strings would not stay shared: each access to a string changes
+    its reference count, and the system then copies the memory page that holds the count.
 
     Args:
         folder: the start of all paths; may be empty.
@@ -93,7 +93,7 @@ class Paths(Sequence[str]):
         return self.letters[self.starts[place] : self.starts[place + 1] - len(_BETWEEN)].tobytes()
 
     def take(self, positions: NDArray[np.int64]) -> Paths:
-        """Return the paths at some positions, int64 (n,); they share the arrays of names."""
+        """Return the paths at the given positions, int64 (n,). The result uses the same arrays of names."""
         return replace(self, chosen=positions if self.chosen is None else self.chosen[positions])
 
     def digest(self) -> str:

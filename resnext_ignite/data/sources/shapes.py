@@ -1,4 +1,4 @@
-"""Generates `shapes`, a data set of ten classes of textured shapes on cluttered backgrounds, 32x32 pixels.
+"""Generates `shapes`, a data set of 32x32 images: textured shapes of ten classes on cluttered backgrounds.
 
 Every image depends only on (split, index). Position, size, rotation, colours and texture do not depend on the class, so
 a linear model fails. A small ResNeXt learns the classes in a minute.
@@ -66,7 +66,10 @@ def load_shapes(split: str, count: int | None = None) -> Images:
 
 
 def _draw(indices: Tensor, stream: int) -> Tensor:
-    """Draw the images of some indices: int64 (N,) -> uint8 (N, 32, 32, 3). `stream` is 0 for train, 1 for test."""
+    """Draw the images with the given indices: int64 (N,) -> uint8 (N, 32, 32, 3).
+
+    `stream` is 0 for train, 1 for test.
+    """
     drawn = iter(range(Purpose.SHAPES, Purpose.SHAPES + 100))
 
     def draw(low: float = 0.0, high: float = 1.0, width: int = 1) -> Tensor:
@@ -89,7 +92,7 @@ def _draw(indices: Tensor, stream: int) -> Tensor:
         u = (x - cx) * angle.cos() + (y - cy) * angle.sin()
         v = (y - cy) * angle.cos() - (x - cx) * angle.sin()
         canvas = torch.lerp(canvas, draw(0, 1, 3), _coverage(_box(u, v, 0.4, 0.05), draw(0.9, 1.0)))
-    # In each channel, the shape's colour differs from the background's by 0.3 to 0.6, toward the middle of the scale.
+    # In each channel, the shape's colour lies 0.3 to 0.6 from the background's colour, toward the middle of the scale.
     color = torch.where(ground > 0.5, ground - draw(0.3, 0.6, 3), ground + draw(0.3, 0.6, 3))
     texture = color + draw(0.0, 0.18) * waves(8, 24)
     scale, angle = draw(0.5, 0.75), draw(-0.5, 0.5)

@@ -1,1 +1,1 @@
-"""The handlers of a training run; `attach.py` attaches them and fixes their order."""
+"""The handlers of a training run; `attach.py` attaches them and defines their order."""

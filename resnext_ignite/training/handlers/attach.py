@@ -161,7 +161,7 @@ def _attach_writers(config: Config, parts: Parts, loaders: Loaders, run: OpenRun
 def _attach_plots(
     config: Config, parts: Parts, loaders: Loaders, run: OpenRun, saver: SaveCheckpoints, epoch_ends: EpochEnds
 ) -> None:
-    """Attach TensorBoard, `curves.png` and `mistakes.png` on rank 0, after the handlers whose metrics they show."""
+    """Attach rank 0's plots (TensorBoard, `curves.png`, `mistakes.png`) after the handlers whose results they show."""
     trainer, classes = parts.trainer, loaders.data.classes
     if config.logging.curves:
         curves = Curves(run.folder, run.folder.path.name)
@@ -177,9 +177,10 @@ def _attach_plots(
     new = run.state is None
     resumed = -1 if run.state is None else run.state["trainer"]["iteration"]
     pending = run.state is not None and epoch_ends.outstanding(run.state, config.train.epochs)
-    # If the resumed run repeats the end of an epoch, the killed process may already have written the result of this end
-    # at the iteration of the checkpoint: purge this iteration, too. The purge also removes the training metrics of this
-    # iteration, which the resumed run does not compute again; `write_metrics` restores them.
+    # If the resumed run repeats the evaluation at the end of an epoch, the killed process may already have written the
+    # result of this evaluation at the iteration of the checkpoint. Therefore, purge this iteration, too. The purge also
+    # removes the training metrics of this iteration, which the resumed run does not compute again; `write_metrics`
+    # restores them.
     board = TensorBoard(run.folder, resumed if pending else resumed + 1)
     board.attach(trainer, config, parts.model, loaders.data.selection, new=new)
     if run.state is not None and pending:

@@ -24,15 +24,15 @@ class Lookahead:
     """Lookahead (arXiv:1907.08610, algorithm 1): slow weights that follow the trained weights.
 
     Every `every` iterations, the slow weights step towards the trained weights, and training continues from the slow
-    weights. The optimizer's momentum and the BatchNorm statistics do not change. After the last iteration of
-    `max_epochs`, the model has the slow weights. A run that ends earlier, for example by patience or at the target
-    error, keeps the weights that were evaluated. Attach it to ITERATION_COMPLETED, before handlers that average or
-    measure the weights.
+    weights. The optimizer's momentum and the BatchNorm statistics do not change. After the last iteration of epoch
+    `max_epochs`, the model gets the slow weights. A run that ends earlier, for example because its error has reached
+    the target, keeps the weights that were evaluated. Attach this handler to ITERATION_COMPLETED, before the handlers
+    that average or save the weights.
 
     Args:
         model: the unwrapped model, with its initial weights.
         every: iterations between two steps of the slow weights.
-        alpha: fraction of the distance to the trained weights that a step covers.
+        alpha: fraction of the distance from the slow to the trained weights that one step covers.
     """
 
     def __init__(self, model: nn.Module, every: int, alpha: float) -> None:
@@ -58,10 +58,10 @@ class Lookahead:
 
 
 class WeightAverage(EMAHandler):
-    """Ignite's moving average of weights and BatchNorm statistics, updated by a few fused calls.
+    """Ignite's moving average of weights and BatchNorm statistics, updated with a few fused calls.
 
-    Ignite's update loops over all tensors (hundreds of small kernels per iteration), and by default its average shares
-    the BatchNorm buffers of the trained model.
+    Ignite's own update loops over all tensors (hundreds of small kernels per iteration). By default, Ignite's averaged
+    model also shares the BatchNorm buffers of the trained model; here, it has its own buffers.
 
     Args:
         model: the unwrapped model.
@@ -92,16 +92,17 @@ class WeightAverage(EMAHandler):
 class FreshStatistics:
     """Re-estimates the BatchNorm statistics of an averaged model: averaged statistics do not fit averaged weights.
 
-    The new statistics are a mean over micro-batches: those of the first `batches` iterations of the epoch that has just
-    been trained, or of all its iterations if it has fewer. Each rank uses its own slice of a micro-batch, without
-    division into ghost batches. Frozen layers keep their statistics. The result depends only on the weights, the seed
-    and the epoch; the caller must still average it over ranks. Call it right before an evaluation.
+    Call this handler right before an evaluation. It passes the micro-batches of the first `batches` iterations of the
+    last trained epoch through the model (of all iterations, if the epoch has fewer). The new statistics are the mean
+    over these micro-batches. Each rank uses its own slice of each micro-batch, and does not divide this slice into
+    ghost batches. Frozen layers keep their statistics. The new statistics depend only on the weights, the seed and the
+    epoch; the caller must still average them over ranks.
 
     Args:
         model: the averaged model; it is never trained directly.
         loader: the loader of the training batches; it is copied, not changed.
-        batches: number of iterations.
-        dtype: precision of the forward pass (autocast; float32: disabled).
+        batches: maximum number of iterations.
+        dtype: precision of the forward pass, under autocast; float32: no autocast.
     """
 
     def __init__(self, model: nn.Module, loader: TrainLoader, batches: int, dtype: torch.dtype) -> None:
@@ -156,7 +157,7 @@ def build_average(config: Config, model: nn.Module, iterations_per_epoch: int) -
 def build_fresh_statistics(
     config: Config, average: WeightAverage | None, loader: TrainLoader
 ) -> FreshStatistics | None:
-    """Build the re-estimation of the average's BatchNorm statistics; return None if the config does not request it."""
+    """Build the handler that re-estimates the average's BatchNorm statistics; return None if the config has none."""
     if average is None or not config.train.ema_reestimate_bn:
         return None
     return FreshStatistics(average.ema_model, loader, config.train.ema_reestimate_bn, DTYPES[config.train.precision])

@@ -63,7 +63,7 @@ class RunState:
         self.handlers, self.errors = handlers, errors
 
     def collect(self) -> dict[str, Any]:
-        """Return the state as plain values and tensors, without changing it; call it on all ranks.
+        """Return the state as plain values and tensors; the run does not change. Call this method on all ranks.
 
         Raises:
             NonFiniteError: a tensor of the state is not finite. This can happen even if all gradients are finite.
@@ -72,8 +72,8 @@ class RunState:
         own: dict[str, dict[str, torch.Tensor]] = {}
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
-                # A model that is loaded from the checkpoint has the mean of the statistics over ranks. In the run, also
-                # after a resume, each rank continues with its own statistics.
+                # The model in the checkpoint gets the mean of the BatchNorm statistics over ranks. The run itself, also
+                # after a resume, continues with separate statistics on each rank.
                 parts[name] |= averaged_statistics(part, self.ranks)
                 own[name] = {key: buffer.cpu() for key, buffer in own_statistics(part, self.ranks).items()}
         self._check_finite(parts)
@@ -89,7 +89,7 @@ class RunState:
         }
 
     def _check_finite(self, parts: dict[str, Any]) -> None:
-        # All ranks reach the same result: they have the same weights, and `parts` holds the mean of their statistics.
+        # All ranks reach the same result: their weights are equal, and `parts` holds the mean statistics over ranks.
         bad = _not_finite(parts)
         if bad is not None:
             raise NonFiniteError(
@@ -149,9 +149,9 @@ def _generator_states() -> dict[str, torch.Tensor]:
 
 
 def last_handled_epoch(state: dict[str, Any]) -> int:
-    """Return the last epoch of a saved state whose EPOCH_COMPLETED handlers have all run.
+    """Return the last epoch whose EPOCH_COMPLETED handlers had all run when a state was saved.
 
-    Checkpoints of older versions do not record it; all their complete epochs count as handled.
+    Checkpoints of older versions do not record this epoch; the function then returns the last complete epoch.
     """
     noted: dict[str, int] | None = state["handlers"].get("epoch_ends")
     trainer = state["trainer"]
@@ -169,9 +169,10 @@ class SaveCheckpoints:
         folder: folder of the checkpoint files.
         every_epochs, every_iterations, keep: see the config keys `checkpoint.*`.
         unreadable: checkpoints that could not be read when the run was resumed; they are neither deleted nor counted.
-        stop: the agreement of all ranks on stops. A stop by a signal or the time limit saves the state at the iteration
-            on which the ranks agree; a stop by an evaluation saves the state after this evaluation.
-        best: holds the best record; a new best evaluation is always saved, also as `best.pt`.
+        stop: the agreement of all ranks on stops. If a signal or the time limit stops the run, the state is saved at
+            the iteration on which the ranks agree. If the result of an evaluation stops the run, the state is saved
+            after this evaluation.
+        best: holds the best record. After each new best evaluation, the state is saved, and also written to `best.pt`.
         before: called before every save, to flush the logs.
     """
 
@@ -193,13 +194,13 @@ class SaveCheckpoints:
         self.unreadable, self.before = unreadable, before
 
     def due_inside_epoch(self, iteration: int) -> bool:
-        """Return whether an iteration is saved if it does not end an epoch."""
+        """Return whether the state is saved after an iteration, given that this iteration does not end an epoch."""
         return bool(self.every_iterations) and iteration % self.every_iterations == 0
 
     def at_iteration(self, engine: Engine) -> None:
         """Save after an iteration if the run stops here, or if a save inside an epoch is due.
 
-        Otherwise, `at_epoch_end` saves the end of an epoch, after its evaluation.
+        If the run does not stop, `at_epoch_end` saves the state at the end of an epoch, after the evaluation.
         """
         iteration, length = engine.state.iteration, engine.state.epoch_length or 1
         stopping = self.stop.reason >= StopReason.TIME_LIMIT
@@ -210,18 +211,22 @@ class SaveCheckpoints:
             self._save(engine)
 
     def at_epoch_end(self, engine: Engine) -> None:
-        """Save the end of an epoch after its evaluation, also if a signal has interrupted the evaluation."""
+        """Save the state at the end of an epoch if this is due, the run stops, or the evaluation is the best so far.
+
+        This handler runs after the evaluation, also if a signal has interrupted the evaluation.
+        """
         epoch = engine.state.epoch
         due = epoch % self.every_epochs == 0 or epoch == engine.state.max_epochs
         if due or self.stop.reason or self._is_best():
             self._save(engine)
 
     def save_best(self, engine: Engine) -> None:
-        """Write `best.pt` if this iteration is the best so far; attach it after `at_epoch_end`.
+        """Write `best.pt` if the evaluation at this iteration is the best so far.
 
-        At that time, a checkpoint already records this evaluation as the best one. In the other order, a crash between
-        the two writes would leave a checkpoint that records an older best evaluation, while the weights of that
-        evaluation are overwritten. A failed write only causes a warning.
+        Attach this method after `at_epoch_end`, so that a checkpoint already records this evaluation as the best one.
+        In the other order, a crash between the two writes would leave a checkpoint that records an older evaluation as
+        the best one, although `best.pt` no longer holds the weights of this older evaluation. A failed write only
+        causes a warning.
         """
         if not self._is_best():
             return
@@ -233,7 +238,7 @@ class SaveCheckpoints:
             self.best.withdraw()
 
     def restore_best(self) -> None:
-        """Write `best.pt` if the run died after it saved the best evaluation, but before it wrote `best.pt`."""
+        """Write `best.pt` if the run died between the checkpoint of its best evaluation and the write of `best.pt`."""
 
         def is_there() -> bool:
             try:

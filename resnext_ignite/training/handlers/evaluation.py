@@ -1,4 +1,4 @@
-"""Evaluates during a run: decides when, records the results, keeps the best record, and may stop the run."""
+"""Evaluates the model during a run: decides when, records the results, keeps the best record, and may stop the run."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class _EvaluationInterruptedError(Exception):
 class Evaluation:
     """Evaluates after the epochs that are due, stores the result in `engine.state`, and fires RunEvents.EVALUATED.
 
-    Attach it to EPOCH_COMPLETED, and `before_training` to STARTED. `state.record` is the record that `metrics.jsonl`
-    stores; `state.evaluation` also has the confusion matrix and the worst mistakes. If a signal requests a stop, all
-    ranks abandon the evaluation at the same batch, and the run ends. The resumed run repeats the evaluation
-    (`session.EpochEnds`).
+    Attach this handler to EPOCH_COMPLETED, and its method `before_training` to STARTED. `engine.state.record` is the
+    record that `metrics.jsonl` stores; `engine.state.evaluation` also has the confusion matrix and the worst mistakes.
+    If a signal requests a stop, all ranks abandon the evaluation at the same batch, and the run ends. The resumed run
+    repeats the evaluation (`session.EpochEnds`).
 
     Args:
         evaluator: from `create_evaluator`.
         loader: loads the split that selects the best epoch.
         split: name of that split.
-        models: models whose BatchNorm statistics are averaged over ranks before an evaluation, including the evaluated
-            model.
+        models: models whose BatchNorm statistics are averaged over ranks before an evaluation; one of them is the
+            evaluated model.
         stop: the agreement of all ranks on stops.
         every, early: see the config keys `evaluation.every` and `evaluation.early`.
         lr: returns the current learning rate.
@@ -84,7 +84,7 @@ class Evaluation:
         return at_an_end and state.iteration > self.last_iteration and self.due(state.epoch, state.max_epochs)
 
     def before_training(self, engine: Engine) -> None:
-        """Evaluate the initial weights, if that is due; attach it to STARTED."""
+        """Evaluate the initial weights, if this is due; attach this method to STARTED."""
         if engine.state.iteration == 0:
             self(engine)
 
@@ -99,7 +99,7 @@ class Evaluation:
         """Evaluate a split now.
 
         Args:
-            began: the value of `time.monotonic()` from which `evaluation_s` in the record counts; None: now.
+            began: start time for `evaluation_s` in the record, as a value of `time.monotonic()`; None: now.
 
         Raises:
             NonFiniteError: the loss is not finite.
@@ -145,7 +145,10 @@ class Evaluation:
                 raise _EvaluationInterruptedError
 
     def wall_seconds(self) -> float:
-        """Return the running time of this run in seconds, over all resumes; the time between them is not included."""
+        """Return the running time of this run in seconds, summed over its first start and all resumes.
+
+        The pause before each resume is not included.
+        """
         return self._seconds_before + time.monotonic() - self._started
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,16 +163,18 @@ class Evaluation:
 class BestRecord:
     """Keeps the record with the lowest error; stops the run if `patience`, `target_error` or `abandon` requires this.
 
-    Ignite's EarlyStopping is not used: attached as documented, it loses its count at each evaluation, counts an
-    evaluation before training as the first result, and stops only its own rank. Attach it to RunEvents.EVALUATED.
+    Attach this handler to RunEvents.EVALUATED. Ignite's EarlyStopping is not used: if EarlyStopping is attached as its
+    documentation says, it loses its count at each evaluation, counts an evaluation before training as the first result,
+    and stops only its own rank.
 
     Args:
-        split: records of other splits are ignored.
+        split: the split that selects the best epoch; records of other splits are ignored.
         stop: receives the decision to stop, which is the same on all ranks.
         patience: stop after this many consecutive evaluations without a lower error; 0: never.
         min_delta: percentage points by which the error must fall to count as lower for `patience`.
         target_error: stop at this error in percent or below; None: never.
-        abandon: error limits in percent, by epoch; a run whose error after that epoch is above the limit is stopped.
+        abandon: error limits in percent, by epoch. If the error after one of these epochs is above the limit for this
+            epoch, the run stops.
     """
 
     def __init__(
@@ -202,7 +207,8 @@ class BestRecord:
         else:
             self._without += 1
         limit = self.abandon.get(record["epoch"])
-        # Do not abandon a run after its last epoch: this saves no time, and the run may be continued with more epochs.
+        # Do not abandon a run after its last epoch: a stop would save no time, and the user may continue the run with
+        # more epochs.
         if limit is not None and error > limit and record["epoch"] != engine.state.max_epochs:
             self.hopeless = (
                 f"abandoned: {error:.4g} % after epoch {record['epoch']}, above the {limit:g} % of evaluation.abandon"
@@ -225,7 +231,10 @@ class BestRecord:
         return StopReason.PATIENCE if self.patience and self._without >= self.patience else StopReason.NONE
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best record, the patience counter, and why the run was abandoned (empty if it was not)."""
+        """Return the best record, the reference error and the counter for `patience`, and why the run was abandoned.
+
+        The last value is an empty string if the run was not abandoned.
+        """
         return {
             "best": self.best,
             "reference": self._reference,
@@ -235,7 +244,7 @@ class BestRecord:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self._reference, self._without = state["best"], state["reference"], state["without"]
-        # Older checkpoints lack this key; their runs cannot have been abandoned.
+        # Checkpoints of older versions lack this key, because these versions never abandoned a run.
         self.hopeless = state.get("hopeless", "")
 
 
@@ -248,7 +257,7 @@ class FinalTest:
         evaluation: evaluates and records the result.
         model: the evaluated model; it has the best weights during the test, and its own weights again afterwards.
         loader: loads the test split.
-        best_weights: returns the best weights on every rank, or None; the test then uses the model's own weights.
+        best_weights: returns the best weights on every rank. If it returns None, the test uses the model's own weights.
     """
 
     def __init__(

@@ -26,8 +26,9 @@ class MetricsFile:
 class EvaluationFile:
     """Writes the confusion matrix and the worst mistakes of the latest evaluation to `evaluation.json`.
 
-    Attach it to RunEvents.EVALUATED after MetricsFile. If the run is interrupted between the two, `evaluation.json`
-    holds an earlier evaluation than the last line of `metrics.jsonl`; the `iteration` in both files shows this.
+    Attach this handler to RunEvents.EVALUATED after MetricsFile. If the run is interrupted between the writes of the
+    two handlers, the evaluation in `evaluation.json` is older than the evaluation in the last line of `metrics.jsonl`;
+    the two values of `iteration` then differ.
 
     Args:
         classes: class names, in the order of the labels.
@@ -65,7 +66,8 @@ class StatusFile:
 
     def __call__(self, engine: Engine, state: str = "running", exit_code: int | None = None, reason: str = "") -> None:
         self.last = getattr(engine.state, "record", None) or self.last
-        # A run in progress does not need this file, but a finished run must not stay marked as running.
+        # During the run, a failed write only causes a warning. At the end, it raises an error, because a finished run
+        # must not stay marked as running.
         with warn_on_failure("status.json") if state == "running" else contextlib.nullcontext():
             self.folder.write_status(
                 state,

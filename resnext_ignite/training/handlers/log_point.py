@@ -17,14 +17,14 @@ from resnext_ignite.training.metrics import TrainingSums
 class LogPoint:
     """Synchronises the ranks: agrees on stops, raises on non-finite numbers, and computes the training metrics.
 
-    Ranks synchronise about every five seconds (`SyncSchedule`), at each log point and before each save. Therefore, no
-    weights that result from a non-finite number are evaluated or saved. Log points are the synchronisations at
-    multiples of `every_iterations` and at the end of an epoch; a resume does not change them. Attach it to
-    ITERATION_COMPLETED.
+    Attach this handler to ITERATION_COMPLETED. The synchronisations at multiples of `every_iterations` and at the end
+    of an epoch are called log points; a resume does not change the log points. The ranks also synchronise about every
+    five seconds (`SyncSchedule`) and before each save inside an epoch. Each evaluation and each save thus follows a
+    check for non-finite numbers.
 
-    Each synchronisation sets `engine.state.metrics`, over all ranks since the last log point: loss, top1_error
-    (percent, of augmented images), lr, images_per_s, skipped_updates. A log point fires RunEvents.METRICS_READY. Log
-    points and the synchronisations of `SyncSchedule` fire RunEvents.PROGRESS.
+    Each synchronisation sets `engine.state.metrics` to the values over all ranks since the last log point: loss,
+    top1_error (percent, of augmented images), lr, images_per_s, skipped_updates. A log point fires
+    RunEvents.METRICS_READY. Log points and the synchronisations of `SyncSchedule` fire RunEvents.PROGRESS.
 
     Args:
         stop: the agreement of all ranks on stops.

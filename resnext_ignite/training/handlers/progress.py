@@ -43,7 +43,8 @@ class Progress:
             trainer.add_event_handler(RunEvents.PROGRESS, self.log_metrics)
             return
         trainer.add_event_handler(RunEvents.PROGRESS, self._mark)
-        # Draw the bar only after RunEvents.PROGRESS, not at each iteration: a terminal may be slower than an iteration.
+        # Draw the bar only after RunEvents.PROGRESS, not at each iteration: writing to a terminal may take longer than
+        # an iteration.
         at_log_point = Events.ITERATION_COMPLETED(event_filter=lambda engine, iteration: iteration == self._drawn)
         bar = ProgressBar(file=sys.stderr)
         bar.attach(trainer, output_transform=lambda output: self._postfix(trainer), event_name=at_log_point)

@@ -57,7 +57,7 @@ class EpochEnds:
     the handler that saves the checkpoint.
 
     Args:
-        evaluation: the EPOCH_COMPLETED handler that evaluates; it decides after which epochs it does so.
+        evaluation: the EPOCH_COMPLETED handler that evaluates; its method `due` decides after which epochs.
     """
 
     def __init__(self, evaluation: Evaluation) -> None:
@@ -125,7 +125,7 @@ class AttachedRun:
 
         Raises:
             PreemptedError: a signal stopped the run; its state is saved.
-            OrphanedError: the launcher of the ranks of a machine died; the state is saved.
+            OrphanedError: on one of the machines, the launcher that started the ranks died; the state is saved.
         """
         trainer = self.parts.trainer
         started_at = trainer.state.iteration
@@ -162,7 +162,8 @@ class AttachedRun:
         return self.state.ranks.from_rank_zero(is_finished)
 
     def _forget_lost_evaluations(self) -> None:
-        # Remove the records of evaluations after the saved state, because the resumed run repeats these evaluations.
+        # Remove the records of evaluations that came after the state was saved: the resumed run repeats these
+        # evaluations.
         if self.state.ranks.rank == 0:
             self.run.folder.truncate_metrics(self.evaluation.records)
 

@@ -1,4 +1,4 @@
-"""Writes scalars, images, histograms and the config to TensorBoard on rank 0; a resume does not lose or repeat any."""
+"""Writes scalars, images, histograms and the config to TensorBoard on rank 0; a resume loses and repeats nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _EVALUATED_SCALARS = ("top1_error", "top5_error", "loss")
 
 
 class _BestEffortEvents:
-    """TensorBoard's event writer, safe on a full disk: after a failed write, it warns once and drops later events."""
+    """Wraps TensorBoard's event writer: after a failed write (full disk), it warns once and drops all later events."""
 
     def __init__(self, writer: Any) -> None:
         self.writer, self.failed = writer, False
@@ -68,8 +68,8 @@ def _mute_writer_thread(arguments: threading.ExceptHookArgs) -> None:
 def _rename_older_event_files(now: int, folder: Path) -> None:
     """Rename event files so that they sort before a file that starts at `now` (Unix time in seconds).
 
-    TensorBoard reads event files in the order of the seconds in their names. The clock may have been set back, and two
-    processes may start within the same second.
+    TensorBoard reads event files in the order of the seconds in their names. Without the renaming, the new file could
+    sort before an older one: the clock may have been set back, or two processes may start within the same second.
     """
     latest = now - 1
     for path in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
@@ -99,10 +99,10 @@ class TensorBoard:
         self.writer.file_writer.event_writer = _BestEffortEvents(self.writer.file_writer.event_writer)
 
     def attach(self, trainer: Engine, config: Config, model: nn.Module, split: str, *, new: bool) -> None:
-        """Attach scalars, and histograms if the config requests them; write the config if the run is new.
+        """Attach the writers of scalars and, if requested, of histograms; write the config if the run is new.
 
         Args:
-            split: the split whose errors are listed next to the config.
+            split: the split whose errors are listed next to the config; histograms are written at its evaluations.
         """
         step = global_step_from_engine(trainer, custom_event_name=Events.ITERATION_COMPLETED)
         scalars = OutputHandler(tag="train", metric_names=list(_SCALARS), global_step_transform=step)
@@ -121,7 +121,10 @@ class TensorBoard:
                 self.writer.add_scalar(f"train/{name}", metrics[name], iteration)
 
     def write_evaluation(self, engine: Engine) -> None:
-        """Write the scalars of an evaluation, by split, and histograms of the trained (not the averaged) weights."""
+        """Write the scalars of an evaluation, and histograms of the trained (not the averaged) weights.
+
+        The split's name is part of each scalar's name.
+        """
         record = engine.state.record
         if self._histograms is not None and record["split"] == self._split:
             # The step of the histograms is the iteration, as for the scalars: a resumed run purges both by iteration.
@@ -131,7 +134,7 @@ class TensorBoard:
             self.writer.add_scalar(f"{record['split']}/{name}", record[name], record["iteration"])
 
     def _write_config(self, config: Config, split: str) -> None:
-        """Write the config as text, and as a row of the HPARAMS table, next to the errors that the run will log."""
+        """Write the config as text, and as a row of the HPARAMS table, with the names of the errors to be logged."""
         text = "".join(f"    {line}\n" for line in dump_config(config).splitlines())
         self.writer.add_text("config", text, 0)
         plain = {
@@ -187,7 +190,7 @@ class MistakeSheets:
             self.draw(engine)
 
     def draw(self, engine: Engine) -> None:
-        """Draw the latest evaluation now, if there is one."""
+        """Draw the worst mistakes and the confusion matrix of the latest evaluation now, if there is one."""
         record, result = getattr(engine.state, "record", None), getattr(engine.state, "evaluation", None)
         if record is None or result is None:
             return

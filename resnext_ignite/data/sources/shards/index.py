@@ -1,4 +1,4 @@
-"""Builds the index of the images in the shards of a split. The index is cached, and used while no shard has changed."""
+"""Builds the index of the images in the shards of a split. The index is cached, and valid until a shard changes."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class ShardIndex:
 def index_shards(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ShardIndex:
     """Index the images in the shards of `root/split`.
 
-    The index of a large split is cached in the user's cache folder (`XDG_CACHE_HOME`), with the size, times and sha256
-    of each shard.
+    The index of a large split is cached in the user's cache folder (`XDG_CACHE_HOME`), with a hash over the size, times
+    and sha256 of each shard.
 
     Args:
         classes: the allowed classes (the classes of the training split); None: the classes that `shards.json` lists.
@@ -88,7 +88,10 @@ def shard_classes(root: Path, split: str) -> tuple[str, ...]:
 
 
 def _state_of(folder: Path, listed: ShardList) -> tuple[float, str]:
-    """Return the time of the last change of any shard (seconds), and a hash of what determines the index.
+    """Return the newest time of change of the shards (seconds since 1970), and a hash.
+
+    The hash is over everything that the index depends on: the folder's path, the suffixes of image files, the content
+    of `shards.json`, and the inode and times of each shard.
 
     Raises:
         DataError: a shard is missing, or its size differs from the listed size.

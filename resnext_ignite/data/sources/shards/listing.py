@@ -1,4 +1,4 @@
-"""Reads `<split>/shards.json`, the list of the tar shards in its folder. The packer writes this list."""
+"""Reads `<split>/shards.json`, the list of the tar shards in the same folder. The packer writes this list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads image files inside shards. Any process can read any of them directly, in any order."""
+"""Reads image files inside shards. Each process can read the files directly, in any order."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class OpenFiles:
         self._descriptor = functools.lru_cache(_OPEN)(lambda file: _Descriptor(paths[file]))
 
     def read(self, file: int, offset: int, size: int) -> bytes:
-        """Read `size` bytes at `offset` of a file, given by its number.
+        """Read `size` bytes at `offset` of a file; `file` is the position of the file in `paths`.
 
         Raises:
             OSError: the file cannot be read.
@@ -105,7 +105,7 @@ class Members:
         files: the S shards.
         firsts: int64 (S + 1,), the position of each shard's first image among all N images; the last entry is N.
         offsets, sizes: int64 (N,), the start of each image in its shard and its length, in bytes.
-        digest: hash of the hashes of all shards.
+        digest: one hash over the sha256 of all shards.
         chosen: int64 (n,), the positions of the images that belong to this object, in this order; None: all.
     """
 
@@ -125,11 +125,11 @@ class Members:
         return _Stored(self.files, shard, int(self.offsets[number]), int(self.sizes[number]))
 
     def take(self, positions: NDArray[np.int64]) -> Members:
-        """Return the images at some positions, int64 (n,); they share the arrays."""
+        """Return the images at the given positions, int64 (n,). The result uses the same arrays."""
         return replace(self, chosen=positions if self.chosen is None else self.chosen[positions])
 
     def shards(self) -> Tensor:
-        """Return the number of the shard of each image, from 0: int64 (n,)."""
+        """For each image, return the number of its shard, counted from 0: int64 (n,)."""
         numbers = np.arange(len(self)) if self.chosen is None else self.chosen
         return torch.from_numpy(np.searchsorted(self.firsts, numbers, side="right") - 1)
 
