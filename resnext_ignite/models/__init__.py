@@ -23,7 +23,8 @@ def create_model(
         num_classes: number of outputs.
         stem_channels: channels after the stem; the stages output 4, 8, 16 (and a fourth stage 32) times as many.
         ghost_batch: number of images over which BatchNorm computes its training statistics; 0: the whole batch.
-        zero_init_residual: initialise the last BatchNorm weight of each block to 0: a block begins as its shortcut.
+        zero_init_residual: initialise the weight of the last BatchNorm of each block to 0, so that each block initially
+            outputs only its shortcut.
         grouped_conv: implementations of the grouped 3x3 convolutions; see ResNeXt.
 
     Raises:

@@ -1,4 +1,7 @@
-"""Counts the cost of a network for one image on the `meta` device: operations, bytes and parameters."""
+"""Counts a network's operations, bytes and parameters for one image.
+
+The network runs on the `meta` device, where tensors have no values.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Memory accesses of each activation: the forward pass writes and reads it once; the backward pass reads it twice and
-# writes it once.
+# Training accesses memory five times for each activation: one write and one read in the forward pass, two reads and one
+# write in the backward pass.
 _PASSES_OVER_ACTIVATIONS = 5
 
 

@@ -16,9 +16,9 @@ class GroupedConv2d(nn.Conv2d):
 
     - `grouped`: torch's own grouped convolution.
     - `split`: a separate dense convolution for each group.
-    - `merged<m>`: merges every m groups into one wider group. Its weight has the weights of the m groups as blocks on
-      the diagonal, and zeros elsewhere. This needs m times as many operations. `merged<cardinality>` is a dense
-      convolution.
+    - `merged<m>`: merges every m groups into one wider group. The weight of a wider group has the weights of its m
+      groups as blocks on the diagonal, and zeros elsewhere. This implementation needs m times as many operations as
+      `grouped`. `merged<cardinality>` is a dense convolution.
 
     All implementations compute the same function, with the same weights under the same names.
 
@@ -51,7 +51,7 @@ class GroupedConv2d(nn.Conv2d):
         return super().forward(input)
 
     def _merged_weight(self) -> Tensor:
-        # G merged groups of m groups; each of the m groups has i input and o output channels.
+        # There are G merged groups. Each consists of m original groups with i input and o output channels each.
         # (G*m*o, i, 3, 3) -> (G, m, o, 1, i, 3, 3), times the (m, m) identity -> (G, m, o, m, i, 3, 3)
         # -> (G*m*o, m*i, 3, 3)
         apart = self.weight.view(self.groups // self.merge, self.merge, -1, 1, *self.weight.shape[1:])
@@ -95,9 +95,10 @@ class GroupedShape:
 
 
 def grouped_shapes(model: nn.Module, image_size: int) -> list[GroupedShape]:
-    """Return the shapes of a network's grouped 3x3 convolutions, in network order.
+    """Return each shape of a network's grouped 3x3 convolutions once, in the order of the forward pass.
 
-    The images have `image_size` pixels a side.
+    Args:
+        image_size: side of the input images in pixels.
     """
     found: dict[tuple[int, ...], GroupedShape] = {}
     names = {module: name for name, module in model.named_modules()}

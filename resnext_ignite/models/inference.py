@@ -45,12 +45,14 @@ class Inference:
         """Map images (N, 3, H, W) to logits, float32 (N, num_classes)."""
         if self._folded is None:
             with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                # Use `forward`: if the network is compiled for training, a call would compile it again for this size.
+                # Call `forward`: if the network is compiled for training, calling the network itself would compile it
+                # again for this batch size.
                 return self.model.forward(images).float()
         network: Callable[[Tensor], Tensor] = self._folded
         if self._compiled is not None:
             self._compiled_size = self._compiled_size or len(images)
-            # The last batch of a split may be smaller. Its compilation takes longer than its uncompiled computation.
+            # The last batch of a split may be smaller. Compiling the network for this batch alone would take longer
+            # than computing the batch without compilation.
             network = self._compiled if len(images) == self._compiled_size else network
         return network(images.to(self.dtype)).float()
 
@@ -58,7 +60,7 @@ class Inference:
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """Return a copy in evaluation mode, with each BatchNorm folded into the convolution before it.
 
-    The folded BatchNorm uses its running statistics.
+    The new weights and biases contain the running statistics of the BatchNorms.
 
     Raises:
         ValueError: a BatchNorm has no convolution before it.

@@ -1,6 +1,6 @@
 """Describes a network as a table of costs and receptive fields.
 
-Its rows are the stem, the max pooling (if there is one), each block, and the classifier.
+The rows of the table are the stem, the max pooling (if there is one), each block, and the classifier.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ class Row:
 
     Args:
         name: name of a block's module; "stem", "max pooling" or "classifier" for the other parts.
-        kernels: its windows in order, such as "1x1, 3x3 / 2 in 32 groups, 1x1"; "/ 2" means stride 2.
-        output: (channels, height, width), or (classes,).
+        kernels: convolutions and poolings in order, such as "1x1, 3x3 / 2 in 32 groups, 1x1"; "/ 2" means stride 2.
+        output: shape of the part's output: (channels, height, width), or (classes,).
         cost: cost of this part.
         kept: bytes that the forward pass of this part saves for the backward pass, in fp32.
-        receptive_field: side in pixels of one output's receptive field; for the classifier: that of the last block.
+        receptive_field: side in pixels of the receptive field of one output. The classifier has the same value as the
+            last block.
     """
 
     name: str
@@ -93,7 +94,8 @@ def receptive_fields(model: ResNeXt, names: list[str]) -> dict[str, int]:
     Let r be this side, and j the distance in pixels between neighbouring outputs. Both are 1 for the image itself. A
     window of side k and stride s changes r to r + (k - 1) * j, and then j to s * j (Araujo, Norris and Sim, "Computing
     Receptive Fields of Convolutional Neural Networks", Distill 2019, equation 2). In a block, only the branch counts,
-    because the receptive field of the shortcut is smaller. Beyond the image's edge, a receptive field covers padding.
+    because the receptive field of the shortcut is smaller. A receptive field may extend beyond the edge of the image,
+    into the padding.
 
     Args:
         names: names of the modules, in the order of the forward pass.

@@ -1,6 +1,6 @@
 """Counts the memory of one image's activations. The network runs on the `meta` device, where tensors have no values.
 
-Only activations count. Weights, gradients of weights, and the workspaces of libraries do not.
+Only activations count. Weights, gradients of weights, and the workspaces of libraries do not count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def kept_bytes(model: nn.Module, image_size: int, dtype: torch.dtype, rows: dict
         model: on the `meta` device; afterwards it is in `dtype` and in training mode.
         rows: maps the name of a module to the name of the row that begins with this module.
     """
-    # BatchNorm also saves statistics, whose size does not depend on the batch. The difference does not contain them.
+    # BatchNorm also saves statistics, whose size does not depend on the batch size. They cancel out in the difference
+    # between two batch sizes.
     two, three = (_kept(model, image_size, dtype, rows, batch) for batch in (2, 3))
     return {row: three[row] - two[row] for row in dict.fromkeys(rows.values())}
 
@@ -53,8 +54,8 @@ def _kept(model: nn.Module, image_size: int, dtype: torch.dtype, rows: dict[str,
 
     hooks = [model.get_submodule(n).register_forward_pre_hook(entering(name)) for n, name in rows.items()]
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        # `seen` holds addresses of storages. The output keeps the saved tensors alive until everything is counted;
-        # otherwise, a new tensor could get the address of a freed storage and would not count.
+        # `seen` holds addresses of storages. `logits` keeps the saved tensors alive until everything is counted;
+        # otherwise, a new tensor could get the address of a freed storage and would not be counted.
         logits = model(torch.empty(batch, 3, image_size, image_size, dtype=dtype, device="meta"))
     del logits
     for hook in hooks:
@@ -68,7 +69,7 @@ def inference_peak_bytes(model: nn.Module, image_size: int, dtype: torch.dtype) 
     Args:
         model: on the `meta` device; afterwards it is in `dtype` and in evaluation mode.
     """
-    # As in `kept_bytes`, the difference does not contain BatchNorm's outputs whose size does not depend on the batch.
+    # As in `kept_bytes`, tensors whose size does not depend on the batch size cancel out in the difference.
     one, two = (_peak(model, image_size, dtype, batch) for batch in (1, 2))
     return two - one
 

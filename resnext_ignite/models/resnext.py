@@ -1,4 +1,4 @@
-"""Defines the network: bottleneck blocks in one of several layouts. Its arguments are plain values, not a config.
+"""Defines the network: bottleneck blocks in one of several layouts. The classes take plain values, not a config.
 
 Parameter names are torchvision's (`layer1.0.conv2.weight`, `fc.bias`), so that torchvision's weights need no renaming.
 `runtime/model_names.py` parses the names of models; `models/__init__.py` builds models from names and configs.
@@ -20,9 +20,10 @@ Norm = Callable[[int], nn.BatchNorm2d]
 class GhostBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm that computes its training statistics over consecutive groups of `ghost_batch` images.
 
-    The published CIFAR runs split 128 images over 8 GPUs, so that BatchNorm used 16 images. The running statistics
-    become the mean over the groups. A run with one group per rank that averages the running statistics over the ranks
-    gets the same result. In evaluation, this is plain BatchNorm.
+    The published CIFAR runs split 128 images over 8 GPUs, so that BatchNorm computed its statistics over 16 images.
+    Each group updates its own copy of the running statistics, and the mean of these copies becomes the new value. A run
+    with one group per rank gets the same result if it averages the running statistics over the ranks. In evaluation,
+    this is plain BatchNorm.
 
     Args:
         channels: number of channels C of the input.
@@ -49,8 +50,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         groups = n // self.ghost_batch
         mean, var = self.running_mean.repeat(groups), self.running_var.repeat(groups)
-        # On a GPU, calls are expensive. On a CPU, copies are expensive: with channels_last, one call per group takes a
-        # third of the time of a single call.
+        # On a GPU, calls are expensive, so a single call normalises all groups. This call needs copies, which are
+        # expensive on a CPU: with channels_last, one call per group takes a third of the time of the single call.
         out = (
             self._one_call_per_group(input, mean, var)
             if input.device.type == "cpu"
@@ -87,11 +88,11 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
 
 class Bottleneck(nn.Module):
-    """1x1 -> grouped 3x3 (with the stride) -> 1x1, each with BatchNorm; ReLU after the first two and after the sum.
+    """A bottleneck block: convolutions 1x1, grouped 3x3 (with the stride) and 1x1, each followed by BatchNorm.
 
-    This is the block of the paper's figure 3c and section 4, with the last ReLU after the sum, as in
-    facebookresearch/ResNeXt. The shortcut is the identity, or a 1x1 convolution with BatchNorm if the shapes of input
-    and output differ (type B).
+    A ReLU follows the first and the second BatchNorm. The last ReLU follows the sum with the shortcut, as in
+    facebookresearch/ResNeXt. This is the block of the paper's figure 3c and section 4. The shortcut is the identity, or
+    a 1x1 convolution with BatchNorm if the shapes of input and output differ (type B).
 
     Args:
         in_channels, out_channels: channels of the block's input and output.
@@ -143,8 +144,8 @@ class ResNeXt(nn.Module):
         ghost_batch: number of images over which BatchNorm computes its training statistics; 0: the whole batch.
         zero_init_residual: initialise the weight of each block's last BatchNorm to 0.
         grouped_conv: implementations of the grouped 3x3 (`grouped_conv.py`): one for all shapes, or one for each shape
-            in network order. The first stage has one shape. Each later stage has two: that of its first block, with the
-            stride, and that of its other blocks, if it has any.
+            in the order of the forward pass. The first stage has one shape. Each later stage has one shape in its first
+            block, which has the stride, and another shape in its other blocks, if there are any.
 
     Raises:
         ValueError: `grouped_conv` holds neither one implementation nor one for each shape.
@@ -194,9 +195,9 @@ class ResNeXt(nn.Module):
         self._initialise(zero_init_residual)
 
     def _initialise(self, zero_init_residual: bool) -> None:
-        # As in facebookresearch/ResNeXt, models/resnext.lua. Convolutions: N(0, 2 / (k*k*out)), where 2 / (k*k*out) is
-        # the variance, and `fan_out` counts the output channels of all groups. BatchNorm: weight 1 and bias 0. The
-        # classifier: torch's default, with bias 0.
+        # As in facebookresearch/ResNeXt, models/resnext.lua. Convolutions: a normal distribution with mean 0 and
+        # variance 2 / (k*k*out), where `out` counts the output channels of all groups, as torch's `fan_out` does.
+        # BatchNorm: weight 1 and bias 0. Classifier: torch's default weight, and bias 0.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

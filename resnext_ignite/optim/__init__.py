@@ -1,4 +1,4 @@
-"""Builds the optimizer and the learning-rate schedule of a config. `config/sections.py` defines their keys."""
+"""Builds the optimizer and the learning-rate schedule of a config. `config/sections.py` defines the config keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from resnext_ignite.optim.schedules import IterationLRScheduler, cosine, linear,
 
 
 def lr_factor(config: Config, iterations_per_epoch: int) -> Callable[[int], float]:
-    """Return the factor of `optimizer.lr` as a function of the iteration, counted from 0."""
+    """Return a function that maps an iteration, counted from 0, to the factor by which `optimizer.lr` is multiplied."""
     schedule = config.schedule
     warm = round(schedule.warmup_epochs * iterations_per_epoch)
     total = config.train.epochs * iterations_per_epoch
@@ -39,7 +39,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the trainable parameters as optimizer groups, one for each pair of weight decay and `lr_factor`.
 
-    If the factor is 1, the group has no `lr_factor`. Norm weights and biases are the parameters with one dimension.
+    If the factor is 1, the group has no `lr_factor`. Parameters with one dimension count as norm weights or biases.
     The backbone is everything except `fc`. `without` names the parameters to leave out.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -55,11 +55,11 @@ def parameter_groups(
 
 
 def hidden_convolutions(model: nn.Module) -> dict[str, int]:
-    """Return the number of groups of each trainable convolution that Muon updates, by the name of its weight.
+    """Return the trainable convolutions that Muon updates: the name of each weight, and its number of channel groups.
 
-    SGD updates the stem. Muon's author also leaves the first layer to another optimizer. In a window of an image, the
-    mean brightness dominates, so the stem's gradient is large in this one direction. Orthogonalisation would scale all
-    other directions, which are mostly noise, to the same size.
+    The stem is not among them: SGD updates it. Muon's author also leaves the first layer to another optimizer. In a
+    window of an image, the mean brightness dominates, so the stem's gradient is large in this one direction.
+    Orthogonalisation would scale all other directions, which are mostly noise, to the same size.
     """
     return {
         f"{name}.weight": module.groups

@@ -47,8 +47,8 @@ class Muon(torch.optim.Optimizer):
     alone. With one matrix for all groups, the rows of different groups would become orthogonal to each other, although
     these groups have different inputs. The step is the orthogonalised matrix times `lr` * sqrt(max(1, rows / columns)).
     `weight_decay` is decoupled from the gradient: each step multiplies the weights by 1 - `lr` * `weight_decay`.
-    Momentum and its Nesterov form are those of `torch.optim.Muon`. That class supports only single matrices and only
-    bf16, so it is not used.
+    Momentum and Nesterov momentum are computed as in `torch.optim.Muon`. `torch.optim.Muon` itself is not used, because
+    it supports only single matrices and only bf16.
 
     With a GradScaler (fp16), the host waits in each iteration for the overflow check, which decides whether to skip the
     update.

@@ -26,7 +26,7 @@ def cosine(iteration: int, start: int, end: int, final: float) -> float:
 
 
 def linear(iteration: int, start: int, end: int, final: float) -> float:
-    """Return a value on the line from 1 at `start` to `final` at `end`. With a warm-up, it forms a triangle."""
+    """Return a value on the line from 1 at `start` to `final` at `end`. Warm-up and line together form a triangle."""
     return final + (1 - final) * (1 - _progress(iteration, start, end))
 
 
@@ -41,7 +41,7 @@ class IterationLRScheduler(ParamScheduler):
     resumed run, or a run continued with more epochs, therefore has the right rate in each iteration.
 
     Args:
-        optimizer: each of its groups gets the rate, times its `lr_factor` if it has one.
+        optimizer: each of its groups gets the rate, multiplied by the group's `lr_factor` if there is one.
         lr: learning rate at factor 1.
         factor: function of the iteration, counted from 0.
     """

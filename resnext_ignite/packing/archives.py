@@ -16,14 +16,14 @@ _BLOCK = 512
 
 @contextlib.contextmanager
 def opened(file: Path | IO[bytes], name: str) -> Iterator[tarfile.TarFile]:
-    """Open an uncompressed tar file for the block.
+    """Open an uncompressed tar file for the `with` block.
 
     Args:
         file: path of the tar file, or a stream of its content.
         name: name of the tar file in error messages.
 
     Raises:
-        DataError: the file cannot be opened, is not a tar file, or is found to be damaged during the block.
+        DataError: the file cannot be opened, is not a tar file, or proves damaged when the `with` block reads it.
     """
     try:
         source = open(file, "rb") if isinstance(file, Path) else contextlib.nullcontext(file)  # noqa: SIM115
@@ -37,7 +37,7 @@ def opened(file: Path | IO[bytes], name: str) -> Iterator[tarfile.TarFile]:
 
 
 def files_in(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
-    """Yield the files in a tar file from `opened`, and check that the tar file is complete.
+    """Yield the files in a tar file, and check at the end that the tar file is complete.
 
     Raises:
         DataError: the tar file is truncated; or the path of a member leads out of the folder, or the member is neither
@@ -51,8 +51,8 @@ def files_in(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
             yield member
         elif not member.isdir():
             raise DataError(f"{name}: {member.name}: is neither a file nor a folder; do not trust this file")
-    # tarfile treats the end of the file, or an invalid header, as the end of the archive. A whole archive ends with a
-    # block of zeros.
+    # tarfile treats the end of the file, or an invalid header, as the end of the archive. A complete archive ends with
+    # a block of zeros.
     content = archive.fileobj
     if content is not None:
         content.seek(archive.offset)
@@ -67,7 +67,11 @@ def content_in(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def entries_of(folder: Path) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder, without hidden ones, sorted by name; raise DataError if it cannot be read."""
+    """Return the entries of a folder that are not hidden, sorted by name.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
     try:
         with os.scandir(folder) as entries:
             return sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)

@@ -34,9 +34,9 @@ class Devkit:
     """The content of the development kit.
 
     Args:
-        path: the archive or folder that it was read from.
+        path: the archive or folder that the kit was read from.
         synsets: the classes by WordNet ID, without the inner nodes of the hierarchy.
-        ground_truth: the WordNet ID of the class of each validation image, in the order of their numbers from 1.
+        ground_truth: the class (WordNet ID) of each validation image; the first entry belongs to image number 1.
     """
 
     path: Path

@@ -51,7 +51,7 @@ def prepare(sources: Archives, output: Path, expected: Expected, encoding: Encod
     """Unpack the images into class folders, shrink them if requested, and check the numbers of classes and images.
 
     If the training source lacks classes of the development kit, the validation images of these classes are left out.
-    Files from folders are hard-linked, or copied where links are impossible.
+    If a source is a folder, images that are not shrunk are hard-linked, or copied if links are impossible.
 
     Args:
         sources: the archives or folders.
@@ -181,7 +181,7 @@ def _run(unpack: Callable[[int], int], count: int, workers: int, *, desc: str, t
 
 
 def _place(picture: Picture, target: Path, encoding: Encoding) -> None:
-    """Write an image to `target`, shrunk if requested, or link it there."""
+    """Write an image to `target`, shrunk if requested. If `picture` is a path and is not shrunk, hard-link it."""
     try:
         if isinstance(picture, bytes):
             # Mode x: two images with the same name are an error.
@@ -209,7 +209,8 @@ def _place(picture: Picture, target: Path, encoding: Encoding) -> None:
 
 def _link(source: Path, target: Path) -> None:
     try:
-        # Link to the target of a symbolic link: in another folder, a relative symbolic link would be broken.
+        # If the source is a symbolic link, link to the file behind it: a relative symbolic link would be broken in
+        # another folder.
         os.link(os.path.realpath(source), target)
     except FileExistsError:
         raise

@@ -15,10 +15,10 @@ _JPEG_SUFFIXES = ("jpg", "jpeg")
 
 
 def shrunk(path: Path, encoding: Encoding) -> bytes | None:
-    """Return the image as a JPEG file whose shorter side is `short_side` pixels; None if the image need not be shrunk.
+    """Return a JPEG file of the image, shrunk to `short_side` pixels on its shorter side; None if it is small enough.
 
-    The image is decoded in both cases, so that a damaged image is found now. The JPEG file is in RGB, turned upright by
-    its EXIF orientation, resized with PIL's Lanczos filter, and without metadata.
+    The image is decoded in both cases, so that a damaged image is found now. The shrunk image is in RGB, turned upright
+    by the EXIF orientation, resized with PIL's Lanczos filter, and without metadata.
 
     Raises:
         DataError: as `open_rgb`.

@@ -1,4 +1,7 @@
-"""Defines the options of the commands that prepare data, and the lock of their output folder. Does not import torch."""
+"""Defines the options of the commands that prepare data, and the lock of the output folder.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,9 @@ def require(*libraries: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create a folder if it does not exist, and lock it against other processes of these commands.
+    """Create a folder if it does not exist, and hold its lock during the `with` block.
+
+    Only one process at a time can prepare data in a folder.
 
     Raises:
         ConfigError: the path exists, and is not a folder.
@@ -91,7 +96,8 @@ def locked(folder: Path) -> Iterator[None]:
         raise ConfigError(f"--output {folder}: exists, and is not a folder; choose another name") from None
     lock = FileLock(folder / ".lock")
     try:
-        # Wait a second: the workers of a killed process hold the lock until they end, shortly after that process.
+        # Wait up to a second: after a process was killed, its workers still hold the lock for a moment, until they end
+        # too.
         lock.acquire(timeout=1)
     except Timeout:
         raise RunFolderError(f"{folder}: another process is writing into it; wait for it, or end it") from None

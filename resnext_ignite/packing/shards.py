@@ -53,7 +53,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Split:
-    """A packed split: its folder, its classes and shards in order, and the seconds of packing or checking it."""
+    """A packed split: its folder, its classes and shards in order, and the time to pack or check it, in seconds."""
 
     folder: Path
     classes: tuple[str, ...]
@@ -79,14 +79,18 @@ class _Sample:
         return {"__key__": self.key, _LABEL: b"%d" % self.label, self.suffix: self.content}
 
     def size(self) -> int:
-        """Return the bytes that the sample takes in a tar file: a header and whole blocks, for label and image each."""
+        """Return the number of bytes that the sample takes in a tar file.
+
+        Label and image are separate members; each has a header of one block and is padded to whole blocks.
+        """
         return 2 * _BLOCK + sum(-(-length // _BLOCK) * _BLOCK for length in (len(str(self.label)), len(self.content)))
 
 
 def pack_folder(source: Path, output: Path, limit: Limit, encoding: Encoding, workers: int) -> list[Split]:
     """Pack the splits of an imagefolder; the `shards.json` files are written after the shards of all splits.
 
-    The images of the training split are shuffled once, so that each shard mixes classes. Other splits keep their order.
+    The images of the training split are shuffled once, so that each shard mixes classes. The images of other splits
+    keep their order.
 
     Args:
         source: holds train/<class>/*, val/<class>/* or test/<class>/*.
@@ -141,7 +145,8 @@ def _clear(output: Path) -> None:
         folder = output / split
         for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
             if entry.name == LIST_NAME:
-                # Refuse this even if an interruption left other splits without a list: the source may have changed.
+                # Refuse this even if an interrupted packing left other splits without a list: the source may have
+                # changed since then.
                 raise RunFolderError(f"{folder}: is packed already; choose another --output, or remove it")
             if _LEFTOVERS.fullmatch(entry.name) is None:
                 raise RunFolderError(f"{entry}: is not a shard of an interrupted packing; choose another --output")

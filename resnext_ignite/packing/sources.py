@@ -1,4 +1,4 @@
-"""Finds the images of ILSVRC2012 in the tar files of its distribution, or in folders with their contents."""
+"""Finds the images of ILSVRC2012, either in its original tar files or in folders with the contents of the tar files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Picture = bytes | Path
 
 @dataclass(frozen=True)
 class TrainClass:
-    """The images of a training class: a folder, a tar file, or a tar file (`member`) inside another tar file."""
+    """A training class. Its images are in a folder, a tar file, or a tar file (`member`) inside another tar file."""
 
     path: Path
     member: tarfile.TarInfo | None = None
@@ -32,7 +32,7 @@ class TrainClass:
         """Yield each image of the class, with its file name (without folders).
 
         Raises:
-            DataError: the class is damaged; the message names it.
+            DataError: the folder or tar file of the class cannot be read; the message names it.
         """
         if self.path.is_dir():
             for entry in entries_of(self.path):

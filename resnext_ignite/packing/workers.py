@@ -35,10 +35,10 @@ def in_workers(do: Callable[[int], Result], count: int, workers: int) -> Iterato
     """Yield `do(0)` to `do(count - 1)` in order. The workers compute a few results in advance.
 
     Args:
-        do: runs the task with this number, and returns its result.
+        do: runs the task with the given number, and returns its result.
         count: number of tasks.
-        workers: number of processes, forked from this process. They end when it ends, even if it is killed. 0: this
-            process runs the tasks.
+        workers: number of worker processes, forked from this process. Workers end when this process ends, even if this
+            process is killed. 0: this process runs the tasks.
 
     Raises:
         ResnextError, OSError: `do` raised it.
@@ -60,7 +60,8 @@ def in_workers(do: Callable[[int], Result], count: int, workers: int) -> Iterato
                 raise result
             yield result
     except DataError as error:
-        # The message of `supervised` names the config key of training. These commands have an option instead.
+        # The error message from `supervised` names the config key `data.workers`. The commands that prepare data have
+        # the option `--workers` instead.
         raise DataError(str(error).replace("data.workers", "--workers")) from None
 
 
@@ -69,7 +70,7 @@ def _as_it_is(result: Result) -> Result:
 
 
 def storage_error(error: OSError) -> OSError | StorageError:
-    """Return the error of a full disk as a StorageError with advice for these commands, and other errors unchanged."""
+    """Convert the error of a full disk to a StorageError that names `--output`; return other errors unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{error.filename}: {error.strerror}; free some space, or choose another --output")
     return error

@@ -1,4 +1,4 @@
-"""Loads the initial weights of a model (`model.pretrained`), and the normalisation of their training.
+"""Loads the initial weights of a model (`model.pretrained`), and the mean and std that they were trained with.
 
 The weights come from another run, from another system or from torchvision.
 """
@@ -21,18 +21,18 @@ _TORCHVISION = "torchvision:"
 
 
 def load_pretrained(model: nn.Module, name: str, source: str, ranks: Ranks | None = None) -> None:
-    """Load the weights that `source` names into a model; the names and shapes of the weights must match.
+    """Load weights from `source` into a model. Their names and shapes must match those of the model's weights.
 
-    The classifier is the exception: if its shape differs, the model keeps its own initial classifier. If torchvision's
-    weights are not cached, one rank on each machine downloads them.
+    Only the shape of the classifier may differ: in that case, the model keeps its own initial classifier. If
+    torchvision's weights are not cached, one rank on each machine downloads them.
 
     Args:
-        name: `model.name`; torchvision's weights are looked up by it.
-        source: `model.pretrained`.
-        ranks: ranks of the run; None: a single process.
+        name: value of `model.name`, which selects torchvision's weights.
+        source: value of `model.pretrained`.
+        ranks: ranks of the run; None for a single process.
 
     Raises:
-        CheckpointError: `source` does not exist, or its weights are of another architecture.
+        CheckpointError: `source` does not exist or cannot be read, or its weights do not fit the model.
     """
     if source.startswith(_TORCHVISION):
         state: dict[str, Any] = {}
@@ -55,7 +55,9 @@ def load_pretrained(model: nn.Module, name: str, source: str, ranks: Ranks | Non
 
 
 def with_normalisation(config: Config) -> Config:
-    """Return the config with the normalisation of its pretrained weights, unless it sets its own.
+    """Return the config with the mean and std that its pretrained weights were trained with.
+
+    A config that sets mean and std itself, or that has no pretrained weights, is returned unchanged.
 
     Raises:
         CheckpointError: the pretrained weights do not exist, or their file states no mean and std.
@@ -104,7 +106,8 @@ def _torchvision_weights(name: str, source: str) -> dict[str, Any]:
         raise CheckpointError(f"model.pretrained: {source}: torchvision's weights of {name} are {names}") from None
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        # torch checks the hash only after a download. `weights_only` prevents a changed cached file from running code.
+        # torch checks the hash of a downloaded file, but not of a cached one. With `weights_only`, a manipulated cached
+        # file cannot run code.
         return dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu"))
     except OSError as error:
         raise CheckpointError(

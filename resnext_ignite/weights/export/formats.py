@@ -21,7 +21,7 @@ from resnext_ignite.weights.foreign.metadata import as_strings
 
 # torch's exporter writes this opset directly; other opsets need a conversion. Runtimes have read opset 18 since 2023.
 OPSET = 18
-# The largest accepted difference between an exported and an original logit, relative to max(1, largest logit).
+# The largest accepted difference between an exported and an original logit, relative to max(1, largest absolute logit).
 TOLERANCE = 1e-4
 
 
@@ -30,7 +30,7 @@ class Options:
     """The options of an export.
 
     Args:
-        uint8: include the normalisation, so that the model takes uint8 images, 0 to 255.
+        uint8: include the normalisation in the exported model; its inputs are then uint8 images, 0 to 255.
         fold: fold each BatchNorm into the convolution before it.
     """
 
@@ -39,7 +39,9 @@ class Options:
 
 
 def write_onnx(path: Path, model: nn.Module, metadata: ModelMetadata, options: Options) -> float:
-    """Write an ONNX file with the weights inside, and return the `largest_difference` of its logits in onnxruntime.
+    """Write an ONNX file that includes the weights.
+
+    Return the `largest_difference` between the logits that onnxruntime computes with the file and the model's logits.
 
     Raises:
         CheckpointError: the logits differ from the model's by more than TOLERANCE; nothing is written.
@@ -79,7 +81,11 @@ def write_onnx(path: Path, model: nn.Module, metadata: ModelMetadata, options: O
 
 
 def onnx_logits(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
-    """Return a function that computes an ONNX file's logits on the CPU; `threads` = 0: onnxruntime's default."""
+    """Return a function that runs an ONNX file on the CPU with onnxruntime: images (N, 3, H, W) -> logits.
+
+    Args:
+        threads: number of threads; 0 for onnxruntime's default.
+    """
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -89,7 +95,7 @@ def onnx_logits(path: Path, threads: int = 0) -> Callable[[Tensor], Tensor]:
 
 
 def write_program(path: Path, model: nn.Module, metadata: ModelMetadata, options: Options) -> float:
-    """Write a torch.export file with `metadata.json` inside, and return the `largest_difference` of its logits.
+    """Write a torch.export file that includes `metadata.json`, and return the `largest_difference` of its logits.
 
     Raises:
         CheckpointError: as in `write_onnx`.
@@ -115,10 +121,10 @@ def write_program(path: Path, model: nn.Module, metadata: ModelMetadata, options
 
 
 def write_weights(path: Path, model: nn.Module, metadata: ModelMetadata) -> None:
-    """Write the weights, under this project's names, and the model's metadata as safetensors.
+    """Write a safetensors file with the weights, under this project's names, and with the model's metadata.
 
     Raises:
-        CheckpointError: the weights that were read back differ from those that were written; no file remains.
+        CheckpointError: the weights read back from the new file differ from the model's; the new file is removed.
     """
     from safetensors.torch import load, save
 
@@ -133,7 +139,7 @@ def write_weights(path: Path, model: nn.Module, metadata: ModelMetadata) -> None
 
 
 def export_metadata(metadata: ModelMetadata, options: Options) -> dict[str, str]:
-    """Return the metadata that describes the inputs of an exported model and names its outputs, as strings."""
+    """Return the metadata of an exported model as strings: its name, its classes and the format of its inputs."""
     return {
         "model_name": metadata.config.model.name,
         "classes": json.dumps(metadata.classes, ensure_ascii=False),
@@ -149,8 +155,8 @@ def largest_difference(
 ) -> float:
     """Return the largest difference between the results of `logits` and the model's logits in eager mode.
 
-    It is relative to max(1, largest logit). The inputs are one image of the model's size, and a batch of three smaller
-    images, which are wider than high and have odd sides.
+    The difference is relative to max(1, largest absolute logit of the model). There are two input batches: one image of
+    the model's image size, and three smaller images, which are wider than high and have odd sides.
     """
     generator = torch.Generator().manual_seed(0)
     size = metadata.image_size

@@ -1,6 +1,6 @@
-"""Composes the model card (README.md) of an exported model, only from the checkpoint and the result of the export.
+"""Composes the model card (README.md) of an exported model. It uses only the checkpoint and the result of the export.
 
-The format is that of Hugging Face: YAML between two lines of dashes, then Markdown.
+The card has Hugging Face's format: YAML between two lines of dashes, then Markdown.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ _TRACED = (2, 3, 96, 112)
 
 
 class NormalizeUint8(nn.Module):
-    """A network that first normalises its images, (value / 255 - mean) / std: uint8 RGB (N, 3, H, W) -> logits.
+    """Normalises images and applies a network to them: uint8 RGB (N, 3, H, W) -> logits (N, num_classes).
+
+    The normalisation is (value / 255 - mean) / std.
 
     Args:
         network: takes normalised images, float32 (N, 3, H, W).
@@ -33,7 +35,8 @@ class NormalizeUint8(nn.Module):
     def __init__(self, network: nn.Module, mean: Color, std: Color) -> None:
         super().__init__()
         self.network = network
-        # value / 255 / std - mean / std: one product and one sum for each value. Both buffers are (1, 3, 1, 1).
+        # (value / 255 - mean) / std = value * scale + shift: one product and one sum for each value. Both buffers are
+        # (1, 3, 1, 1).
         self.register_buffer("scale", (1 / (255 * torch.tensor(std))).view(1, 3, 1, 1))
         self.register_buffer("shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1))
 
@@ -43,23 +46,27 @@ class NormalizeUint8(nn.Module):
 
 
 class EvenMaxPool2d(nn.Module):
-    """The stem's 3x3 max pooling with stride 2; it pads in a separate step, and its input must not be negative.
+    """The stem's 3x3 max pooling with stride 2, with the padding in a separate step. No input value may be negative.
 
-    If the pooling itself pads, torch.export derives a condition on the parity of the input's sides, and then rejects
-    dynamic sizes. Here the formula of the padded side has the form 2n + 1, so its parity is known. The padding is zero
-    instead of minus infinity. The result is the same, because no value is below zero.
+    If the pooling itself pads, torch.export derives a condition on whether the input's sides are even or odd. It then
+    rejects dynamic sizes. Here, each padded side is 2n + 1 with n = ceil(side / 2), which is always odd. This class
+    pads with zeros instead of minus infinity. The result is the same, because no input value is negative.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, H, W), after a ReLU, to (N, C, ceil(H / 2), ceil(W / 2))."""
+        """Map (N, C, H, W) to (N, C, ceil(H / 2), ceil(W / 2)). The input must be the output of a ReLU."""
         height, width = x.shape[2:]
-        # Pad one row above and none or one below, to 2 ceil(H / 2) + 1 rows. Pad columns in the same way.
+        # Pad one row above, and one row below if H is odd; this gives 2 * ceil(H / 2) + 1 rows. The columns are padded
+        # in the same way.
         below, right = 2 * ((height + 1) // 2) - height, 2 * ((width + 1) // 2) - width
         return F.max_pool2d(F.pad(x, (1, right, 1, below)), 3, 2)
 
 
 def prepare_for_export(model: nn.Module, mean: Color, std: Color, *, uint8: bool, fold: bool) -> nn.Module:
-    """Return a copy for export; its grouped convolutions use torch's own implementation (`grouped`)."""
+    """Return a copy of the model for export, with torch's own implementation of grouped convolutions (`grouped`).
+
+    `uint8` and `fold` have the same meaning as in `Options` (`formats.py`).
+    """
     network = fold_batch_norm(model) if fold else copy.deepcopy(model).eval()
     for module in network.modules():
         if isinstance(module, GroupedConv2d):
@@ -69,7 +76,7 @@ def prepare_for_export(model: nn.Module, mean: Color, std: Color, *, uint8: bool
 
 
 def traced_images(*, uint8: bool) -> Tensor:
-    """Return zero images to trace a network with: uint8 or float32 (2, 3, 96, 112)."""
+    """Return the images for tracing a network: zeros, uint8 or float32 (2, 3, 96, 112)."""
     return torch.zeros(_TRACED, dtype=torch.uint8 if uint8 else torch.float32)
 
 

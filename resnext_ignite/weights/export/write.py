@@ -24,8 +24,8 @@ def export_model(
     Return the `largest_difference` of the exported logits (`formats.py`), or None for safetensors.
 
     Raises:
-        CheckpointError: the file does not reproduce the model; no file remains.
-        OSError: a file cannot be written; no file remains.
+        CheckpointError: the exported file does not reproduce the model; nothing is written.
+        OSError: a file cannot be written. If only the card fails, the exported file is removed.
     """
     difference = None
     if format == "onnx":

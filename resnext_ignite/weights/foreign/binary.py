@@ -51,7 +51,8 @@ class Cursor:
         """Return the next `size` bytes without a copy.
 
         Raises:
-            CheckpointError: fewer bytes are left. The methods below raise this error for the same reason.
+            CheckpointError: fewer than `size` bytes are left. The methods below raise the same error when they would
+                read past the end of the file.
         """
         if not 0 <= size <= self.left:
             raise self.failure(f"{size} bytes should follow, but only {self.left} do; damaged or cut off")
@@ -74,7 +75,7 @@ class Cursor:
         return count
 
     def text(self, code: str) -> str:
-        """Read a length in bytes, and then a name of this length; `code` is the format character of the length."""
+        """Read a name: its length in bytes, and then its UTF-8 text. `code` is the length's format in `struct`."""
         length = self.count(code, 1)
         if length > _LONGEST_NAME:
             raise self.failure(f"a name of {length} bytes; damaged")
@@ -82,6 +83,6 @@ class Cursor:
 
 
 def float_tensor(data: memoryview | bytes, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> Tensor:
-    """Copy consecutive numbers into a float32 tensor. The caller checks that `data` holds enough of them."""
+    """Copy the numbers in `data` into a float32 tensor. The caller must check that `data` is long enough."""
     numbers = np.frombuffer(data, dtype, math.prod(shape))
     return torch.from_numpy(numbers.astype(np.float32)).reshape(shape)

@@ -17,8 +17,8 @@ from torch import Tensor
 from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.weights.foreign.binary import content_of, float_tensor
 
-# The numbers and types of each message's fields; '*' marks a repeated field. Strings are read as bytes, because they
-# may be invalid UTF-8. A blob's packed numbers are read as bytes too, which avoids a Python object for each number.
+# For each message, the number and type of each field; '*' marks a repeated field. Strings are read as bytes, because
+# they may be invalid UTF-8. A blob's packed numbers are read as bytes too, to avoid a Python object for each number.
 _MESSAGES = {
     "Shape": {"dim": (1, "*int64")},
     "Blob": {
@@ -112,10 +112,10 @@ def _net_class() -> Any:
 
 
 def blob_of(blob: Any, where: str) -> Tensor:
-    """Return a blob's numbers in its shape, in float32.
+    """Return a blob as a float32 tensor.
 
     Raises:
-        CheckpointError: the count of numbers does not match the shape; the message begins with `where`.
+        CheckpointError: the size of the data does not match the shape; the error message begins with `where`.
     """
     shape = tuple(blob.shape.dim)
     if not blob.HasField("shape"):
@@ -129,16 +129,17 @@ def blob_of(blob: Any, where: str) -> Tensor:
 
 
 def text(value: bytes) -> str:
-    """Decode a name; replace invalid UTF-8 and unprintable characters by U+FFFD."""
+    """Decode a name; replace invalid UTF-8 and unprintable characters with U+FFFD."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in value.decode("utf-8", "replace"))
 
 
 def pair(parameters: Any, both: str, each: str, default: int) -> tuple[int, int]:
-    """Return a size as (height, width).
+    """Read a kernel, stride or padding from a layer's parameters, and return it as (height, width).
 
     Args:
+        parameters: the message with the layer's parameters.
         both: name of the repeated field, which holds either one number for both sides, or height and width.
-        each: the two separate fields have this name, followed by `_h` or `_w`.
+        each: beginning of the names of the two separate fields, which end with `_h` and `_w`.
         default: value for both sides if none of the fields is set.
     """
     if parameters.HasField(f"{each}_h") or parameters.HasField(f"{each}_w"):

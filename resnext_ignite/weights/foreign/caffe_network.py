@@ -1,11 +1,11 @@
 """Finds the ResNeXt in the layers that `caffe_file.py` reads.
 
-It follows the connections of the layers instead of their names, because every converter chooses other names.
+It follows the connections between the layers and ignores their names, because each converter names layers differently.
 
-A .caffemodel does not state how its images were prepared. The ResNeXts published for Caffe take BGR images, as OpenCV
-reads them (soeaver/caffe-model, cls/evaluation_cls.py). This project assumes BGR for every file, and ImageNet's mean
-and standard deviation (CIFAR's if the stem is 3x3). The reader reverses the stem's input channels, so that the network
-takes RGB images, as every network in this project does.
+A .caffemodel does not state how images must be prepared. The ResNeXts published for Caffe take BGR images, as OpenCV
+reads them (soeaver/caffe-model, cls/evaluation_cls.py). For every file, this project assumes BGR images, normalised
+with ImageNet's mean and standard deviation, or with CIFAR's if the stem is 3x3. The reader reverses the stem's input
+channels, so that the network takes RGB images, as every network in this project does.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from resnext_ignite.weights.foreign.graph import Block, Classifier, Convolution,
 from resnext_ignite.weights.foreign.keys import Weights
 
 log = logging.getLogger(__name__)
-# EltwiseOp and PoolMethod in caffe.proto.
+# EltwiseOp.SUM and PoolMethod.MAX in caffe.proto.
 _SUM, _MAX = 1, 0
-# Layers that supply images, layers that the reader passes through, and layers after the classifier.
+# Layers that supply images; layers that the reader skips, because they change no value in inference; and layers after
+# the classifier.
 _SOURCES = ("Input", "Data", "ImageData", "DummyData", "MemoryData", "HDF5Data")
 _PASSING = ("Split", "Dropout", "Flatten", "Reshape")
 _ENDS = ("Softmax", "SoftmaxWithLoss", "Accuracy", "Silence")
@@ -40,8 +41,8 @@ class _Value:
     Args:
         begins: where its convolutions begin: -1 at the image, 0 after the stem, n after the n-th block.
         convolutions: the convolutions from there to this blob, in order.
-        is_rectified: whether the last layer is a ReLU.
-        joined: the block, if this blob is the sum of its branch and its shortcut, before the ReLU; otherwise None.
+        is_rectified: whether a ReLU follows the last convolution or sum.
+        joined: if this blob is the sum of a block's branch and shortcut, before the ReLU: that block; otherwise None.
         is_averaged: whether the blob comes after an average pooling; only the classifier may follow.
     """
 
@@ -133,7 +134,8 @@ class _Graph:
         mean, var, factor = (self._blob(layer, number).flatten() for number in range(3))
         if len(factor) != 1:
             raise self.failure(layer, f"a scale factor of {len(factor)} numbers")
-        # Caffe stores weighted sums of the statistics, and the total weight, which is 0 if the layer has seen no image.
+        # Caffe stores weighted sums of the batches' statistics, and the sum of the weights. The sum of the weights is 0
+        # before the first training step.
         scale = 1 / float(factor[0]) if factor[0] else 0.0
         ones, zeros = torch.ones(mean.shape), torch.zeros(mean.shape)
         eps = layer.batch_norm_param.eps if layer.batch_norm_param.HasField("eps") else 1e-5
@@ -177,8 +179,9 @@ class _Graph:
         padding = pair(parameters, "pad", "pad", 0)
         if (kernel, stride) != ((3, 3), (2, 2)) or padding not in ((0, 0), (1, 1)):
             raise self.failure(layer, "a max pooling other than 3x3 with stride 2 and padding 0 or 1")
-        # Caffe rounds sizes up by default. Field 13 is present if the model rounds down: as round_mode FLOOR (1), or as
-        # ceil_mode false (0) in the forks with pull request 3057. The published ResNeXts are from these forks.
+        # By default, Caffe rounds output sizes up. A model that rounds them down has field 13: in Caffe, this field is
+        # round_mode, with the value FLOOR (1); in the forks with pull request 3057, it is ceil_mode, with the value
+        # false (0). The published ResNeXts are from these forks.
         if padding == (0, 0) or not parameters.HasField("rounding"):
             log.warning(
                 "%s: layer %s: its pooling pads by %d and rounds sizes %s; this project's pads by 1 and rounds down: "

@@ -59,7 +59,7 @@ def classes_of(model: ForeignModel) -> tuple[tuple[str, ...], str]:
     if model.is_imagenet and count == 1000:
         return tuple(ResNeXt50_32X4D_Weights.IMAGENET1K_V1.meta["categories"]), "imagefolder"
     if not model.is_imagenet and model.source not in ("torchvision", "timm"):
-        # These systems train networks with a 3x3 stem on CIFAR only.
+        # Systems other than torchvision and timm train networks with a 3x3 stem on CIFAR only.
         for data, names in CLASSES.items():
             if count == len(names):
                 return names, data

@@ -46,7 +46,7 @@ class Convolution:
         bias: (out,), or None.
         geometry: kernel, stride and padding, each (height, width).
         groups: number of channel groups.
-        norm: the BatchNorm; None: it was merged into the convolution.
+        norm: the BatchNorm; None if the file holds it merged into the convolution.
     """
 
     where: str
@@ -153,5 +153,5 @@ def _sizes(geometry: tuple[tuple[int, int], ...]) -> str:
 
 
 def with_project_eps(var: Tensor, eps: float) -> Tensor:
-    """Return var + eps - EPS: with EPS, this variance gives the same BatchNorm as `var` with `eps`."""
+    """Return var + eps - EPS. A BatchNorm with this variance and EPS is the same as one with `var` and `eps`."""
     return (var.double() + (eps - EPS)).float()

@@ -30,10 +30,11 @@ class Naming:
     """A naming scheme for the weights of a ResNeXt.
 
     Args:
-        marker: a name that only this scheme has; it identifies files.
-        rules: pairs (pattern of the scheme's names, replacement), where the replacement gives this project's name.
-        back: pairs (pattern of this project's names, replacement), where the replacement gives the scheme's name.
-            Empty: this project writes no files with this scheme.
+        marker: name of a weight that occurs only in this scheme; a file that has it uses this scheme.
+        rules: pairs (pattern, replacement). The pattern matches names of the scheme; the replacement gives this
+            project's name.
+        back: pairs in the other direction, from this project's names to the scheme's names. Empty if this project
+            writes no files with this scheme.
     """
 
     marker: str
@@ -41,11 +42,11 @@ class Naming:
     back: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = ()
 
     def to_project(self, name: str) -> str | None:
-        """Return this project's name for a weight; None: no rule matches."""
+        """Return this project's name for a weight; None if no rule matches."""
         return _renamed(name, self.rules)
 
     def from_project(self, name: str) -> str | None:
-        """Return the scheme's name for a weight of this project; None: no rule matches."""
+        """Return the scheme's name for a weight of this project; None if no rule matches."""
         return _renamed(name, self.back)
 
 
@@ -156,9 +157,10 @@ GLUONCV = Naming(
 
 
 def spread_first_convolutions(weights: Weights) -> None:
-    """Change `weights` in place: replace the first 1x1 of each block by an equivalent convolution without groups.
+    """Replace the first 1x1 convolution of each block, in place, with an equivalent convolution without groups.
 
-    pytorch-cifar100 groups this convolution too. The new weights are zero between channels of different groups.
+    In pytorch-cifar100, this convolution has groups, like the 3x3. In the new weight, each entry that connects an input
+    channel and an output channel of different groups is zero.
     """
     for name in [name for name in weights if name.startswith("layer") and name.endswith(".conv1.weight")]:
         block = name.removesuffix("conv1.weight")

@@ -46,7 +46,7 @@ def public_values(config: Config) -> Values:
 
 
 def as_strings(metadata: ModelMetadata) -> dict[str, str]:
-    """Return a model's metadata as strings, for a safetensors file; other programs use `model_name` and `format`."""
+    """Return a model's metadata as strings for a safetensors file. `model_name` and `format` are for other programs."""
     stated = {
         "classes": metadata.classes,
         "mean": metadata.mean,
@@ -67,10 +67,12 @@ def as_strings(metadata: ModelMetadata) -> dict[str, str]:
 
 
 def metadata_in(file: Path) -> dict[str, Any] | None:
-    """Return the checkpoint in a safetensors file, without the weights; None if this project did not write the file.
+    """Return everything except the weights from a safetensors file that this project wrote; None for other files.
+
+    The result has the structure of a checkpoint.
 
     Raises:
-        CheckpointError: the metadata is of another version, or a value is missing or invalid.
+        CheckpointError: the metadata has another version, or a value is missing or invalid.
     """
     with safe_open(file, "pt") as content:
         strings = content.metadata() or {}

@@ -18,7 +18,7 @@ from resnext_ignite.weights.foreign.signatures import MXNET
 _V1, _V2, _V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
 _DTYPES = ("<f4", "<f8", "<f2", "u1", "<i4", "i1", "<i8")
 _MOST_DIMENSIONS = 32
-# The shortest array is in an older file: only its number of dimensions, 0.
+# An empty array in an older file is the shortest: it consists only of its number of dimensions, 0.
 _MIN_ARRAY_BYTES = 4
 
 
@@ -26,7 +26,8 @@ def load_params(file: Path) -> dict[str, Tensor]:
     """Return the arrays in a file by name, in float32; `arg:` and `aux:` are removed from the names.
 
     Raises:
-        CheckpointError: the file is damaged; an array is sparse, empty or without a name; or two have the same name.
+        CheckpointError: the file is damaged, an array is sparse, empty or without a name, or two arrays have the same
+            name.
     """
     cursor = Cursor(content_of(file), file)
     if bytes(cursor.take(len(MXNET))) != MXNET:
@@ -51,7 +52,7 @@ def _array(cursor: Cursor) -> Tensor | None:
         shape = cursor.integers("q", _dimensions(cursor, cursor.integer("i")))
     else:
         shape = cursor.integers("I", _dimensions(cursor, version))
-    # An empty shape means that there is no array; in version 3 it means a single number.
+    # In version 3, an empty shape means a single number. In all other versions, it means that there is no array.
     if not shape and version != _V3:
         return None
     cursor.take(8)  # the device, which does not matter here

@@ -1,4 +1,7 @@
-"""Adapts ResNeXts of MXNet's symbol zoo: their BatchNorms have another eps, and an extra one normalises the images."""
+"""Adapts ResNeXts from MXNet's symbol zoo.
+
+Their BatchNorms have another eps than this project's, and an additional BatchNorm (`bn_data`) normalises the images.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.weights.foreign.graph import with_project_eps
 from resnext_ignite.weights.foreign.keys import Statistics, Weights
 
-# The epsilon of every BatchNorm in the symbol zoo's ResNeXt, including the BatchNorm of the images.
+# The epsilon of every BatchNorm in the symbol zoo's ResNeXt, including `bn_data`.
 _EPS = 2e-5
 
 
@@ -23,10 +26,11 @@ def adapt_symbol_zoo(weights: Weights) -> None:
 
 
 def statistics_of_data(weights: Weights, file: Path) -> tuple[Statistics, Statistics] | None:
-    """Remove the images' BatchNorm from the weights, and return it as mean and std for values from 0 to 1.
+    """Remove `bn_data` from the weights, and return the equivalent mean and std, for values from 0 to 1.
 
-    Return None if there is none. MXNet computes with a gamma of 1 (fix_gamma), whatever gamma is in the file. The
-    result follows from (x - m) / s + b = (x - (m - b * s)) / s, with x from 0 to 255.
+    Return None if the weights have no `bn_data`. MXNet ignores the gamma in the file, and uses 1 instead (fix_gamma).
+    `bn_data` computes (x - m) / s + b for x from 0 to 255, with s = sqrt(moving_var + eps). This equals
+    (x - (m - b * s)) / s. The mean is therefore (m - b * s) / 255, and the std is s / 255.
 
     Raises:
         CheckpointError: a part of the BatchNorm is missing, or its mean or std is not valid.

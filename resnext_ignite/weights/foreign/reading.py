@@ -61,8 +61,8 @@ def read_foreign(file: Path, source: str = "auto") -> ForeignModel:
         source, renamed = renamed_weights(file, source)
     system = SYSTEMS[source]
     system.adapt(renamed)
-    # Call `statistics` before `recognise`: it removes MXNet's BatchNorm of the images, which this project's networks
-    # do not have.
+    # Call `statistics` before `fit_weights`: for MXNet, `statistics` removes the BatchNorm that normalises the images.
+    # This project's networks have no such layer.
     mean, std = system.statistics(renamed, file) or (system.mean, system.std)
     network = recognise(renamed, file)
     return ForeignModel(source, network, fit_weights(renamed, network, file), mean, std)
@@ -137,10 +137,12 @@ def load_tensors(file: Path) -> Any:
 
 
 def state_of(content: Any, file: Path) -> tuple[dict[str, Tensor], bool]:
-    """Return the weights in a file's content, without prefixes of wrappers, and whether an outer dictionary held them.
+    """Return the weights in a file's content, and whether an outer dictionary held them.
+
+    The prefixes that wrappers such as DataParallel add to the names are removed.
 
     Raises:
-        CheckpointError: there are no weights, or one is not a tensor.
+        CheckpointError: the content holds no weights, or a value among the weights is not a tensor.
     """
     wrapped = False
     # Prefer the moving average of the weights, as timm's own loading does.
@@ -166,7 +168,8 @@ def recognise_system(weights: Mapping[str, Tensor], *, wrapped: bool, file: Path
         CheckpointError: no known system uses these names.
     """
     if RESNEXT_PYTORCH.marker in weights:
-        # Both systems use the same names. Only pytorch-classification stores more than the weights in its files.
+        # ResNeXt.pytorch and pytorch-classification use the same names. Only pytorch-classification puts the weights
+        # into an outer dictionary.
         return "pytorch-classification" if wrapped else "resnext.pytorch"
     if PYTORCH_CIFAR100.marker in weights:
         return "pytorch-cifar100"

@@ -74,7 +74,9 @@ def _blocks(weights: dict[str, Tensor]) -> tuple[int, ...]:
 
 
 def fit_weights(weights: dict[str, Tensor], network: Network, file: object) -> dict[str, Tensor]:
-    """Return copies of the weights, in the network's order and in float32. Batch counters are int64, and 0 if missing.
+    """Return copies of the weights, in the network's order and in float32.
+
+    The batch counters of BatchNorm (`num_batches_tracked`) are int64. A missing counter becomes 0.
 
     Raises:
         CheckpointError: a weight is missing, unknown or of another shape; the message names the weight.

@@ -32,12 +32,13 @@ class System:
     """A system whose checkpoints this project reads.
 
     Args:
-        naming: names of its weights; None: the weights have no names, and the reader follows the network in the file.
-        mean, std: the system's normalisation, for values from 0 to 1.
-        is_imagenet: whether its models are trained on images of 224 pixels; None: only models with a 7x7 stem are.
+        naming: the system's naming scheme; None if its files hold the layers of a network instead of named weights.
+        mean, std: the usual mean and std of the system's input normalisation, for values from 0 to 1.
+        is_imagenet: whether the system's models are trained on images of 224 pixels; None if only its models with a 7x7
+            stem are.
         adapt: changes the renamed weights in place, so that they fit this project's network.
-        statistics: returns the mean and std of one model, or None if `mean` and `std` above are valid for it; takes the
-            renamed weights and the file (for errors).
+        statistics: takes a model's renamed weights and its file (for error messages). Returns the mean and std of this
+            model, or None if `mean` and `std` above are right for it.
     """
 
     naming: Naming | None
@@ -54,19 +55,20 @@ def _cifar_statistics_for_small_stem(weights: Weights, file: Path) -> tuple[Stat
 
 
 SYSTEMS = {
-    # Its train.py uses the same statistics for CIFAR-10 and CIFAR-100.
+    # ResNeXt.pytorch's train.py uses the same mean and std for CIFAR-10 and CIFAR-100.
     "resnext.pytorch": System(RESNEXT_PYTORCH, cifar.MEAN, cifar.STD),
-    # Its cifar.py uses ResNeXt.pytorch's network and names. Its files hold the weights in a dictionary. Its statistics
-    # differ.
+    # pytorch-classification's cifar.py uses ResNeXt.pytorch's network and names, but another mean and std. Its files
+    # hold the weights in an outer dictionary.
     "pytorch-classification": System(RESNEXT_PYTORCH, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    # The statistics are from its conf/global_settings.py.
+    # This mean and std are from conf/global_settings.py in pytorch-cifar100.
     "pytorch-cifar100": System(
         PYTORCH_CIFAR100,
         (0.5070751592, 0.4865488733, 0.4409178434),
         (0.2673342859, 0.2564384629, 0.2761504713),
         adapt=spread_first_convolutions,
     ),
-    # torchvision's and timm's own models have a 7x7 stem. `convert --to` writes CIFAR models with the same names.
+    # The models of torchvision and timm have a 7x7 stem. `convert --to` gives the same names to the weights of CIFAR
+    # models, which have a 3x3 stem.
     "torchvision": System(
         TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifar_statistics_for_small_stem
     ),
@@ -93,7 +95,8 @@ TARGETS = {"torchvision": TORCHVISION, "timm": TORCHVISION, "resnext.pytorch": R
 class ForeignModel:
     """A model that was read from a file: its weights under this project's names, its network and its normalisation.
 
-    For a safetensors file of this project (`metadata.py`), `stated` holds the rest of the checkpoint; otherwise None.
+    `stated` holds the rest of the checkpoint for a safetensors file of this project (`metadata.py`). For all other
+    files, it is None.
     """
 
     source: str
@@ -105,7 +108,7 @@ class ForeignModel:
 
     @property
     def is_imagenet(self) -> bool:
-        """Whether the model was trained on images of 224 pixels; False if the file itself states a size."""
+        """Whether to assume training images of 224 pixels; False if the file itself states the image size."""
         if self.stated is not None:
             return False
         stated = SYSTEMS[self.source].is_imagenet
@@ -116,7 +119,7 @@ def renamed_for(target: str, weights: Mapping[str, Tensor], file: Path) -> dict[
     """Return a model's weights under another system's names.
 
     Raises:
-        CheckpointError: that system has no such network; the message names the first weight without a name there.
+        CheckpointError: the other system has no name for a weight; the message names the first such weight.
     """
     renamed = {}
     for name, value in weights.items():

@@ -1,6 +1,6 @@
-"""Reads Torch7's binary files without Torch (torch/torch7: File.lua, Tensor.c, Storage.c). It runs no code in them.
+"""Reads Torch7's binary files as Python values, without Torch7 and without running code from the files.
 
-The content becomes Python values; `torch7_network.py` finds the ResNeXt in them.
+The format is that of torch/torch7 (File.lua, Tensor.c, Storage.c). `torch7_network.py` finds the ResNeXt in the values.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.weights.foreign.binary import Cursor, content_of, float_tensor
 
 _NIL, _NUMBER, _STRING, _TABLE, _OBJECT, _BOOLEAN, _FUNCTION = range(7)
-# Later versions of Torch7 write functions that may contain themselves, with these types.
+# Later versions of Torch7 use these two types for functions. A function may contain itself.
 _RECURSIVE_FUNCTIONS = (7, 8)
-# NumPy's types by class name. The name has lost its prefixes `torch.` and `Cuda` and its suffix `Tensor` or `Storage`.
+# NumPy's types by Torch7's class name, without the prefixes `torch.` and `Cuda` and the suffix `Tensor` or `Storage`.
 _DTYPES = {
     "": "<f4",  # CudaTensor
     "Float": "<f4",
@@ -83,14 +83,16 @@ class Array:
 
 @dataclass(frozen=True)
 class Object:
-    """An object of any other class: the name of its class, without the package, and its fields."""
+    """An object that is neither a tensor nor a storage: the name of its class, without the package, and its fields."""
 
     kind: str
     fields: dict[Any, Any] = field(default_factory=dict)
 
 
 def load_t7(file: Path) -> Any:
-    """Load a file's content: None, bool, float, str, dict (a table), Array, Storage or Object; None for a function.
+    """Return a file's content: None, bool, float, str, dict (for a table), Array, Storage or Object.
+
+    A function becomes None.
 
     Raises:
         CheckpointError: the file is damaged, or of another format.

@@ -1,7 +1,7 @@
-"""Reads the ResNeXt in a Torch7 file: a model of facebookresearch/ResNeXt or fb.resnet.torch, with nn or cudnn modules.
+"""Reads a ResNeXt from a Torch7 file that facebookresearch/ResNeXt or fb.resnet.torch saved.
 
-It accepts the bottleneck types `resnext_C` and `resnet`. It refuses the split form (`resnext_B`) and shortcuts padded
-with zeros (type A).
+The layers may be from nn or from cudnn. This module accepts the bottleneck types `resnext_C` and `resnet`. It refuses
+the split form (`resnext_B`) and shortcuts padded with zeros (type A).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DEEPEST = 100
 
 
 def read_torch7(file: Path) -> Weights:
-    """Return the weights of a .t7 file's model under this project's names.
+    """Return the weights of the model in a .t7 file, under this project's names.
 
     Raises:
         CheckpointError: the file is damaged, or holds no ResNeXt; the message names the module.
