@@ -66,7 +66,7 @@ def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
                 done += 1
                 print(f"run {done} of {len(results)}: {_described(result)}", file=sys.stderr)
                 write_results(plan, list(results.values()), output_dir)
-                # A run ignores a signal that arrives while the run ends; stop before the next run.
+                # If a signal arrived while the run was ending, the run ignored it: stop before the next run.
                 if done < len(results) and (signal := stop()):
                     raise PreemptedError(signal)
         except (PreemptedError, KeyboardInterrupt) as error:
@@ -79,7 +79,10 @@ def make_runs(plan: Plan, output_dir: Path, *, verbose: bool) -> list[Result]:
 
 
 def _train(run: PlannedRun, folder: Path) -> None:
-    """Train or resume a run. If it fails because of a non-finite number, print the error; its folder records it."""
+    """Train or resume a run. If it fails because of a non-finite number, print the error instead of raising it.
+
+    The run folder records that the run failed.
+    """
     import torch
 
     from resnext_ignite import train
@@ -91,7 +94,7 @@ def _train(run: PlannedRun, folder: Path) -> None:
     except NonFiniteError as error:
         print(f"{folder}: failed: {error}", file=sys.stderr)
     finally:
-        # Free the memory: a run's engine and handlers form reference cycles, and compiled code holds the network.
+        # Free the memory: a run's engine and handlers form reference cycles, and compiled code refers to the network.
         if run.config.train.compile:
             torch.compiler.reset()
         gc.collect()

@@ -1,7 +1,8 @@
 """Converts checkpoints from and to other systems: `python -m resnext_ignite.convert --checkpoint FILE --output FILE`.
 
-The output is a checkpoint of this project. It can be evaluated, or used as `model.pretrained`. With `--to`, the output
-is a file of weights for another system.
+By default, the command reads a checkpoint of another system and writes a checkpoint of this project, which can be
+evaluated or used as `model.pretrained`. With `--to`, it reads a checkpoint of this project and writes weights for
+another system.
 """
 
 from __future__ import annotations

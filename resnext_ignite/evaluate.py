@@ -1,8 +1,7 @@
 """Evaluate a checkpoint on a split: `python -m resnext_ignite.evaluate --checkpoint RUN [--json]`.
 
-The evaluation uses the config that the checkpoint stores. On the machine of the run, it therefore reports the same
-metrics as the run recorded, to the last digit. The checkpoint may also come from another system, if `convert` can read
-it.
+The evaluation uses the config that the checkpoint stores. On the machine that trained the run, it therefore reports
+exactly the metrics that the run recorded. The checkpoint may also come from another system, if `convert` can read it.
 """
 
 from __future__ import annotations
@@ -86,7 +85,8 @@ def evaluate(
         raise ConfigError("data.image_size: this run sets evaluation.image_size; override that key instead")
     if config.train.device == "cuda" and not torch.cuda.is_available():
         config = with_values(config, {"train.device": "cpu"})
-    # `progressive_from` concerns training only, but the config's check would refuse an image size that is not above it.
+    # `progressive_from` applies only to training. Remove it: otherwise the config would be invalid with an image size
+    # that is not larger.
     config = with_values(config, {"augment.progressive_from": None})
     # data.on_error: an evaluation must count every image. It therefore fails if it cannot read an image.
     fixed = {"data.on_error": "fail", "logging.mistakes": keep_mistakes}
@@ -120,7 +120,7 @@ def _check_classes(checkpoint: Path, own: tuple[str, ...], found: tuple[str, ...
         return
     if foreign and len(own) == len(found):
         # A file of another system stores no class names: `own` holds the class names of a known data set, or numbers.
-        # The names in the data may differ. For example, the folders of ImageNet do not have the names of the classes.
+        # The names in the data may differ: for example, the class folders of ImageNet have WordNet IDs as names.
         log.info(f"{checkpoint}: assuming that its {len(own)} classes are those of the data, in the same order")
         return
     raise CheckpointError(f"{checkpoint}: has the classes {_shortened(own)}, but the data has {_shortened(found)}")
@@ -166,7 +166,7 @@ def per_class_table(confusion: Any, classes: tuple[str, ...]) -> str:
 
 
 def draw(pictures: dict[str, Path], metrics: dict[str, Any], data: Data, split: str) -> None:
-    """Draw the requested plots into files; `pictures` maps the name of each plot to its path."""
+    """Draw the requested plots into files. `pictures` is a dict: name of the plot -> path of its file."""
     if not pictures:
         return
     from resnext_ignite.plots.figures import draw_calibration, draw_confusion, draw_mistakes, save_figure

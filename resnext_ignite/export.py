@@ -13,7 +13,7 @@ from pathlib import Path
 from resnext_ignite.runtime.errors import ConfigError, run_command
 from resnext_ignite.runtime.storage import check_output_path
 
-# The suffix of the files of each format. Programs that open such files rely on the suffix.
+# Format -> required suffix of the output file. Other programs recognise the format by this suffix.
 _SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 
 
@@ -53,7 +53,8 @@ def check_options(format: str, output: Path, *, changed: bool) -> None:
             safetensors file holds only weights.
 
     Raises:
-        ConfigError: a file exists already, an option does not fit the format, or a folder or package is missing.
+        ConfigError: the output file or the model card exists already, an option does not fit the format, or a folder or
+            package is missing.
     """
     card = card_path(output)
     if output.suffix != _SUFFIXES[format]:

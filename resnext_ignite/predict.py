@@ -190,7 +190,7 @@ def as_json(predictions: Iterable[Prediction]) -> str:
 
 
 def write_csv(predictions: Iterable[Prediction]) -> None:
-    """Write a CSV row for each answer to standard output: file, rank (from 1), class, index, probability."""
+    """Write CSV to standard output. Each answer is a row: file, rank (from 1), class, index, probability."""
     writer = csv.writer(sys.stdout)
     writer.writerow(("file", "rank", "class", "index", "probability"))
     for prediction in predictions:
@@ -250,7 +250,7 @@ def main(arguments: list[str]) -> int:
         if _STANDARD_INPUT in parsed.pictures:
             if sys.stdin is None:
                 raise DataError("-: standard input is closed")
-            # Copy it to a file: decoders must seek, and a pipe does not allow that.
+            # Copy standard input to a file: decoders must seek, and a pipe does not allow this.
             given.write(sys.stdin.buffer.read())
             given.flush()
         files = find_images([given.name if name == _STANDARD_INPUT else name for name in parsed.pictures])

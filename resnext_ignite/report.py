@@ -20,8 +20,8 @@ _PAGE_ONLY_KEYS = ("records", "config", "status", "folder")
 def summarize(path: Path) -> dict[str, Any]:
     """Return a run's state, epochs, last and best errors (percent), speed, time, records, config, status and folder.
 
-    The result of a run is the error of its last evaluation. The best error over epochs is only shown beside it: if the
-    best epoch is selected on the test split, its error is biased.
+    The error of the last evaluation is the result of the run. The best error is only additional information: if the
+    test split selects the best epoch, the best error is biased.
 
     Raises:
         RunFolderError: `path` is not a run folder, or the run has not evaluated anything yet.

@@ -1,6 +1,7 @@
 """Prints a model's layers and costs: `python -m resnext_ignite.summary MODEL [MODEL ...]`.
 
-MODEL is the name of a model, or a checkpoint. The command computes only shapes, and takes seconds for any model.
+MODEL is the name of a model, or a checkpoint. The model runs on the `meta` device, which computes only the shapes of
+tensors. The command therefore takes seconds for any model.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Summary:
 
     @property
     def architecture(self) -> Architecture:
-        """The architecture that the name states."""
+        """The architecture, read from the name of the model."""
         return parse_model_name(self.name)
 
 
@@ -54,9 +55,9 @@ def summarize(
 
     Args:
         model: a model's name, a checkpoint file or a run folder.
-        image_size, classes, stem_channels: if None, the value is read from the checkpoint. For a model's name, the
-            default is 224 pixels and 1000 classes in the ImageNet layout, 32 pixels and 10 classes in the CIFAR
-            layouts, and 64 channels after the stem.
+        image_size, classes, stem_channels: None: use the value in the checkpoint. If `model` is a model's name, None
+            means 224 pixels and 1000 classes for the ImageNet layout, 32 pixels and 10 classes for the CIFAR layouts,
+            and 64 channels after the stem.
 
     Raises:
         ConfigError: `model` is neither a name nor a file, a number is out of range, or `classes` or `stem_channels` is

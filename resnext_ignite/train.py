@@ -198,9 +198,10 @@ def main(arguments: list[str]) -> int:
 
 
 def default_output_dir(config_path: Path) -> Path:
-    """Return `runs/<config name>/<date-time>`; the config name is the stem of the config file.
+    """Return `runs/<config name>/<date-time>`; the config name is the name of the config file without its suffix.
 
-    For the config of a run, `runs/<config name>/<date-time>/config.yaml`, the config name is taken from this path.
+    If the config file comes from a run folder, its path is `runs/<config name>/<date-time>/config.yaml`. In this case,
+    use the config name in this path.
     """
     name = config_path.resolve().parent.parent.name if config_path.name == "config.yaml" else config_path.stem
     return Path("runs") / name / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

@@ -15,7 +15,8 @@ from typing import Any
 from resnext_ignite.runtime.errors import CheckpointError, RunFolderError, run_command
 from resnext_ignite.runtime.tables import aligned
 
-# Parts that every resume reads. `_check_state` also checks the config, and the averaged weights if there must be any.
+# Every resume needs these parts of a checkpoint. `_check_state` also checks the config, and the averaged weights if the
+# config requires them.
 _PARTS = (
     "model",
     "optimizer",
@@ -57,7 +58,7 @@ class Checked:
 
     @property
     def state(self) -> str:
-        """Return the state as text: `ok`, `ok (...)` or `damaged: ...`."""
+        """Return the state as a string: `ok`, `ok (...)` or `damaged: ...`."""
         if self.reason is None:
             return "ok"
         if self.ok:
@@ -129,7 +130,7 @@ def check_file(path: Path) -> Checked | None:
                 return None
             if after == before:
                 return Checked(path, size, ok=False, resumable=False, reason=_reason(path, error))
-            # A save replaced the file during the check: the file may have been compared with the wrong checksum.
+            # A save replaced the file during the check, and the checksum may belong to the old file. Check again.
             continue
         return _check_state(path, size, state, has_sum=has_sum)
 
@@ -147,7 +148,7 @@ def _reason(path: Path, error: CheckpointError) -> str:
 
 
 def _check_state(path: Path, size: int, state: dict[str, Any], *, has_sum: bool) -> Checked:
-    """Check the content of an undamaged file for everything that a resume needs."""
+    """Check whether an undamaged file contains everything that a resume needs, and return the result."""
     from resnext_ignite.runs.checkpoint import config_of_checkpoint
 
     iteration, length = (_count(state, name) for name in _COUNTS)
@@ -219,7 +220,7 @@ def table(files: list[Checked]) -> str:
 
 
 def resume_line(run: CheckedRun) -> str:
-    """Return a line that says which file a resume would use, or why it cannot use any."""
+    """Return a line that says which file the run would resume from, or why the run cannot be resumed."""
     if run.resumes_from is not None:
         point = run.resumes_from
         return f"resumes from {point.path} (iteration {point.iteration} of {point.iterations})"
@@ -230,13 +231,13 @@ def resume_line(run: CheckedRun) -> str:
 
 
 def as_text(run: CheckedRun) -> str:
-    """Return the table of a run, its leftover files, and the line about a resume."""
+    """Return the table of a run's checkpoints, its leftover files, and the line from `resume_line`."""
     parts = [table(run.files)] if run.files else []
     return "\n".join([*parts, *(f"not a checkpoint: {line}" for line in run.remains), resume_line(run)])
 
 
 def as_json(run: CheckedRun) -> dict[str, Any]:
-    """Return a run as plain values for JSON."""
+    """Return the results for a run as plain values for JSON."""
     return {
         "run": str(run.path),
         "resumes_from": None if run.resumes_from is None else str(run.resumes_from.path),

@@ -56,8 +56,11 @@ def made(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Path
     shutil.copy(picture_folder / "test/dark/00.png", folder / "image.jpg")
     for output in ("packed", "imagenet/shards"):
         assert pack.main([str(picture_folder), "--output", str(folder / output), "--workers", "0"]) == 0
-    to = ["--to", "resnext.pytorch", "--output", str(folder / "model.pytorch")]
-    assert convert.main(["--checkpoint", str(folder / "runs/first"), *to]) == 0
+    on_images = ["data.name=imagefolder", f"data.root={picture_folder}", "data.train_size=null", "data.test_size=null"]
+    assert train_tiny(folder / "runs/own", *on_images, *ON_FILES, "train.epochs=1") == 0
+    for run, system, name in (("first", "resnext.pytorch", "model.pytorch"), ("own", "timm", "timm.pth")):
+        to = ["--to", system, "--output", str(folder / name)]
+        assert convert.main(["--checkpoint", str(folder / "runs" / run), *to]) == 0
     for name in ("configs", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     return folder
@@ -109,9 +112,10 @@ def run_module(name: str, arguments: list[str]) -> None:
     # The largest group of BatchNorm in a plan is of 32 images.
     more = {"imagenet": SIZES, "ablate": [*SMALL, *(ON_FILES if on_files else ON_SHAPES)]}.get(name, [])
     more += ["train.batch_size=32"] if on_files and name == "ablate" else []
-    if name == "pack" and "--output" in arguments:
-        # The shards that the command makes are there already for the other commands.
-        shutil.rmtree(arguments[arguments.index("--output") + 1])
+    if name in ("pack", "convert") and "--output" in arguments:
+        # What the command makes is there already for the other commands.
+        made = Path(arguments[arguments.index("--output") + 1])
+        shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
     assert main([*arguments, *more]) == 0
 
 
@@ -163,6 +167,7 @@ def run_quickstart(here: Path) -> None:
 # Commands that something else runs.
 RUN_ELSEWHERE = {
     ". scripts/setup_env.sh": "sourced by `bash scripts/run_tests.sh`",
+    '. scripts/setup_env.sh "[export]"': "sourced with these extras by `bash scripts/run_tests.sh`",
     ". .venv/bin/activate": "made by Python's venv",
     "bash scripts/run_tests.sh": "runs this test",
 }
@@ -225,6 +230,22 @@ def test_a_shown_command_runs(command: str, here: Path, request: pytest.FixtureR
         run_launcher(command, here)
     else:
         raise AssertionError(f"teach this test to run: {command}")
+
+
+def test_an_installation_that_fails_is_tried_again(tmp_path: Path) -> None:
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    for status in (1, 1, 0):
+        python.write_text(f"#!/bin/sh\nexit {status}\n")
+        python.chmod(0o755)
+        command = ["bash", "-c", f"set -euo pipefail; . {ROOT}/scripts/setup_env.sh '[x]'; echo $python"]
+        done = subprocess.run(
+            command, env={**os.environ, "RESNEXT_VENV": str(tmp_path)}, capture_output=True, text=True
+        )
+        assert done.returncode == status
+        assert ("the installation failed" in done.stderr) == bool(status)
+        assert (tmp_path / ".installed[x]").exists() == (not status)
+    assert done.stdout == f"{python}\n"
 
 
 def test_pages_link_to_what_is_there() -> None:

@@ -32,7 +32,10 @@ def test_pretrained_weights_start_a_model(finished_run: Path) -> None:
     load_pretrained(fewer, TINY_NAME, str(finished_run))
     assert torch.equal(fewer.fc.weight, classifier)
     assert torch.equal(fewer.conv1.weight, weights["conv1.weight"])
-    with pytest.raises(CheckpointError, match="does not fit"):
+    advice = (
+        r"does not fit cifar_resnext11_2x16d: set model\.name=cifar_resnext11_2x8d model\.stem_channels=8, the network"
+    )
+    with pytest.raises(CheckpointError, match=advice):
         load_pretrained(
             create_model("cifar_resnext11_2x16d", 10, stem_channels=8), "cifar_resnext11_2x16d", str(finished_run)
         )

@@ -75,6 +75,20 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, ranks: int) -
             assert all(tensor.isfinite().all() for tensor in tensors(state[part]))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_status_of_an_interrupted_run_names_the_iteration_that_is_saved(tmp_path: Path, ranks: int) -> None:
+    folder = tmp_path / "run"
+    # No evaluation has written the status since the start.
+    values = ["evaluation.early=[]", "evaluation.every=3", "logging.every_iterations=1"]
+    stop = lambda: at_iteration(6, lambda engine: os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
+    outcome = Command(folder, *values, ranks=ranks, patch=stop).wait()
+    assert outcome.code == 75, outcome.stderr
+    status = RunFolder(folder).read_status()
+    saved = load_checkpoint(iteration_checkpoints(folder / "checkpoints")[0])["trainer"]["iteration"]
+    assert (status["state"], status["exit_code"], status["iteration"], status["epoch"]) == ("preempted", 75, saved, 2)
+    assert f"saved at iteration {saved}" in status["reason"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_a_checkpoint_is_read_does_not_make_it_damaged(tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "run"

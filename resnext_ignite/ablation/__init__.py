@@ -1,4 +1,4 @@
-"""This package reads the plan of an ablation, and compares and draws the errors of the ablation's runs.
+"""This package reads the plan of an ablation, compares the errors of its runs, and plots them.
 
-`ablate.py` has the command; the command trains the runs, one after the other.
+`ablate.py` implements the command, which trains the runs one after the other.
 """

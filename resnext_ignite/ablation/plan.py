@@ -34,10 +34,10 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked plan: the name of its file, the variants, the seeds, and all runs in the order in which they train.
+    """A valid plan: the name of its file, the variants, the seeds, and all runs in the order in which they train.
 
-    All variants train with the first seed, then all variants with the next seed. An interrupted ablation can therefore
-    compare the variants seed by seed.
+    First, all variants train with the first seed, then all variants with the second seed, and so on. If the ablation is
+    interrupted, all variants can therefore be compared on the seeds that are done.
     """
 
     name: str
@@ -51,10 +51,11 @@ class Plan:
 def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
     """Read a plan and build the config of each variant.
 
-    A config consists of the recipe, the plan's overrides, `overrides` and the variant's values; later values win.
+    The values of a config come from four sources: the recipe, the plan's key `overrides`, the argument `overrides`, and
+    the variant. If several sources set a key, the last of them counts.
 
     Args:
-        overrides: `KEY=VALUE` config values for all variants.
+        overrides: `KEY=VALUE` config values for all variants, from the command line.
 
     Raises:
         ConfigError: the plan or a config is wrong; the message is one line, `PLAN:LINE: key: reason`.
@@ -66,7 +67,8 @@ def load_plan(path: Path, overrides: Iterable[str] = ()) -> Plan:
     if any(override.partition("=")[0] == "seed" for override in given):
         raise ConfigError(f"{COMMAND_LINE}: seed: the plan sets the seeds; leave it out")
     base.override(given)
-    # First check the values that all variants share. Otherwise, the error message would name the first variant.
+    # Validate the values common to all variants first. Otherwise, an error in them could be reported as an error of the
+    # first variant.
     base.config(str(path))
     seeds, variants = reader.seeds(), reader.variants()
     configs: dict[str, Config] = {}
@@ -132,7 +134,7 @@ class _Reader:
         for key, value in values.items():
             if key == "seed":
                 self.refuse((*place, key), "the plan sets the seeds; leave it out")
-            # A mapping as the value of a section would replace the recipe's complete section.
+            # Refuse a section as a key: `train: {epochs: 4}` would replace the whole section `train` of the recipe.
             if not DOTTED_KEY.fullmatch(key) or (isinstance(value, dict) and "." not in key):
                 self.refuse((*place, key), "write a config key with its value, as train.epochs: 4")
             source.put(tuple(key.split(".")), value, self.source.places[(*place, key)])

@@ -1,4 +1,4 @@
-"""Computes the statistics of an ablation's runs (means, standard errors, paired differences), and their table."""
+"""Computes statistics over the runs of an ablation (means, standard errors, paired differences) and formats a table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Row:
-    """The statistics of a variant over its completed runs. Errors and differences are in percent; None if undefined.
+    """The statistics of a variant over its completed runs.
+
+    Errors are in percent, and differences of errors in percentage points. A field is None if its value is undefined.
 
     `pairs` is the number of seeds for which both the variant and the baseline completed. `difference` is the mean, over
     these seeds, of the variant's error minus the baseline's. `exceeds` is true if the absolute value of `difference` is
@@ -96,7 +98,7 @@ def _row(variant: str, results: Sequence[Result], errors: dict[str, dict[int, fl
 
 
 def table(rows: Sequence[Row], baseline: str) -> str:
-    """Return a Markdown table with aligned columns, followed by an explanation of the marks in the table."""
+    """Return a Markdown table with aligned columns, followed by an explanation of the signs `±` and `*` in it."""
     cells = [_COLUMNS, *(_cells(row, baseline) for row in rows)]
     lines = markdown(cells, align=True)
     notes = ["", "± is the standard error of the mean over seeds; differences are taken seed by seed."]
@@ -107,7 +109,8 @@ def table(rows: Sequence[Row], baseline: str) -> str:
 
 def _cells(row: Row, baseline: str) -> tuple[str, ...]:
     against = _with_error(row.difference, row.difference_standard_error, "+.2f") + (" *" if row.exceeds else "")
-    # There can be seeds for which the variant's run is completed, but the baseline's run is not.
+    # Show the number of pairs if it is less than the number of completed runs. This happens if the variant completed a
+    # seed, but the baseline did not.
     against += f" ({row.pairs} pairs)" if 0 < row.pairs < row.completed else ""
     return (
         row.variant.replace("|", "\\|"),
@@ -126,7 +129,7 @@ def _with_error(value: float | None, error: float | None, form: str) -> str:
 
 
 def as_json(results: Sequence[Result], rows: Sequence[Row], baseline: str) -> dict[str, Any]:
-    """Return the rows of the table and all runs as plain values."""
+    """Return the baseline, the rows of the table and all runs, as values that can be written to JSON."""
     return {
         "baseline": baseline,
         "variants": [asdict(row) for row in rows],

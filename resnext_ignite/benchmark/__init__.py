@@ -1,4 +1,4 @@
 """This package compares the speed of this project with that of its alternatives.
 
-`__main__.py` has the command. The other modules measure the suites.
+`__main__.py` implements the command. The other modules implement the suites of measurements and their helpers.
 """

@@ -1,7 +1,8 @@
 """Measure this project against the alternatives: `python -m resnext_ignite.benchmark [--suite NAME ...]`.
 
-Contenders run in turns, A B A B ..., so that a drift of the machine's speed affects all of them. The command prints
-the median and the range of each contender, and ratios between contenders.
+The implementations that a suite compares are its contenders. They run in turns, A B A B ..., so that a drift of the
+machine's speed affects all of them. The command prints the median and the range of each contender, and ratios between
+contenders.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from resnext_ignite.runtime.errors import ConfigError, run_command
 
 # A suite that measures several models has one part per model, for example train and train:resnext50_32x4d.
 SUITES = ("data", "train", "overhead", "eval", "startup", "checkpoint", "ranks", "kernels", "growth")
-# "all" does not include these suites: they take long. In addition, `photographs` needs image files, and `export` needs
-# onnxruntime.
+# `--suite all` leaves these suites out: `folders` takes long, `photographs` takes long and needs a folder of image
+# files, and `export` takes long and needs onnxruntime.
 _ON_REQUEST = ("folders", "photographs", "export")
 _LARGE = Path("configs/cifar10_resnext29_8x64d.yaml")
 _SMALL = Path("configs/cifar10_resnext11_small.yaml")
@@ -74,7 +75,7 @@ def _cpu_info() -> list[str]:
 
 
 def parts(photographs: Path = Path()) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return a dict that maps the name of each part to the function that measures it. On a CPU, batches are smaller.
+    """Return a dict: name of the part -> function that measures it. Batches are smaller on a CPU than on a GPU.
 
     Args:
         photographs: folder of JPEG files for the suite `photographs`.
@@ -183,7 +184,8 @@ def load_results(path: Path, results: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         path: a JSON file that an earlier call of the command wrote.
-        results: the results of this call. Except for the date, `machine` must be the same here and in the file.
+        results: the results of this call. Only its `machine` is used: it must equal `machine` in the file, except for
+            the date.
 
     Raises:
         ConfigError: the results in the file are from another machine, other versions or another commit.

@@ -26,10 +26,11 @@ def measure_checkpoint(contests: dict[Path, int], rounds: int = 11, iterations: 
 
     `save_checkpoint` writes, syncs, reads back, compares and renames. `checkpoint_share` is the fraction of a run's
     time that `save_checkpoint` takes if the run saves once per epoch of CIFAR's 50,000 images. The time of an epoch is
-    computed: its number of iterations times the median time of forward, backward and update.
+    not measured. It is the number of iterations per epoch, multiplied by the median seconds of one iteration (forward,
+    backward and update).
 
     Args:
-        contests: the configs to measure, each with its batch size.
+        contests: a dict with the models to measure: config file -> batch size.
         rounds: number of saves per implementation.
         iterations: number of timed iterations of forward, backward and update.
     """
@@ -77,7 +78,7 @@ def _state_of(training: Training, data: Data) -> dict[str, Any]:
 
 
 def _time_saves(state: dict[str, Any], rounds: int) -> tuple[dict[str, list[float]], int]:
-    """Return, for each implementation, the seconds of each save; and the size of the saved file in bytes."""
+    """Return a dict (name of the implementation -> seconds of each save), and the size of the file in bytes."""
 
     def save_synced(path: Path) -> None:
         with path.open("wb") as file:

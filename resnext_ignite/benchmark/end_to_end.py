@@ -34,14 +34,15 @@ def measure_end_to_end(
     rounds: int = 5,
     iterations: int = _ITERATIONS,
 ) -> dict[str, Any]:
-    """Measure the trainer's images/s on random-resized crops of a folder's JPEG files, for each decoder.
+    """Measure the images/s of training on JPEG files, with random-resized crops, for each decoder.
 
-    Another contender runs the same number of iterations on one batch that is already on the device. The difference in
-    time is the time that the device waits for images. There is one worker per core. Each measurement starts its own
-    workers and discards the first batches.
+    One more contender runs the same number of iterations on one batch that is already on the device. A decoder's time
+    minus this contender's time is the time that the device waits for images. There is one worker per core. Each
+    measurement of a decoder starts new workers and discards the first batches.
 
     Args:
-        work: the config, the model and the batch size. An imagefolder of the JPEG files replaces the config's data set.
+        folder: the folder of JPEG files.
+        work: the config, the model and the batch size. Training uses the JPEG files instead of the config's data set.
         decoders: the values of `data.decode` to measure.
         iterations: iterations per measurement.
 

@@ -1,4 +1,4 @@
-"""Measures the images/s of evaluation, for this project's implementations of inference and torchvision's network."""
+"""Measures the images/s of inference, for each implementation of this project and for torchvision's network."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def _repeated(
 
 
 def measure_evaluation(work: Workload, rounds: int = 5) -> dict[str, Any]:
-    """Measure the images/s of computing logits, and how much each implementation's bf16 logits differ from fp32 logits.
+    """Measure the images/s of inference, and how much each implementation's bf16 logits differ from fp32 logits.
 
-    The difference for `plain` is due to bf16 alone. It is the reference for the other two differences.
+    `plain` differs only because of the precision, bf16. Its difference is the reference for the other two differences.
     """
     device = measured_device()
     makers: dict[str, Callable[[], Turn]] = {

@@ -36,14 +36,15 @@ def time_eager(name: str, batch_size: int, way: str) -> Turn:
 
 
 def time_onnxruntime(file: Path, batch_size: int) -> Turn:
-    """Return a function that measures onnxruntime's seconds per batch, with the thread count of torch."""
+    """Return a function that measures the seconds per batch of onnxruntime, which uses as many threads as torch."""
     return _turn(onnx_logits(file, torch.get_num_threads()), batch_size)
 
 
 def measure_export(name: str, batch_size: int = 32, rounds: int = 2) -> dict[str, Any]:
-    """Measure the images/s of computing fp32 logits on the CPU, and compare the logits with those of the plain network.
+    """Measure the images/s of fp32 inference on the CPU: the plain network, the folded network and the ONNX file.
 
-    `differences` holds the largest absolute difference for the ONNX file and for the folded network.
+    `differences` shows how far the logits of the folded network and of the ONNX file are from those of the plain
+    network: the largest absolute difference of each.
     """
     model = _network(name)
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ _IMAGES, _CLASSES = 1_281_167, 1000
 
 
 def measure_folders(images: int = _IMAGES, classes: int = _CLASSES, rounds: int = 3) -> dict[str, Any]:
-    """Measure the seconds to list a folder of empty image files, and the private memory that the list costs a worker.
+    """Measure the seconds to list a folder of empty image files, and by how much the list increases a worker's memory.
 
     The folder is in memory (/dev/shm) if possible, so that the measurement does not depend on a disk.
     """
@@ -88,7 +88,7 @@ def _measured(root: Path, rounds: int) -> dict[str, Any]:
 def _growth(samples: Sequence[Any]) -> int:
     """Return by how many bytes the private memory of a forked process grows while it reads all samples once.
 
-    The process stands for a worker of a DataLoader.
+    The workers of a DataLoader are forked in the same way.
     """
     read, write = os.pipe()
     child = os.fork()

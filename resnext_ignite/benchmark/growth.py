@@ -46,7 +46,9 @@ def train(config_path: Path, model: str, stem_channels: int, batch_size: int) ->
 
 
 def load(count: int, batches: int = 20) -> Turn:
-    """Return a function that measures the seconds to order the images of an epoch and load the first `batches` batches.
+    """Return a function that measures the seconds to start an epoch and to load its first `batches` batches.
+
+    The start of an epoch pads all images and shuffles their indices.
 
     Args:
         count: number of images in the data set.
@@ -61,7 +63,7 @@ def load(count: int, batches: int = 20) -> Turn:
 
 
 def sizes(config_path: Path, *, large: bool) -> dict[str, dict[int, Callable[[], Turn]]]:
-    """Return, for each growing quantity and each of its sizes, the function that prepares the measurement.
+    """Return nested dicts: name of the quantity that grows -> its size -> function that prepares the measurement.
 
     Args:
         large: use a wider network and larger batches, for a GPU.
@@ -105,7 +107,8 @@ def measure_rank_growth(config_path: Path, batch_size: int = 128, rounds: int = 
     """Return, for each number of ranks, the seconds per iteration and rank 0's peak bytes, for a fixed global batch."""
     most = torch.cuda.device_count() or 4
     table = {}
-    # Leave out 1: a single rank would run in this process, whose peak memory includes the earlier measurements.
+    # Do not measure 1 rank: it would run in this process, and the peak memory of this process includes the earlier
+    # measurements.
     for world_size in (count for count in (2, 4, 8) if count <= most):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "figures.json"
@@ -126,5 +129,5 @@ def _train_on_ranks(local_rank: int, config_path: Path, batch_size: int, rounds:
 
 
 def exponent(at: Sequence[float], values: Sequence[float]) -> float:
-    """Return the slope between the two largest sizes, on two logarithmic axes."""
+    """Return the exponent of the growth: the slope of log(values) over log(at), between the last two points."""
     return math.log(values[-1] / values[-2]) / math.log(at[-1] / at[-2])

@@ -27,10 +27,10 @@ def measure_kernels(models: dict[str, tuple[int, int]], rounds: int = 3) -> dict
     """Measure the seconds of each pass, for each shape and each implementation, in bf16 and channels_last.
 
     For each shape, the fastest implementation is the one that takes the least time for all three passes together.
-    Before a shape is measured, `check` checks the results of all implementations.
+    Before the measurement of a shape, `check` compares the results of all implementations with float64 results.
 
     Args:
-        models: for each model's name, the batch size and the image size in pixels.
+        models: a dict: model name -> (batch size, image size in pixels).
 
     Raises:
         ValueError: an implementation computes a different result.
@@ -106,10 +106,10 @@ def _passes(module: GroupedConv2d, images: Tensor, arithmetic: ComputeSettings) 
 
 
 def _least_seconds(shape: GroupedShape, images: int, flop_per_s: float, bytes_per_s: float) -> float:
-    """Return a lower bound for the seconds of a pass in bf16, from the operations and the memory traffic of the pass.
+    """Return a lower bound for the seconds of one pass in bf16: the larger of its compute bound and its memory bound.
 
-    The bound is the same for all three passes. Each pass computes the same number of products. Each pass also reads or
-    writes three tensors once; they have the sizes of the input, the output and the weights.
+    The result is the same for all three passes. Each pass has the same number of multiply-adds, and accesses each of
+    three tensors once. These tensors are as large as the input, the output and the weights.
     """
     module = shape.module
     pixels_in, pixels_out = shape.size**2, (shape.size // module.stride[0]) ** 2

@@ -1,4 +1,4 @@
-"""Measures the machine's highest operations/s and bytes/s, and computes a network's least time at these rates."""
+"""Measures the highest operations/s and bytes/s of the machine, and computes a lower bound for a network's time."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Limits:
     bytes_a_number: int
 
     def training_s(self, cost: Cost, images: int) -> float:
-        """Return the least seconds of forward and backward: the larger of the compute bound and the memory bound."""
+        """Return a lower bound for the seconds of forward and backward: the larger of compute and memory bound."""
         return images * max(
             cost.training_flop / self.flop_per_s, cost.least_training_bytes(self.bytes_a_number) / self.bytes_per_s
         )
 
     def forward_s(self, cost: Cost, images: int) -> float:
-        """Return the least seconds of the forward pass alone."""
+        """Return a lower bound for the seconds of the forward pass alone."""
         return images * max(
             cost.forward_flop / self.flop_per_s, cost.least_forward_bytes(self.bytes_a_number) / self.bytes_per_s
         )

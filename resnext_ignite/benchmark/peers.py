@@ -1,7 +1,7 @@
-"""Builds the alternatives to this project: the same networks from other packages, with those packages' training loops.
+"""Builds the alternatives to this project: the networks and the training loops of other packages.
 
-This module reimplements each loop from the documented flags of the package's training script. Each loop receives
-batches that are already on the device.
+The networks have the same architecture as this project's networks. Each loop is a reimplementation of the package's
+training script with some of its documented flags. It receives batches that are already on the device.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _same_size(model: nn.Module, name: str, num_classes: int) -> nn.Module:
 
 
 def resnext_pytorch_loop(name: str, num_classes: int, device: torch.device) -> Peer:
-    """Build ResNeXt.pytorch's loop: fp32 and NCHW. Each iteration reads the loss, and so waits for the device."""
+    """Build ResNeXt.pytorch's loop: fp32 and NCHW. Each iteration reads the loss; this waits for the device."""
     model = create_model(name, num_classes).to(device)
     optimizer = torch.optim.SGD(model.parameters(), _LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
     average = 0.0
@@ -143,8 +143,8 @@ def torchvision_loop(name: str, num_classes: int, device: torch.device) -> Peer:
 def amp_loop(network: Network, name: str, num_classes: int, device: torch.device, *, compiled: bool = False) -> Peer:
     """Build a loop with bf16 autocast, channels_last and torch's SGD.
 
-    timm's train.py does the same with `--amp --amp-dtype bfloat16 --channels-last` and, if `compiled`, with
-    `--torchcompile`. timm's script reads the loss only at log points; this loop never reads it.
+    This corresponds to timm's train.py with `--amp --amp-dtype bfloat16 --channels-last` (and `--torchcompile` if
+    `compiled` is true), with one difference: timm's script reads the loss at log points; this loop never reads it.
     """
     model = network(name, num_classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), _LR, momentum=0.9, weight_decay=5e-4, nesterov=True)

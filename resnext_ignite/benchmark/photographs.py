@@ -45,7 +45,7 @@ def measure_photographs(folder: Path, sizes: tuple[int, ...] = (224, 176, 128, 6
         DataError: there are no JPEG files.
     """
     files = jpegs_in(folder)
-    # Set up the machine as a run does. The process then reuses the memory of old batches, for each of the loaders.
+    # Set up the machine as a run does: the process then reuses freed memory for new batches, whichever loader runs.
     devices.set_up_machine(torch.device("cpu"), deterministic=True)
     # The workers need all cores. Further threads of this process would occupy cores even while idle.
     torch.set_num_threads(1)
@@ -127,7 +127,7 @@ def _resnext_ignite(root: Path, size: int, workers: int) -> Iterator[Any]:
 
 
 def _torchvision(root: Path, size: int, workers: int) -> Iterator[Any]:
-    """Return batches as torchvision's reference script makes them."""
+    """Return an endless iterator over batches, made in the same way as in torchvision's reference script."""
     chain = transforms.Compose(
         [
             transforms.RandomResizedCrop(size),
@@ -149,7 +149,9 @@ def _torchvision(root: Path, size: int, workers: int) -> Iterator[Any]:
 
 
 def _timm(root: Path, size: int, workers: int) -> Iterator[Any]:
-    """Return batches as timm's script makes them: the workers return uint8, and timm's prefetcher normalises.
+    """Return an endless iterator over batches, made in the same way as in timm's script.
+
+    The workers return uint8 images, and timm's prefetcher normalises them.
 
     timm's colour jitter and automatic augmentation are off, so that all loaders augment in the same way.
     """

@@ -24,7 +24,11 @@ _OWN_COLOR, _PEER_COLOR = "tab:blue", "0.65"
 
 
 def draw_benchmark(results: dict[str, Any]) -> Figure:
-    """Draw each median as a bar with the range of its samples, and growth as lines; this project's bars are blue."""
+    """Draw the results of all suites: a row of bars for each suite, and a row of curves for `growth`.
+
+    The length of a bar is the median of a contender, and the error bar is the range of its samples. The bars of this
+    project are blue.
+    """
     found = results["suites"]
     bars = [name for name in found if name.partition(":")[0] in _BARS]
     tables = found.get("growth", {}).get("tables", {})

@@ -23,8 +23,8 @@ class Contender:
 
     Args:
         pool: an executor with a single process, in which the contender runs.
-        make: a function that prepares the contender and returns the function that measures it. `make` is pickled and
-            called in the process.
+        make: a function that prepares the contender and returns the function that measures it. `make` is pickled, and
+            runs in the process of the contender.
     """
 
     def __init__(self, pool: ProcessPoolExecutor, make: Callable[[], Turn]) -> None:
@@ -40,7 +40,7 @@ class Contender:
 
 
 class Contenders(dict[str, Contender]):
-    """Contenders by name; `failed` holds the reason for each contender that is left out."""
+    """A dict: name -> contender. `failed` is a dict for the contenders that are left out: name -> reason."""
 
     failed: dict[str, str]
 
@@ -53,7 +53,7 @@ def in_processes(makers: Mapping[str, Callable[[], Turn]]) -> Iterator[Contender
     missing or the memory is full.
 
     Args:
-        makers: for each contender's name, the argument `make` of `Contender`.
+        makers: name of the contender -> argument `make` of `Contender`.
 
     Raises:
         RuntimeError: all contenders failed.

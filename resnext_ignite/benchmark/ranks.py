@@ -26,14 +26,13 @@ from resnext_ignite.runtime.timing import in_turns, medians
 
 
 def measure_ranks(contests: dict[Path, int], rounds: int = 5, iterations: int = 2) -> dict[str, Any]:
-    """Measure the images/s of a single rank that uses all cores, and of one rank per core, with the same global batch.
+    """Measure the images/s of 1 rank on all N cores, and of N ranks (one per core), at the same global batch size.
 
-    On a machine with GPUs, compare a single rank on one GPU with one rank per GPU instead. With a single core or GPU,
-    measure nothing.
+    On a machine with N GPUs, measure 1 rank on one GPU, and N ranks with one GPU each. If N is 1, measure nothing.
     `communication_share` is the fraction of an iteration's time that the reduction of gradients takes.
 
     Args:
-        contests: the configs whose models are measured, each with its global batch size.
+        contests: a dict with the models to measure: config file -> global batch size.
         iterations: iterations per measurement.
     """
     world_size = torch.cuda.device_count() or len(os.sched_getaffinity(0))
@@ -77,7 +76,7 @@ def _measure_on_ranks(
             start = time.perf_counter()
             if updates:
                 contender.update_alone(batch, updates)
-            # A rank that waits here is blocked; it takes no time from the ranks that still compute.
+            # A rank that waits in this barrier is blocked, and does not slow down the ranks that still compute.
             dist.barrier()
             return time.perf_counter() - start
 

@@ -90,7 +90,7 @@ def build_training(
 def prepare(
     config_path: Path, overrides: Sequence[str] = (), local_rank: int = 0
 ) -> tuple[Training, Data, TrainLoader]:
-    """Return the `Training` of a config on a single rank, the embedded data set and its loader."""
+    """Return, for a single rank: the `Training` of a config, the embedded data set, and the loader of this data set."""
     training = build_training(config_path, ["data.name=shapes", *overrides], 10, local_rank)
     data = load_data(training.config, Ranks(), ("train",))
     return training, data, build_train_loader(training.config, data, training.device, Ranks())

@@ -38,9 +38,9 @@ def measure_startup(config_path: Path, rounds: int = 3) -> dict[str, Any]:
 
 
 def _seconds_until(words: str | None, command: list[str]) -> float:
-    """Return the seconds until a command writes `words` to standard error, and then kill the command.
+    """Run a command until it writes `words` to standard error, kill it, and return the seconds that it ran.
 
-    If `words` is None, return the seconds until the command exits.
+    If `words` is None, run the command until it exits.
 
     Raises:
         RuntimeError: the command fails, or exits before it writes `words`.

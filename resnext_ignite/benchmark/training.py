@@ -115,7 +115,8 @@ def contenders(work: Workload, device: torch.device) -> dict[str, Callable[[], T
     torchvision_amp = partial(amp_loop, torchvision_network)
     makers[f"torchvision's network, {_AMP}"] = partial(time_peer, work, torchvision_amp, True)
     if device.type == "cuda" or not has_timm():
-        # At least one peer must be compiled. On a CPU, where compiling takes longer, timm's compiled script is enough.
+        # At least one peer must be compiled. Compilation takes long on a CPU: leave out this peer there if timm is
+        # installed, because timm's script is compiled, too (see below).
         compiled_way = partial(amp_loop, torchvision_network, compiled=True)
         makers[f"torchvision's network, {_AMP}, compiled"] = partial(time_peer, work, compiled_way, True)
     if has_timm():
@@ -163,12 +164,11 @@ def measure_training(work: Workload, rounds: int = 5) -> dict[str, Any]:
 
 
 def measure_overhead(config_path: Path, rounds: int = 11, iterations: int = 8) -> dict[str, Any]:
-    """Measure the fraction of an iteration's time that is not forward, backward and update, for a config's model.
+    """Measure the overhead: the fraction of an iteration's time that is not spent in forward, backward and update.
 
     One contender is the trainer with log point, schedule and input, as in a run. The other contender is forward,
-    backward and update alone, on one batch on the device. `trainer_overhead` is computed from the medians of the two
-    contenders. For `trainer_overhead_paired_median`, the fraction is computed for each round, and the median of these
-    fractions is taken.
+    backward and update alone, on one batch on the device. `trainer_overhead` is the fraction computed from the two
+    medians. `trainer_overhead_paired_median` is the median of the fractions computed for each round.
 
     Args:
         iterations: iterations per measurement.

@@ -1,4 +1,4 @@
-"""Checks that a batch divides evenly over ranks, micro-batches, ghost batches, and the pairs of mixup and CutMix."""
+"""Checks that `train.batch_size` divides evenly into the parts that the other config values require."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from resnext_ignite.runtime.errors import ConfigError
 
 
 def check_batch_size(config: Config, world_size: int) -> None:
-    """Check that a batch divides evenly over the ranks, micro-batches, ghost batches, and pairs of images to mix.
+    """Check that `train.batch_size` divides evenly into micro-batches of equal size on all ranks.
+
+    Each micro-batch must divide evenly into ghost batches and, if mixup or CutMix is on, into pairs of images.
 
     Raises:
-        ConfigError: the batch does not divide evenly; the message names the nearest batch sizes that do.
+        ConfigError: `train.batch_size` does not divide evenly; the message names the nearest batch sizes that do.
     """
     train = config.train
     unit = world_size * train.accumulate * max(train.ghost_batch, 1)
     mixed = config.augment.mixup or config.augment.cutmix
     if mixed:
-        # An image can only be mixed with a neighbour in the same micro-batch on the same rank. Each rank must therefore
+        # Images are mixed in pairs (0 and 1, 2 and 3, ...) inside a micro-batch on one rank. Each rank must therefore
         # have an even number of images in each micro-batch.
         unit = math.lcm(unit, 2 * world_size * train.accumulate)
     if train.batch_size % unit:

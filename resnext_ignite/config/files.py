@@ -1,6 +1,7 @@
 """Reads configs from YAML files and from the command line, and writes them as YAML. Errors name the file and the line.
 
-A config file uses a subset of YAML: it may not contain tags, anchors, aliases or duplicate keys. `1e-4` is a number.
+A config file uses a subset of YAML: it may not contain tags, anchors, aliases or duplicate keys. `1e-4` is read as a
+number (PyYAML reads it as a string).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from resnext_ignite.runtime.storage import write_durably
 
 COMMAND_LINE = "command line"
 _LONGEST_TEXT = 100_000
-# These errors mean that the path does not name a readable file (EIO: for example /proc/self/mem). All other errors are
-# storage errors.
+# These errors mean that the path does not name a readable file. (EIO is one of them: reading /proc/self/mem fails with
+# it.) All other errors are storage errors.
 _WRONG_NAME = {
     getattr(errno, name)
     for name in ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ENAMETOOLONG", "ELOOP", "ENXIO", "EINVAL", "EIO")
@@ -46,9 +47,9 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes each string that a reader of YAML 1.1 (PyYAML) or YAML 1.2 (`_Loader`) would take for another type.
+    """Writes a string in quotes if YAML 1.1 (PyYAML) or YAML 1.2 (`_Loader`) would otherwise read it as another type.
 
-    For example, without quotes, YAML 1.2 would read the string `1e-4` as a number.
+    For example, the string `1e-4` without quotes is a number in YAML 1.2.
     """
 
 
@@ -64,7 +65,10 @@ for _kind, (_pattern, _first_letters) in _SCALARS.items():
 
 
 class ConfigSource:
-    """The nested values of a config, each with the place that sets it: a file and its line, or the command line."""
+    """The nested values of a config. For each value, it records the place that sets the value.
+
+    A place is a line of a file, or the command line.
+    """
 
     def __init__(self) -> None:
         self.values: Values = {}
@@ -118,7 +122,7 @@ class ConfigSource:
         self.places[path] = place
 
     def override(self, overrides: Iterable[str]) -> None:
-        """Apply `KEY=VALUE` overrides in order; the last value of a key counts.
+        """Apply `KEY=VALUE` overrides in order; if a key is given twice, the later value replaces the earlier one.
 
         Raises:
             ConfigError: an override is not `KEY=VALUE`, or its value is not in the subset of YAML.
@@ -197,7 +201,7 @@ def _refuse_extras(text: str, where: Any) -> None:
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Limit the message of any ConfigError raised in the `with` block to one printable line of up to 400 characters."""
+    """Shorten any ConfigError raised in the `with` block to one printable line of at most 400 characters."""
     # The message holds paths, keys and values that the user chose. They must not break the line, make it very long, or
     # send control characters to the terminal.
     try:
@@ -210,7 +214,9 @@ def one_line() -> Iterator[None]:
 
 @one_line()
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
-    """Read a config file, and apply `KEY=VALUE` overrides in order; the last value of a key counts.
+    """Read a config file, and apply `KEY=VALUE` overrides in order.
+
+    If a key is given twice, the later value replaces the earlier one.
 
     Args:
         path: the file; None: start from the defaults.
@@ -269,7 +275,8 @@ def _first_line(error: ValidationError, places: dict[tuple[str, ...], str], fall
     first = error.errors(include_url=False)[0]
     parts = [str(part) for part in first["loc"]]
     message = first["msg"].removeprefix("Value error, ")
-    # pydantic reports no key for a check that involves several keys; the message of that check begins with a key.
+    # If a check involves several keys, pydantic does not report a key. The messages of these checks begin with a key
+    # instead.
     named = re.match(r"([a-z_]+\.[a-z_0-9]+): ", message)
     if named is not None:
         parts, message = named[1].split("."), message[named.end() :]
@@ -302,7 +309,7 @@ def _closest(dotted: str) -> str | None:
     keys = [*Config.model_fields, *flatten(Config())]
     here = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
     anywhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    # In a key as short as `lr`, one wrong letter halves the similarity: accept a lower similarity there.
+    # In a key as short as `lr`, one wrong letter halves the similarity. For short keys, accept a lower similarity.
     near = 0.6 if len(word) > 2 else 0.5
     for known, cutoff in ((here, 1.0), (anywhere, 1.0), (here, near), (anywhere, 0.75)):
         found = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)

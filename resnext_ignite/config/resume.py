@@ -1,4 +1,7 @@
-"""Lists the config keys that a resumed run may change, and the keys that the first start of a run resolves."""
+"""Lists the config keys that a resumed run may change, and compares the configs of runs.
+
+It also lists the keys for which the first start of a run replaces null or auto with a value.
+"""
 
 from __future__ import annotations
 
@@ -58,13 +61,13 @@ def adopt_resolved(config: Config, saved: Config) -> Config:
 
 
 def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the keys whose values differ: a dict from key to the pair (saved value, new value)."""
+    """Return a dict of the keys whose values differ: key -> (value in `saved`, value in `config`)."""
     before, after = flatten(saved), flatten(config)
     return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
 
 
 def differing_values(configs: Sequence[Config]) -> dict[str, list[Any]]:
-    """Return the keys whose values differ between the configs: a dict from key to a list with one value per config."""
+    """Return a dict of the keys whose values differ between the configs: key -> list with one value per config."""
     values = [flatten(config) for config in configs]
     listed = {key: [value[key] for value in values] for key in values[0]}
     return {key: column for key, column in listed.items() if any(value != column[0] for value in column)}

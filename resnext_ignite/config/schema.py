@@ -118,7 +118,10 @@ Values = dict[str, Any]
 
 
 def flatten(config: Config) -> Values:
-    """Return all values by dotted path (`train.epochs`), in the order of definition, as plain YAML and JSON values."""
+    """Return a flat dict: dotted path (`train.epochs`) -> value, in the order in which the keys are defined.
+
+    The values are plain: YAML and JSON can represent them.
+    """
     flat: Values = {}
     for name, value in config.model_dump(mode="json").items():
         if isinstance(value, dict):
@@ -129,7 +132,7 @@ def flatten(config: Config) -> Values:
 
 
 def nest(flat: Values) -> Values:
-    """Invert `flatten`: return nested values, with the first part of each dotted path as the section."""
+    """Invert `flatten`: return nested dicts, in which the first part of each dotted path is the name of the section."""
     nested: Values = {}
     for path, value in flat.items():
         *sections, key = path.split(".")
@@ -141,7 +144,7 @@ def nest(flat: Values) -> Values:
 
 
 def config_of(nested: Values) -> Config:
-    """Return the config that nested plain values (from YAML or JSON) describe. Missing keys take their defaults.
+    """Build a config from nested plain values, as YAML and JSON represent them. A missing key gets its default.
 
     Raises:
         pydantic.ValidationError: a key is unknown, or a value has the wrong type or is out of range.
@@ -150,7 +153,7 @@ def config_of(nested: Values) -> Config:
 
 
 def with_values(config: Config, values: Values) -> Config:
-    """Return a validated copy of `config` with new values for some keys, given by dotted path.
+    """Return a validated copy of `config` with the new values in `values`: dotted path -> value.
 
     Raises:
         pydantic.ValidationError: as `config_of`.

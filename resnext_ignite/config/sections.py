@@ -71,26 +71,26 @@ class DataConfig(Section):
     """The images: their source, decoding and normalisation."""
 
     name: Literal["cifar10", "cifar100", "imagefolder", "shards", "shapes"] = "shapes"
-    """Data set. `shapes`: images that the program draws, the same in every run. `imagefolder`: image files
-    `train/<class>/*` and `val/<class>/*` or `test/<class>/*` in `root`. `shards`: tar files of images in `train/` and
-    `val/` or `test/`; all keys that apply to an `imagefolder` apply to `shards` too. If only one of `val/` and `test/`
-    exists, it is the test split. If both exist, the run selects the best weights on `val/`, and evaluates `test/` once,
-    at the end of the run."""
+    """Data set. `shapes`: synthetic images that the program generates; they are the same in every run. `imagefolder`:
+    image files `train/<class>/*` and `val/<class>/*` or `test/<class>/*` in `root`. `shards`: tar files of images in
+    `train/` and `val/` or `test/`; all keys that apply to an `imagefolder` apply to `shards` too. If only one of `val/`
+    and `test/` exists, it is the test split. If both exist, the run selects the best weights on `val/`, and evaluates
+    `test/` once, at the end of the run."""
     root: str = "data"
     """Folder of the data; a leading `~` is expanded. `shapes` does not use it."""
     download: bool = True
-    """Download CIFAR if `root` does not hold it; false: never download. With either value, if the unpacked files are
-    missing and `root` holds the archive, the archive is checked and unpacked."""
+    """Download CIFAR if neither its files nor its archive are in `root`; false: never download. In both cases, if the
+    files are missing and the archive is in `root`, the archive is verified and unpacked."""
     val_size: Annotated[int, Field(ge=0)] = 0
     """Number of training images to hold out, chosen at random with `seed`. The run selects the best weights on these
     images, and evaluates the test split once, at the end of the run. 0: hold out no images; if there is also no `val/`
     folder, the run selects the best weights on the test split."""
     train_size: Annotated[int, Field(ge=1)] | None = None
     """Use only this many training images, the same ones for every seed; null: all. With `shapes`, this many images are
-    drawn (null: 8192)."""
+    generated (null: 8192)."""
     test_size: Annotated[int, Field(ge=1)] | None = None
     """Use only this many test images, the same ones for every seed; null: all. With `shapes`, this many images are
-    drawn (null: 2000)."""
+    generated (null: 2000)."""
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
     """Height and width of the images in pixels; null: 224 if the data is an `imagefolder` and the network has a 7x7
     stem, else 32."""
@@ -129,7 +129,7 @@ class DataConfig(Section):
 
 
 def size_step(image_size: int) -> int:
-    """Return the step of progressive resizing in pixels, if the full side of the training images is `image_size`."""
+    """Return the step size of progressive resizing, in pixels; `image_size` is the full side of the training images."""
     return 16 if image_size >= 128 else 4
 
 
@@ -143,7 +143,8 @@ class AugmentConfig(Section):
     (`reflect`)."""
     flip: Literal["none", "random", "alternating"] = "random"
     """Mirror images left to right. `none`: never. `random`: each image with probability 0.5 in each epoch.
-    `alternating`: each image in every second epoch; the first time is in epoch 1 or 2, at random for each image."""
+    `alternating`: each image in every second epoch. A random bit per image decides whether it starts in epoch 1 or
+    2."""
     trivial: bool = False
     """Apply TrivialAugment (wide, arXiv:2103.10158): one random operation out of 14 to each image, at one random
     strength out of 31."""
@@ -161,15 +162,18 @@ class AugmentConfig(Section):
     factor from 1 - s to 1 + s. 0: no jitter. fb.resnet.torch uses 0.4 on ImageNet."""
     lighting: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Strength of the colour shift of AlexNet (section 4.1 of the AlexNet paper). The colour of each image is shifted
-    along each principal axis of ImageNet's colours, by the eigenvalue of the axis times a normal random coefficient.
-    This value is the standard deviation of the coefficients. 0: no shift. fb.resnet.torch uses 0.1."""
+    along the three principal axes of ImageNet's colours. The shift along an axis is the eigenvalue of this axis,
+    multiplied by a random number from a normal distribution with mean 0. `lighting` is the standard deviation of this
+    distribution. 0: no shift. fb.resnet.torch uses 0.1."""
     mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Alpha of mixup (arXiv:1710.09412). For each image, lambda is drawn from Beta(alpha, alpha). The mixed image is
-    the sum of lambda times the image and (1 - lambda) times its neighbour in the batch. 0: no mixup."""
+    """Alpha of mixup (arXiv:1710.09412). The mixed image is lambda * image + (1 - lambda) * neighbour, where neighbour
+    is an adjacent image in the batch. Lambda is a random number from Beta(alpha, alpha), a new one for each image.
+    0: no mixup."""
     cutmix: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Alpha of CutMix (arXiv:1905.04899). For each image, lambda is drawn from Beta(alpha, alpha). A box with the
-    fraction 1 - lambda of the area (less if the box crosses an edge) is replaced with the same box of the neighbouring
-    image in the batch. 0: no CutMix. If `mixup` is on too, each image gets either mixup or CutMix, at random."""
+    """Alpha of CutMix (arXiv:1905.04899). A random box in each image is replaced with the same box of an adjacent image
+    in the batch. The box covers the fraction 1 - lambda of the image (less if the box crosses an edge). Lambda is a
+    random number from Beta(alpha, alpha), a new one for each image. 0: no CutMix. If `mixup` is on too, each image gets
+    either mixup or CutMix, at random."""
     progressive_from: Annotated[int, Field(ge=8, le=512, multiple_of=4)] | None = None
     """Progressive resizing: side in pixels of the training images in the first epoch. The side grows linearly to
     `data.image_size`, in steps of 4 pixels (16 pixels if `data.image_size` is at least 128). `progressive_from` must be
@@ -195,13 +199,14 @@ class OptimizerConfig(Section):
     """Full learning rate. The learning rate of an iteration is this value times the factor of the schedule (0 to 1).
     `lr` is not scaled with `train.batch_size` or with the number of ranks."""
     backbone_lr_factor: Annotated[float, Field(gt=0, le=10)] = 1.0
-    """Factor for the learning rate of all layers except the classifier. Below 1, pretrained weights change less."""
+    """Factor for the learning rate of all layers except the classifier. With a value below 1, pretrained weights change
+    less."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of SGD. The convolutions that Muon updates use `muon_momentum` instead."""
     nesterov: bool = True
     """Use Nesterov momentum, in SGD and in Muon."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 5e-4
-    """Coefficient of SGD's L2 penalty: SGD adds this value times each weight to the gradient of that weight."""
+    """Coefficient of the L2 penalty in SGD: SGD adds `weight_decay` * weight to the gradient of each weight."""
     decay_norm_and_bias: bool = True
     """Apply `weight_decay` also to BatchNorm weights and all biases, as published; false: only to the weights of
     convolutions and of the classifier."""
@@ -263,11 +268,12 @@ class TrainConfig(Section):
     grouped_conv: tuple[GroupedConvImplementation, ...] = ("grouped",)
     """Implementation of the grouped 3x3 convolutions. `grouped`: torch's grouped convolution. `split`: a dense
     convolution for each group. `merged<m>`: every m groups form one wider group, in which the weights between different
-    original groups are zero. These convolutions have several shapes in a network. Give one implementation for all
+    original groups are zero. The grouped convolutions of a network have several shapes. Give one implementation for all
     shapes, or a list with one implementation for each shape, in the order in which the network uses the shapes. `auto`:
     the fastest implementation for each shape, measured at the first start of the run."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Part of the target probability that the training loss spreads evenly over all classes; 0: no label smoothing."""
+    """Label smoothing in the training loss: fraction of the target probability that is spread evenly over all classes.
+    0: no label smoothing."""
     clip_grad_norm: Annotated[float, Field(ge=0)] = 0.0
     """Maximum norm of the gradient of all weights together. A gradient with a larger norm is scaled down to this norm;
     0: no clipping."""
@@ -275,8 +281,8 @@ class TrainConfig(Section):
     """Decay per iteration of an exponential moving average of the weights and BatchNorm statistics. If there is an
     average, evaluations use it. 0: no average, unless `ema_horizon` is set."""
     ema_horizon: Annotated[float, Field(gt=0)] | None = None
-    """Horizon of the moving average in epochs; an alternative to `ema_decay`. If the horizon is h iterations, the decay
-    is 1 - 1 / h. null: not set."""
+    """Horizon of the moving average in epochs. Set either `ema_horizon` or `ema_decay`. The decay per iteration is
+    1 - 1 / h, where h is the horizon converted to iterations. null: not set."""
     ema_start: Annotated[float, Field(ge=0)] = 0.0
     """Number of epochs after which averaging begins; until then, the average equals the current weights."""
     ema_reestimate_bn: Annotated[int, Field(ge=0)] = 0
@@ -357,8 +363,8 @@ class EvaluationConfig(Section):
     error after one of these epochs is above the limit for that epoch. A limit for the last epoch is ignored. The run
     evaluates after these epochs in addition to the epochs that `every` selects."""
     flip_tta: bool = False
-    """Also evaluate predictions that average the class probabilities of each image and its mirror image. The metrics of
-    these predictions are reported separately."""
+    """Also evaluate with mirror images: the prediction for an image is the mean of the class probabilities for the
+    image and for its mirror image. The metrics of these predictions are reported separately."""
 
     @field_validator("abandon", mode="before")
     @classmethod
@@ -410,9 +416,10 @@ class LoggingConfig(Section):
     curves: bool = True
     """Draw `curves.png`: error, loss and learning rate over the epochs."""
     mistakes: Annotated[int, Field(ge=0, le=256)] = 64
-    """Number of an evaluation's worst mistakes to store in `evaluation.json` and to draw in `mistakes.png`; 0: none."""
+    """Number of worst mistakes that the run stores in `evaluation.json` after each evaluation, and shows in
+    `mistakes.png` at the end; 0: none."""
     images: Annotated[int, Field(ge=0, le=256)] = 64
-    """Number of images on each TensorBoard sheet (augmented training images, worst mistakes). 0: TensorBoard gets no
-    sheets and no confusion matrix."""
+    """Number of images on each TensorBoard sheet: a sheet shows augmented training images or worst mistakes. 0: write
+    neither sheets nor the confusion matrix to TensorBoard."""
     histograms: bool = False
     """Write TensorBoard histograms of all weights at each evaluation."""

@@ -74,9 +74,10 @@ def build_train_loader(config: Config, data: Data, device: torch.device, ranks: 
     """Build the loader of this rank's training batches.
 
     Raises:
-        ConfigError: `data.decode` is device, but `device` is not a GPU; the batch size exceeds the number of images, or
-            fails `check_batch_size`; or `augment.crop_padding` is not smaller than the image.
-        DataError: there are no training images.
+        ConfigError: the config key `data.decode` is "device", but the run is not on a GPU; the batch size is larger
+            than the number of images; `check_batch_size` rejects the batch size; or the config key
+            `augment.crop_padding` is not smaller than the side of an image.
+        DataError: the data has no training split.
     """
     on_device = config.data.decode == "device"
     if on_device and device.type != "cuda":

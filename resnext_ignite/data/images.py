@@ -1,6 +1,6 @@
-"""Defines a split of a data set in memory, and the label of unreadable images.
+"""Defines `Images`, a split whose images are decoded into memory, and UNREADABLE, the label of unreadable images.
 
-`reading/image_files.py` defines a split as files.
+`reading/image_files.py` defines `ImageFiles`, a split that consists of files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ UNREADABLE = -100
 def color_to_uint8(color: tuple[float, float, float]) -> tuple[int, int, int]:
     """Convert a colour on a scale of 0 to 1 to uint8 values.
 
-    The rounding error is at most 0.5/255. This is about 0.01 times the usual standard deviation of the pixels.
+    The rounding error is at most 0.5/255. This is about 1% of the usual standard deviation of the pixels.
     """
     red, green, blue = (round(255 * value) for value in color)
     return red, green, blue

@@ -32,9 +32,10 @@ class Batch:
     """Images float32 (n, 3, H, W), labels int64 (n,), and the index of each image in its whole split, int64 (n,).
 
     A training image that could not be read has the label UNREADABLE, and all its pixels have the mean colour.
-    `lambdas`, float32 (n,) from 0 to 1, belongs to the mixed images: entry i is the fraction of mixed image i that
-    comes from the original image i. The rest comes from the neighbour of image i (images 0 and 1, 2 and 3, ... are
-    neighbours). `lambdas` is None without mixing.
+
+    If the images are mixed, `lambdas` is float32 (n,): entry i is the fraction (0 to 1) of mixed image i that comes
+    from the original image i. The rest comes from the neighbour of image i (images 0 and 1, 2 and 3, ... are
+    neighbours). If the images are not mixed, `lambdas` is None.
     """
 
     images: Tensor
@@ -46,19 +47,19 @@ class Batch:
 class TrainLoader:
     """Yields augmented batches in an endless sequence of epochs.
 
-    Set the attribute `start_iteration` to skip this many batches at the start of the sequence.
+    The attribute `start_iteration` is the number of batches to skip at the start of the sequence.
 
     Args:
         split: the training images.
-        order: the images of each iteration.
+        order: selects the images of each iteration.
         augment: turns uint8 images into the model's input.
         device: the device of the batches.
         mixing: mixes the augmented images; None: no mixing.
         workers: number of processes that decode files.
         random_resized_crop: for files: take a random-resized crop instead of the central square.
         sizes: side of the images in each epoch; None: the size of the split. Random-resized crops are resized to this
-            side before the augmentation, and the side of the cutout square is scaled in proportion. Otherwise, images
-            are augmented at the size of the split, and then resized to this side.
+            side before the augmentation, and the side of the cutout square is scaled in proportion. Without
+            random-resized crops, images are augmented at the size of the split, and then resized to this side.
         skip_unreadable: for files: give an image that cannot be read the label UNREADABLE and log a warning (once per
             image and rank), instead of raising an error.
         decode_on: for files: the device that decodes JPEG files and takes random-resized crops of them, after the
@@ -112,8 +113,8 @@ class TrainLoader:
     @property
     def _by_workers(self) -> bool:
         # TrivialAugment is slow, so the workers apply it. The crop and the flip come before TrivialAugment, so the
-        # workers must apply them too. If the flip came last, the shear of a mirrored image would appear to be about its
-        # upper right corner, not its upper left corner.
+        # workers must apply them too. The flip cannot come last: TrivialAugment shears about the upper left corner, and
+        # a later flip would move this fixed corner to the upper right.
         return not isinstance(self.split, Images) and self.augment.trivial and self.decode_on is None
 
     def _decoded(self, files: ImageFiles, batches: Iterable[tuple[int, Tensor]]) -> Iterator[Decoded]:
@@ -171,7 +172,7 @@ class EvalLoader:
 
     Args:
         split: the images.
-        augment: gives the normalisation.
+        augment: normalises the images; nothing else is applied.
         device: the device of the batches.
         batch_size: images per batch.
         rank, world_size: this rank takes a contiguous slice of the split.
@@ -255,12 +256,12 @@ class CropsLoader:
 class ImageLoader:
     """Yields batches of image files that belong to no data set, preprocessed as in an evaluation.
 
-    Each item is images float32 (n, 3, H, W), their positions int64 (n,), and a dict from the position of each
-    unreadable image to the reason. The mean colour replaces an unreadable image.
+    Each item has three parts: images float32 (n, 3, H, W), their positions in `files` int64 (n,), and a dict for the
+    unreadable images: position in `files` -> reason. All pixels of an unreadable image have the mean colour.
 
     Args:
         files: the images; their labels are not used.
-        augment: gives the normalisation.
+        augment: normalises the images; nothing else is applied.
         device: the device of the batches.
         batch_size: images per batch.
         workers: number of processes that decode.

@@ -1,7 +1,8 @@
-"""Computes random numbers that depend only on (seed, epoch, index) and a purpose, and the order of training images.
+"""Computes random numbers, and the order of the training images in each epoch.
 
-A counter-based hash replaces random generators. The hash has no state, so the numbers are the same with any number of
-workers and ranks, and in a resumed run. It uses only int64 arithmetic, which gives the same result on every device.
+A random number depends only on (seed, epoch, index, purpose). It comes from a counter-based hash, not from a random
+generator. The hash has no state, so the numbers are the same with any number of workers and ranks, and in a resumed
+run. It uses only int64 arithmetic, which gives the same result on every device.
 """
 
 from __future__ import annotations
@@ -110,11 +111,11 @@ class TrainOrder:
         batch_size: images per iteration, over all ranks.
         rank, world_size: this rank takes a contiguous slice of each micro-batch.
         accumulate: micro-batches per iteration, each a contiguous slice of the global batch.
-        device: where the orders are computed.
-        groups: int64 (count,), the group (from 0) of each image, for example its shard. Each epoch puts the groups in
-            random order, then shuffles the images of each `window` consecutive groups together. None: shuffle all
-            images together.
-        window: number of groups whose images are shuffled together.
+        device: the device on which the random order of the images is computed.
+        groups: int64 (count,), the group (from 0) of each image, for example its shard; None: shuffle all images
+            together. In each epoch, the groups come in a new random order. This order is divided into windows of
+            consecutive groups, and the images in each window are shuffled together.
+        window: number of groups per window.
 
     Raises:
         ValueError: an epoch would hold no batch, or a batch does not divide evenly over ranks and micro-batches.
@@ -148,7 +149,7 @@ class TrainOrder:
     def batches(self, start_iteration: int) -> Iterator[tuple[int, Tensor]]:
         """Skip the first `start_iteration` iterations; yield (epoch, positions) for each later iteration.
 
-        The epoch counts from 1. The positions, int64 (n,), are those of this rank's images in the split.
+        The epoch counts from 1. `positions`, int64 (n,), are the positions of this rank's images in the split.
         """
         epoch, first = divmod(start_iteration, self.iterations_per_epoch)
         while True:
@@ -157,7 +158,7 @@ class TrainOrder:
             for index in range(first, self.iterations_per_epoch):
                 batch = order[index * self.batch_size : (index + 1) * self.batch_size]
                 # (accumulate * m,) -> (accumulate, m): each row is a micro-batch. Take this rank's slice of each row:
-                # micro-batches and ghost batches then hold the same images on any number of ranks.
+                # this way, each micro-batch and ghost batch consists of the same images on any number of ranks.
                 yield epoch, batch.view(self.accumulate, -1)[:, self.share.start : self.share.stop].flatten()
             first = 0
 

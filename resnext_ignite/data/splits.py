@@ -64,8 +64,8 @@ def load_data(config: Config, ranks: Ranks, splits: tuple[str, ...] | None = Non
 
     Raises:
         DataError: a file or folder is missing, damaged or unreadable; the message names it.
-        ConfigError: the config requests more images than there are or more memory than is available, or its keys
-            contradict each other or the data.
+        ConfigError: the config requests more images than the data has; `data.in_memory` is true, but a split does not
+            fit into memory; or config keys contradict each other or the data.
     """
     root = Path(config.data.root).expanduser()
     size = config.image_size

@@ -1,5 +1,5 @@
 """Training on several ranks.
 
-`launch` starts the ranks, `ranks` has their collectives, `stopping` lets them agree on stops, `ddp` wraps the model,
-and `failures` reports errors.
+`launch` starts the ranks, `ranks` has their collectives, `stopping` makes them stop at the same iteration, `ddp`
+wraps the model, and `failures` reports errors.
 """

@@ -87,7 +87,10 @@ def warm_up_ddp_buckets(wrapped: nn.Module, images: Tensor) -> None:
 
 
 def own_statistics(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """Return the BatchNorm running statistics of this rank by state-dict name; an empty dict if there is one rank."""
+    """Return the BatchNorm running statistics of this rank, as a dict: state-dict name -> buffer.
+
+    With a single rank, the dict is empty: there is nothing to average.
+    """
     if ranks.world_size == 1:
         return {}
     return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}

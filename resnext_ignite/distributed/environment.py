@@ -2,11 +2,11 @@
 
 This module does not import torch.
 
-torchrun restarts failed ranks (`--max-restarts`), whatever their exit code. Its agent gives each rank the path of an
-error file; each attempt has its own folder of these files. A failed rank writes its exit code to its file. If the ranks
-of a later attempt find the exit code of an error that a restart cannot fix, they exit immediately with the same code.
-`failures.refuse_restart_of` does the same for errors on other machines; it reads them from the store that all ranks
-share.
+torchrun restarts failed ranks (`--max-restarts`), whatever their exit code. The first start and each restart are called
+attempts. The agent of torchrun gives each rank the path of an error file; each attempt has its own folder of these
+files. A failed rank writes its exit code to its file. If a rank of a later attempt finds the exit code of an error that
+a restart cannot fix, it exits immediately with the same code. `failures.refuse_restart_of` does the same for errors on
+other machines; it reads them from the store that all ranks share.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def launched_on_this_machine(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the number of ranks that the launcher started on this machine; 1 if the environment does not say."""
+    """Return the number of ranks that the launcher started on this machine; 1 if no variable gives this number."""
     if launched_by_torchrun(environment):
         return int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if not launched_by_srun(environment):
@@ -96,10 +96,10 @@ def record_exit_for_torchrun() -> Iterator[None]:
 
 
 def refuse_restart_after(exit_code: int, message: str) -> None:
-    """Raise the error of an earlier attempt again if a restart would only fail in the same way.
+    """Raise the error of an earlier attempt again, if a restart cannot fix this error; otherwise, do nothing.
 
     Raises:
-        ResnextError: `exit_code` belongs to an error that a restart cannot fix.
+        ResnextError: `exit_code` is the code of an error that a restart cannot fix.
     """
     kind = _FINAL_ERRORS.get(exit_code)
     if kind is not None:

@@ -106,13 +106,14 @@ class FailureBoard:
 
 
 def refuse_restart_of(generation: str, store: dist.Store) -> None:
-    """Refuse to start if, before the restart, a rank on any machine failed with an error that a restart cannot fix.
+    """Refuse to start if the previous generation of ranks failed with an error that a restart cannot fix.
 
     Args:
-        generation: name of the generation of ranks before the restart.
+        generation: name of the previous generation.
 
     Raises:
-        ResnextError: the first failure in this generation, if a restart cannot fix it.
+        ResnextError: the failure that a rank on any machine posted first in that generation, if it is final
+            (a restart cannot fix it).
     """
     first = FailureBoard(store, generation).first()
     # When a machine joins or leaves, torchrun stops the ranks of the other machines with SIGTERM in order to restart
@@ -198,9 +199,9 @@ def _lost_contact_error(error: BaseException, board: FailureBoard, ranks: Ranks)
 def watch_other_ranks(ranks: Ranks) -> Iterator[None]:
     """End this process soon after a rank has failed, even if the `with` block hangs in a collective.
 
-    If another rank has reported this rank as hung or gone, this process immediately prints the stacks of its threads
-    and exits. Otherwise, it does the same only if the `with` block has not ended `_HANG_AFTER_S` seconds after this
-    process has found the failure.
+    After this process finds the failure, the `with` block has `_HANG_AFTER_S` seconds to end. If it does not end, the
+    process prints the stacks of its threads and exits. If another rank has reported this rank as hung or gone, the
+    process does so immediately.
     """
     if ranks.world_size == 1:
         yield

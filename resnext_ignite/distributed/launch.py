@@ -1,6 +1,7 @@
-"""Runs a function on every rank; torchrun or srun has started the ranks, or this module spawns a process for each.
+"""Runs a function on every rank.
 
-The parent of spawned ranks reports each failure that a rank could not report itself.
+Either a launcher (torchrun, srun) has started the ranks, or this module spawns a process for each rank. If a spawned
+rank cannot report its own failure, the parent process reports it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def launch(
         nproc_per_node: number of ranks; if there are several, spawn a process for each. None: spawn no processes; this
             process is one of the ranks that a launcher (torchrun, srun) started, or the only rank.
         backend: "nccl" or "gloo"; None: nccl if there are GPUs, else gloo.
-        timeout_s: a rank counts as failed if the other ranks wait for it this long, in seconds.
+        timeout_s: a rank counts as failed after the other ranks have waited for it this many seconds.
 
     Raises:
         ConfigError: `nproc_per_node` is set although a launcher has already started the ranks; or this machine has
@@ -194,7 +195,7 @@ def _wait_for_all(ranks: list[mp.Process], board: FailureBoard) -> int:
 
 
 def _exit_code_of(number: int, code: int, board: FailureBoard) -> int:
-    """Return the exit code of a rank; report the rank's failure if the rank could not report it itself."""
+    """Return the exit code of a rank that has ended. If it could not report its own failure, report it here."""
     if code < 0 or code == 1:
         how = (
             f"was killed by {signal.Signals(-code).name}"

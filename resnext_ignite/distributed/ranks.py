@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of this process among all ranks and among the ranks of its machine. The default is a single rank."""
+    """The position of this process among all ranks and among the ranks of its machine. The defaults mean one rank."""
 
     rank: int = 0
     world_size: int = 1
@@ -43,7 +43,7 @@ class Ranks:
         return own if bound else max(1, own // self.local_world_size)
 
     def placement(self) -> str:
-        """Return the number of ranks, their hosts and the backend, as text; call it on all ranks."""
+        """Return a phrase for the log with the number of ranks, their hosts and the backend; call this on all ranks."""
         if self.world_size == 1:
             return "1 rank"
         hosts = Counter(self.gather(socket.gethostname()))
@@ -98,7 +98,7 @@ class Ranks:
 
 
 def _result_or_error(make: Callable[[], T]) -> tuple[T | None, ResnextError | None]:
-    """Call `make`; return its result, or its error if it is a ResnextError. Any other error is a bug, and is raised."""
+    """Call `make`; return (result, None), or (None, error) if the call fails. An error that is a bug is raised."""
     try:
         return make(), None
     except Exception as caught:

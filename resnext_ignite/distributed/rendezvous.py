@@ -1,10 +1,11 @@
 """Connects ranks to one another after torchrun has started or restarted them.
 
 torchrun 2.11 uses one store for all its restarts, although its documentation says otherwise. Keys of dead ranks (gloo's
-addresses, NCCL's key) stay in this store; restarted ranks read them and wait for ranks that no longer exist. torchrun's
-restart count cannot separate one generation of ranks from the next: each machine counts only the restarts after a
-failure of its own ranks, not the restarts after another machine has joined or left. The ranks therefore agree on a name
-for each generation, and use this name as the prefix of all their keys.
+addresses, NCCL's key) stay in this store; restarted ranks read them and wait for ranks that no longer exist. The ranks
+that run from one start or restart to the next are called a generation. They agree on a name for their generation, and
+use this name as the prefix of all their keys. torchrun's restart count cannot be this name, because it may differ
+between machines: each machine counts only the restarts after a failure of its own ranks, not the restarts after another
+machine has joined or left.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def last_generation(store: dist.Store) -> str | None:
 
 
 def begin_generation(store: dist.Store, timeout_s: float) -> tuple[str, dist.Store]:
-    """Return a name for the generation of these ranks, and a part of the store for it alone; call this on all ranks.
+    """Return the name of this generation, and a store for its keys only (a PrefixStore); call this on all ranks.
 
     Raises:
         RuntimeError: not all ranks took part in time, or torchrun is gone.

@@ -1,7 +1,7 @@
 """Stops a run early: all ranks agree on the iteration at which they stop.
 
-`StopAgreement.exchange` is a single all-reduce. Between saves and evaluations, the only other collectives are the
-model's own (DDP, SyncBatchNorm).
+`StopAgreement.exchange` is a single all-reduce. The only other collectives of a training iteration without a save or an
+evaluation are those of DDP and SyncBatchNorm.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class StopAgreement:
     """Makes all ranks stop at the same iteration; each rank may request a stop.
 
     `exchange` sends the requests (a signal, the time limit) to all ranks; in training, it sends the metrics in the same
-    all-reduce. The result of an evaluation is the same on all ranks. If it ends the run (patience, target, abandon),
-    all ranks therefore stop immediately, without an exchange. A non-finite number needs no request: all ranks find the
-    number in the exchanged metrics, and their log points raise the error.
+    all-reduce. Two kinds of stops need no request. The result of an evaluation is the same on all ranks; if it ends the
+    run (patience, target, abandon), all ranks stop immediately. If a loss or gradient is not finite, all ranks find
+    this in the exchanged metrics, and the log point of each rank raises the error.
 
     Args:
         max_hours: request a stop this many hours from now; None: never.
@@ -103,10 +103,11 @@ class StopAgreement:
 
 
 class SyncSchedule:
-    """Schedules the exchanges: the first after one position, to measure the speed, then about every five seconds.
+    """Schedules the exchanges, about one every five seconds.
 
-    A position is the number of an iteration in training, or of a batch in an evaluation. Each exchange computes the
-    position of the next exchange from the time of the slowest rank; therefore, all ranks compute the same position.
+    A position is the number of an iteration in training, or of a batch in an evaluation. The first exchange comes one
+    position after the start, to measure the speed. Each exchange gathers the elapsed time of all ranks, and computes
+    the position of the next exchange from the longest one. Therefore, all ranks compute the same position.
     """
 
     def __init__(self, stop: StopAgreement) -> None:
@@ -122,17 +123,17 @@ class SyncSchedule:
         self._last, self._next, self._since = position, position + self._stride, time.monotonic()
 
     def due(self, position: int) -> bool:
-        """Return whether an exchange is due at this position; a single rank also exchanges when a stop is requested."""
+        """Return whether an exchange is due at this position. With a single rank, a stop request also makes it due."""
         return position >= self._next or (self.stop.ranks.world_size == 1 and self.stop.stop_requested)
 
     def exchange(self, position: int, numbers: Tensor) -> Tensor:
-        """Gather `numbers` as StopAgreement.exchange does, with each rank's seconds since its last exchange.
+        """Exchange `numbers` and the seconds since the last exchange (StopAgreement.exchange); schedule the next one.
 
         Args:
             numbers: float64 (k,).
 
         Returns:
-            float64 (world_size, k + 1); the last column holds the seconds.
+            The numbers of all ranks, float64 (world_size, k + 1), on every rank; the last column holds the seconds.
         """
         elapsed = torch.tensor([time.monotonic() - self._since], dtype=torch.float64)
         gathered = self.stop.exchange(torch.cat([numbers, elapsed]))

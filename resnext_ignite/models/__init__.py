@@ -21,7 +21,8 @@ def create_model(
     Args:
         name: `cifar_resnext<9n+2>_<C>x<W>d` or `[cifar4_]resnext50|101|152_<C>x<W>d`.
         num_classes: number of outputs.
-        stem_channels: channels after the stem; the stages output 4, 8, 16 (and a fourth stage 32) times as many.
+        stem_channels: number of channels that the stem outputs. The stages output 4, 8 and 16 times this number; a
+            fourth stage outputs 32 times this number.
         ghost_batch: number of images over which BatchNorm computes its training statistics; 0: the whole batch.
         zero_init_residual: initialise the weight of the last BatchNorm of each block to 0, so that each block initially
             outputs only its shortcut.
@@ -49,7 +50,9 @@ def create_model(
 
 
 def build_model(config: Config) -> ResNeXt:
-    """Build the model of a resolved config on the CPU; torch's global generator initialises it.
+    """Build, on the CPU, the model that a resolved config describes.
+
+    Its initial weights come from torch's global random generator.
 
     Raises:
         ValueError: `model.num_classes` or `train.grouped_conv` is not resolved yet.

@@ -26,7 +26,7 @@ class Cost:
         forward_flop: operations of the forward pass; the backward pass has twice as many.
         activations: total number of values that the layers output.
         convolved: number of values that the convolutions and the classifier output. Only these values go through memory
-            if every other layer is fused with a convolution or the classifier.
+            if all the remaining layers are fused with the convolutions and the classifier.
         parameters: number of parameters; it does not depend on the image.
     """
 
@@ -46,15 +46,18 @@ class Cost:
         return 3 * self.forward_flop
 
     def training_bytes(self, bytes_a_number: int) -> int:
-        """Return the bytes of activations that both passes read and write if no layers are fused."""
+        """Return the bytes of activations that the forward and the backward pass access, if no layers are fused."""
         return _PASSES_OVER_ACTIVATIONS * bytes_a_number * self.activations
 
     def least_training_bytes(self, bytes_a_number: int) -> int:
-        """Return `training_bytes` for the case that every other layer is fused with a convolution or the classifier."""
+        """Return `training_bytes` for the outputs of the convolutions and the classifier only.
+
+        This is the result if all the remaining layers are fused with them.
+        """
         return _PASSES_OVER_ACTIVATIONS * bytes_a_number * self.convolved
 
     def least_forward_bytes(self, bytes_a_number: int) -> int:
-        """Return the bytes of activations that a forward pass writes and reads, fused as in `least_training_bytes`."""
+        """Return the bytes of activations that a forward pass accesses, with fusion as in `least_training_bytes`."""
         return 2 * bytes_a_number * self.convolved
 
 

@@ -51,8 +51,8 @@ class GroupedConv2d(nn.Conv2d):
         return super().forward(input)
 
     def _merged_weight(self) -> Tensor:
-        # There are G merged groups. Each consists of m original groups with i input and o output channels each.
-        # (G*m*o, i, 3, 3) -> (G, m, o, 1, i, 3, 3), times the (m, m) identity -> (G, m, o, m, i, 3, 3)
+        # There are G merged groups of m original groups. An original group has i input and o output channels.
+        # (G*m*o, i, 3, 3) -> (G, m, o, 1, i, 3, 3); the product with the (m, m) identity is (G, m, o, m, i, 3, 3)
         # -> (G*m*o, m*i, 3, 3)
         apart = self.weight.view(self.groups // self.merge, self.merge, -1, 1, *self.weight.shape[1:])
         identity = torch.eye(self.merge, dtype=self.weight.dtype, device=self.weight.device)
@@ -64,13 +64,18 @@ class GroupedConv2d(nn.Conv2d):
 
 
 def implementations_for(groups: int, channels: int) -> list[str]:
-    """Return the implementations worth measuring for `groups` groups of `channels` channels each, `grouped` first."""
+    """Return the names of the implementations that are worth measuring. The first is always `grouped`.
+
+    Args:
+        groups: number of groups.
+        channels: number of channels per group.
+    """
     merges = [m for m in (2, 4, 8, 16, 32, 64) if groups % m == 0 and m * channels <= 512]
     return ["grouped"] + ["split"] * (1 < groups <= _MOST_SPLIT_GROUPS) + [f"merged{m}" for m in merges]
 
 
 def in_each_implementation(convolution: GroupedConv2d) -> dict[str, GroupedConv2d]:
-    """Return copies of a grouped convolution, one for each name in `implementations_for`, with the same weights."""
+    """Return copies of a convolution with the same weights: one per name in `implementations_for`, by this name."""
     channels, groups = convolution.in_channels, convolution.groups
     modules = {}
     for way in implementations_for(groups, channels // groups):

@@ -34,10 +34,13 @@ class Inference:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the network's current weights and statistics; call this before each evaluation."""
+        """Set evaluation mode, and copy the network's current weights and statistics into the folded copy, if any.
+
+        Call this before each evaluation.
+        """
         self.model.eval()
         if self._folded is not None:
-            # Copy into the same tensors, because compiled code may refer to them.
+            # Keep the old tensors and overwrite their values, because compiled code may refer to these tensors.
             self._folded.load_state_dict(fold_batch_norm(self.model).state_dict())
 
     @torch.inference_mode()
@@ -58,9 +61,9 @@ class Inference:
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode, with each BatchNorm folded into the convolution before it.
+    """Return a copy of a model in evaluation mode, with each BatchNorm folded into the convolution before it.
 
-    The new weights and biases contain the running statistics of the BatchNorms.
+    The copy uses the current running statistics of the BatchNorms; it does not follow later changes.
 
     Raises:
         ValueError: a BatchNorm has no convolution before it.
@@ -69,7 +72,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         children = dict(parent.named_children())
         for name, norm in children.items():
-            # In the stem and in a block, bn1 follows conv1. In a shortcut's Sequential, module "1" follows module "0".
+            # In the stem and in the blocks, bn<n> follows conv<n>. In a shortcut's Sequential, "1" follows "0".
             before = name.replace("bn", "conv") if name.startswith("bn") else "0"
             convolution = children.get(before)
             if isinstance(norm, _BatchNorm) and isinstance(convolution, nn.Conv2d):
@@ -84,7 +87,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 class MeanOverViews(nn.Module):
     """Averages a network's logits over several views of each image.
 
-    It averages logits, not probabilities, like facebookresearch/ResNeXt for its ten crops.
+    It averages logits, not probabilities. facebookresearch/ResNeXt does the same for its ten crops.
 
     Args:
         model: (N, 3, H, W) -> (N, num_classes).

@@ -41,13 +41,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Layers:
-    """A network's rows, and its totals for one image.
+    """The table of a network: its rows, and values for the whole network. All values are for one image.
 
     Args:
         rows: parts of the network, in the order of the forward pass.
         cost: cost of the whole network.
         kept: bytes that the forward pass saves for the backward pass, by precision.
-        inference_peak: largest number of bytes that tensors take at the same time in inference, by precision.
+        inference_peak: peak memory of the image and its activations in inference, in bytes, by precision.
     """
 
     rows: tuple[Row, ...]
@@ -62,7 +62,7 @@ class Layers:
 
 
 def layers_of(model: ResNeXt, image_size: int) -> Layers:
-    """Return the rows and totals for an image of `image_size` pixels a side.
+    """Return the table of a network for an image of `image_size` pixels a side.
 
     The network moves to the `meta` device and loses its weights.
     """
@@ -89,13 +89,13 @@ def layers_of(model: ResNeXt, image_size: int) -> Layers:
 
 
 def receptive_fields(model: ResNeXt, names: list[str]) -> dict[str, int]:
-    """Return, for each module, the side in pixels of the receptive field of one output.
+    """Return the receptive field of each module: the side, in pixels, of the square that one output value depends on.
 
     Let r be this side, and j the distance in pixels between neighbouring outputs. Both are 1 for the image itself. A
-    window of side k and stride s changes r to r + (k - 1) * j, and then j to s * j (Araujo, Norris and Sim, "Computing
-    Receptive Fields of Convolutional Neural Networks", Distill 2019, equation 2). In a block, only the branch counts,
-    because the receptive field of the shortcut is smaller. A receptive field may extend beyond the edge of the image,
-    into the padding.
+    window of side k and stride s first adds (k - 1) * j to r, and then multiplies j by s (Araujo, Norris and Sim,
+    "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019, equation 2). In a block, only the
+    branch counts, because the receptive field of the shortcut is smaller. A receptive field may extend beyond the edge
+    of the image, into the padding.
 
     Args:
         names: names of the modules, in the order of the forward pass.

@@ -25,7 +25,7 @@ def kept_bytes(model: nn.Module, image_size: int, dtype: torch.dtype, rows: dict
     `dtype`.
 
     Args:
-        model: on the `meta` device; afterwards it is in `dtype` and in training mode.
+        model: a network on the `meta` device. The function converts it to `dtype` and sets training mode.
         rows: maps the name of a module to the name of the row that begins with this module.
     """
     # BatchNorm also saves statistics, whose size does not depend on the batch size. They cancel out in the difference
@@ -64,10 +64,10 @@ def _kept(model: nn.Module, image_size: int, dtype: torch.dtype, rows: dict[str,
 
 
 def inference_peak_bytes(model: nn.Module, image_size: int, dtype: torch.dtype) -> int:
-    """Return the largest number of bytes that an image and its activations take at the same time, without fused layers.
+    """Return the peak memory of an image and its activations in inference, in bytes, if no layers are fused.
 
     Args:
-        model: on the `meta` device; afterwards it is in `dtype` and in evaluation mode.
+        model: a network on the `meta` device. The function converts it to `dtype` and sets evaluation mode.
     """
     # As in `kept_bytes`, tensors whose size does not depend on the batch size cancel out in the difference.
     one, two = (_peak(model, image_size, dtype, batch) for batch in (1, 2))

@@ -21,13 +21,13 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm that computes its training statistics over consecutive groups of `ghost_batch` images.
 
     The published CIFAR runs split 128 images over 8 GPUs, so that BatchNorm computed its statistics over 16 images.
-    Each group updates its own copy of the running statistics, and the mean of these copies becomes the new value. A run
-    with one group per rank gets the same result if it averages the running statistics over the ranks. In evaluation,
-    this is plain BatchNorm.
+    Each group updates its own copy of the running statistics. The new running statistics are the mean of these copies.
+    A run with one group per rank gets the same result if it averages the running statistics over the ranks. In
+    evaluation, this is plain BatchNorm.
 
     Args:
         channels: number of channels C of the input.
-        ghost_batch: images per group; it must divide every training batch.
+        ghost_batch: images per group; the size of every training batch must be a multiple of it.
     """
 
     def __init__(self, channels: int, ghost_batch: int) -> None:
@@ -76,7 +76,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     def _one_call(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         n, c, h, w = input.shape
         groups = n // self.ghost_batch
-        # (G*B, C, H, W) -> (B, G*C, H, W): one call treats the channels of each group as separate channels.
+        # (G*B, C, H, W) -> (B, G*C, H, W). In this shape, a single call computes separate statistics for each group.
         apart = input.view(groups, self.ghost_batch, c, h, w).transpose(0, 1).reshape(self.ghost_batch, -1, h, w)
         weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)
         out = F.batch_norm(apart, mean, var, weight, bias, True, self.momentum or 0.0, self.eps)
@@ -96,10 +96,10 @@ class Bottleneck(nn.Module):
 
     Args:
         in_channels, out_channels: channels of the block's input and output.
-        width: channels of the 3x3, over all groups.
+        width: channels of the 3x3, in all groups together.
         cardinality: number of groups of the 3x3.
         stride: stride of the 3x3.
-        norm: makes a BatchNorm for a number of channels.
+        norm: function that takes a number of channels and returns a new BatchNorm.
         way: implementation of the 3x3 (`grouped_conv.py`).
     """
 
@@ -132,12 +132,12 @@ def _stride(stage: int, block: int) -> int:
 
 
 class ResNeXt(nn.Module):
-    """ResNeXt in any of its layouts.
+    """A ResNeXt in one of three layouts.
 
     Args:
         layout: "imagenet" (a 7x7 stem with stride 2 and a max pooling); "cifar" or "cifar4" (a 3x3 stem).
         blocks: number of blocks of each stage; every stage but the first halves height and width.
-        planes: planes of each stage; a stage outputs four times as many channels.
+        planes: planes of each stage: a quarter of the channels that the stage outputs.
         group_widths: channels per group in each stage's 3x3.
         cardinality: number of groups.
         num_classes: number of outputs.
@@ -224,7 +224,7 @@ class ResNeXt(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images (N, 3, H, W), 8 to 1024 pixels a side, to logits (N, num_classes)."""
+        """Return logits (N, num_classes) for normalised images (N, 3, H, W) with sides of 8 to 1024 pixels."""
         x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)

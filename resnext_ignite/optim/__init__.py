@@ -39,8 +39,15 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the trainable parameters as optimizer groups, one for each pair of weight decay and `lr_factor`.
 
-    If the factor is 1, the group has no `lr_factor`. Parameters with one dimension count as norm weights or biases.
-    The backbone is everything except `fc`. `without` names the parameters to leave out.
+    A group whose factor is 1 has no key `lr_factor`.
+
+    Args:
+        model: the model; its last layer is `fc`.
+        weight_decay: weight decay of the parameters with more than one dimension.
+        decay_norm_and_bias: also use this weight decay for parameters with one dimension (norm weights and biases); if
+            false, these parameters do not decay.
+        backbone_lr_factor: `lr_factor` of all parameters except the weights and biases of `fc`.
+        without: names of parameters to leave out.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -55,10 +62,10 @@ def parameter_groups(
 
 
 def hidden_convolutions(model: nn.Module) -> dict[str, int]:
-    """Return the trainable convolutions that Muon updates: the name of each weight, and its number of channel groups.
+    """Return a dict of the trainable convolutions that Muon updates: name of the weight -> number of channel groups.
 
-    The stem is not among them: SGD updates it. Muon's author also leaves the first layer to another optimizer. In a
-    window of an image, the mean brightness dominates, so the stem's gradient is large in this one direction.
+    SGD updates the stem. Muon's author also leaves the first layer to another optimizer. In the small window that a
+    filter of the stem covers, the mean brightness dominates, so the stem's gradient is large in this one direction.
     Orthogonalisation would scale all other directions, which are mostly noise, to the same size.
     """
     return {

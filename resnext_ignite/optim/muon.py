@@ -1,4 +1,7 @@
-"""Defines the optimizer Muon. It orthogonalises the updates of convolutions, group by group; SGD updates the rest."""
+"""Defines the optimizer Muon. It orthogonalises the update of a convolution for each channel group separately.
+
+All other parameters are updated with SGD.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ _ITERATIONS = 5
 
 
 def orthogonalised(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return matrices with the same singular vectors and all singular values near 1, by Newton-Schulz iterations.
+    """Return matrices with the same singular vectors as the input, but with all singular values near 1.
 
-    (B, rows, columns) -> (B, rows, columns); a matrix of zeros stays a matrix of zeros.
+    Use Newton-Schulz iterations: (B, rows, columns) -> (B, rows, columns). A matrix of zeros stays a matrix of zeros.
 
     Args:
         dtype: precision of the products; None: the dtype of the matrices.
@@ -55,10 +58,10 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         groups: parameter groups.
-        lr: learning rate of groups that set none.
-        momentum: momentum of groups that set none.
+        lr: learning rate of each parameter group that does not set `lr`.
+        momentum: momentum of each parameter group that does not set `momentum`.
         nesterov: use Nesterov momentum, for both methods.
-        exact: orthogonalise in float32 on a GPU too, instead of in bf16.
+        exact: on a GPU, orthogonalise in the precision of the weights (float32), not in bf16. A CPU always does so.
     """
 
     def __init__(

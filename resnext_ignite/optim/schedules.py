@@ -11,7 +11,7 @@ from ignite.handlers.param_scheduler import ParamScheduler
 
 
 def warmup(iteration: int, length: int) -> float:
-    """Return (iteration + 1) / length, but at most 1; the last of the `length` iterations has factor 1."""
+    """Return the factor for an iteration, counted from 0: (iteration + 1) / length, but at most 1; 1 if length is 0."""
     return min(1.0, (iteration + 1) / length) if length else 1.0
 
 
@@ -35,7 +35,7 @@ def _progress(iteration: int, start: int, end: int) -> float:
 
 
 class IterationLRScheduler(ParamScheduler):
-    """Sets the learning rate before each iteration to `lr` times a pure function of the iteration.
+    """Sets the learning rate before each iteration to `lr` * `factor(iteration)`.
 
     Ignite's schedulers count their calls. This one reads the iteration from the engine, so it needs no saved state. A
     resumed run, or a run continued with more epochs, therefore has the right rate in each iteration.

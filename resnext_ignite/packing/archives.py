@@ -40,8 +40,8 @@ def files_in(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
     """Yield the files in a tar file, and check at the end that the tar file is complete.
 
     Raises:
-        DataError: the tar file is truncated; or the path of a member leads out of the folder, or the member is neither
-            a file nor a folder.
+        DataError: the tar file is truncated, or it has a member with a path that leads out of the folder, or a member
+            that is neither a file nor a folder.
     """
     for member in archive:
         path = PurePosixPath(member.name)
@@ -51,8 +51,8 @@ def files_in(archive: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
             yield member
         elif not member.isdir():
             raise DataError(f"{name}: {member.name}: is neither a file nor a folder; do not trust this file")
-    # tarfile treats the end of the file, or an invalid header, as the end of the archive. A complete archive ends with
-    # a block of zeros.
+    # tarfile stops without an error where the file is truncated or a header is invalid. A complete archive ends with a
+    # block of zeros: check that this block is there.
     content = archive.fileobj
     if content is not None:
         content.seek(archive.offset)

@@ -22,7 +22,7 @@ _FOLDER = "ILSVRC2012_devkit_t12"
 
 @dataclass(frozen=True)
 class Synset:
-    """A class: its WordNet ID (`n01440764`), its names in words, and its number of training images."""
+    """A class: its WordNet ID (`n01440764`), its names (`tench, Tinca tinca`), and its number of training images."""
 
     wnid: str
     words: str
@@ -35,7 +35,7 @@ class Devkit:
 
     Args:
         path: the archive or folder that the kit was read from.
-        synsets: the classes by WordNet ID, without the inner nodes of the hierarchy.
+        synsets: WordNet ID -> class. It contains only the leaves of the WordNet hierarchy.
         ground_truth: the class (WordNet ID) of each validation image; the first entry belongs to image number 1.
     """
 
@@ -48,7 +48,7 @@ def read_devkit(path: Path) -> Devkit:
     """Read the kit from `ILSVRC2012_devkit_t12.tar.gz`, or from a folder with its contents.
 
     Raises:
-        DataError: the path does not hold the kit, or the kit is damaged; the message names the wrong part.
+        DataError: a file of the kit is missing or damaged; the message names the file.
     """
     meta, lines = _content(path, META), _content(path, GROUND_TRUTH).decode(errors="replace").split()
     try:

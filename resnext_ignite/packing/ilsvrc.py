@@ -1,8 +1,8 @@
 """Unpacks ILSVRC2012's archives into class folders: `train/<wnid>/*`, `val/<wnid>/*`.
 
-Each training class is unpacked into the folder `.unpacking`, and moved to its place when it is complete. The same holds
-for the validation split as a whole. The command can therefore resume after it was killed. The check at the end finds
-empty files, which a power failure may leave.
+Each training class is first unpacked into the folder `.unpacking`. When the class is complete, its folder is moved into
+`train/`. The validation split is unpacked and moved in the same way, but as a whole. The command can therefore resume
+after it was killed. After a power failure, some files may be empty; the check at the end finds them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def prepare(sources: Archives, output: Path, expected: Expected, encoding: Encod
         workers: number of processes that unpack; 0: this process unpacks.
 
     Raises:
-        DataError: something is missing or damaged, or a number is wrong; the message names it.
+        DataError: a file or class is missing or damaged, or the number of classes or images is not as expected; the
+            message names the file, class or folder.
         ConfigError: the output lies in a source, or a source lies in the output's `train/` or `val/`.
         RunFolderError: the output holds other files, was begun with another encoding, or is used by another process.
         StorageError: the disk is full.

@@ -1,4 +1,4 @@
-"""Reads an image file for packing or unpacking, unchanged or shrunk."""
+"""Reads image files for the commands that pack and unpack data, and shrinks large images if requested."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _JPEG_SUFFIXES = ("jpg", "jpeg")
 
 
 def shrunk(path: Path, encoding: Encoding) -> bytes | None:
-    """Return a JPEG file of the image, shrunk to `short_side` pixels on its shorter side; None if it is small enough.
+    """Shrink an image to `short_side` pixels on its shorter side, and return it as the content of a JPEG file.
 
-    The image is decoded in both cases, so that a damaged image is found now. The shrunk image is in RGB, turned upright
-    by the EXIF orientation, resized with PIL's Lanczos filter, and without metadata.
+    Return None if the image is not larger. Decode the image in this case too, to find a damaged image now. The shrunk
+    image is in RGB, upright according to the EXIF orientation of the file, resized with PIL's Lanczos filter, and
+    without metadata.
 
     Raises:
         DataError: as `open_rgb`.
@@ -38,7 +39,9 @@ def shrunk(path: Path, encoding: Encoding) -> bytes | None:
 
 
 def read_image(path: Path, encoding: Encoding) -> tuple[bytes, str]:
-    """Return an image file's content, shrunk if requested, and the suffix for its name, such as `jpeg`.
+    """Return the content of an image file, and a suffix for the file name, such as `jpeg`.
+
+    If the image is larger than `encoding` allows, the content is the shrunk image as a JPEG file.
 
     Raises:
         DataError: the file is empty or cannot be read; the message names it.
@@ -52,7 +55,7 @@ def read_image(path: Path, encoding: Encoding) -> tuple[bytes, str]:
 
 
 def content_of(path: Path) -> bytes:
-    """Return the content of a file; raises DataError if it is empty or cannot be read."""
+    """Return the content of a file; raise DataError if it is empty or cannot be read."""
     try:
         content = path.read_bytes()
     except OSError as error:

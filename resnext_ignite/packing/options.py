@@ -72,7 +72,10 @@ def at_least(option: str, value: int | None, least: int) -> None:
 
 
 def require(*libraries: str) -> None:
-    """Check that libraries of the extra `imagenet` are installed; raise ConfigError if one is missing."""
+    """Check that libraries are installed; raise ConfigError if one is missing.
+
+    The package extra `imagenet` installs these libraries.
+    """
     for name in libraries:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"{name} is missing; pip install 'resnext-ignite[imagenet]'")

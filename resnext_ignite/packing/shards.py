@@ -40,11 +40,11 @@ _BLOCK, _RECORD = 512, 10_240
 
 @dataclass(frozen=True)
 class Limit:
-    """The limits of a shard. A shard exceeds neither limit, but always holds at least one image.
+    """The limits of a shard. Only a shard with a single image may exceed `size`.
 
     Args:
-        images: number of images; None: no limit.
-        size: bytes of the tar file; None: no limit.
+        images: maximum number of images; None: no limit.
+        size: maximum size of the tar file in bytes; None: no limit.
     """
 
     images: int | None = None
@@ -182,7 +182,7 @@ def _read(index: ImageIndex, encoding: Encoding, workers: int, *, shuffled: bool
 
 
 def _numbered(samples: Iterator[_Sample], limit: Limit) -> Iterator[tuple[int, _Sample]]:
-    """Yield each sample with the number of its shard."""
+    """Distribute the samples over shards: yield (number of the shard, sample) for each sample."""
     number = images = size = 0
     for sample in samples:
         grown = size + sample.size()

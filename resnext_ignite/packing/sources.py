@@ -52,7 +52,7 @@ class TrainClass:
 
 
 def train_classes(path: Path) -> dict[str, TrainClass]:
-    """Return the training classes by WordNet ID.
+    """Return a dict of the training classes: WordNet ID -> class.
 
     Args:
         path: `ILSVRC2012_img_train.tar`, or a folder that holds a folder or a tar file for each class.
@@ -70,7 +70,7 @@ def train_classes(path: Path) -> dict[str, TrainClass]:
 
 @dataclass(frozen=True)
 class ValImage:
-    """A validation image: its file name, the WordNet ID of its class, and its place (a tar entry or a path)."""
+    """A validation image: its file name, the WordNet ID of its class, and `place`, which is a tar entry or a path."""
 
     name: str
     wnid: str
@@ -82,7 +82,7 @@ def val_images(path: Path, devkit: Devkit) -> list[ValImage]:
 
     Args:
         path: `ILSVRC2012_img_val.tar`, or a folder of the images, with or without class folders.
-        devkit: names the class of each image.
+        devkit: the development kit, which gives the class of each image.
 
     Raises:
         DataError: the tar file is damaged; or an image exists twice, is in the folder of another class, or does not

@@ -70,7 +70,7 @@ def _as_it_is(result: Result) -> Result:
 
 
 def storage_error(error: OSError) -> OSError | StorageError:
-    """Convert the error of a full disk to a StorageError that names `--output`; return other errors unchanged."""
+    """Return a StorageError that names `--output` if `error` reports a full disk; return any other error unchanged."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{error.filename}: {error.strerror}; free some space, or choose another --output")
     return error

@@ -33,7 +33,8 @@ def pyplot() -> Any:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    # Draw dollar signs in the names of classes and runs as they are, not as the marks of a formula.
+    # The names of classes and runs may contain dollar signs. By default, matplotlib draws the text between two dollar
+    # signs as a formula.
     mpl.rcParams["text.parse_math"] = False
     # Write text to an SVG as text, not as outlines.
     mpl.rcParams["svg.fonttype"] = "none"
@@ -55,7 +56,7 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] 
     """Draw error, loss and learning rate over epochs, for one run or for several runs in the same axes.
 
     Args:
-        runs: for each run's name, the records of its `metrics.jsonl`.
+        runs: name of the run -> records of its `metrics.jsonl`.
         size: width and height in inches.
     """
     figure, (top, middle, bottom) = pyplot().subplots(
@@ -70,7 +71,7 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] 
             points = [record for record in records if record["split"] == split]
             epochs = [record["epoch"] for record in points]
             label = f"{name} {split}" if several else split
-            # Without a marker, a curve of a single point is invisible. A split that is evaluated once has such a curve.
+            # The curve of a split that is evaluated only once is a single point, which is invisible without a marker.
             style: dict[str, Any] = {"color": color if several or number else None, "marker": "o", "markersize": 3}
             top.plot(epochs, [p["top1_error"] for p in points], label=label, **style)
             middle.plot(epochs, [p["loss"] for p in points], label=label, **style)
@@ -104,7 +105,9 @@ def draw_curves(runs: Mapping[str, Sequence[Record]], size: tuple[float, float] 
 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
-    """Draw a confusion matrix: the fraction of each true class (row) with each prediction (column).
+    """Draw a confusion matrix with one row per true class and one column per predicted class.
+
+    The colour of a cell shows its count, divided by the number of images of its true class.
 
     Args:
         confusion: counts of images, int64 (C, C).
@@ -133,11 +136,11 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> Figure:
 
 
 def draw_calibration(bins: Tensor) -> Figure:
-    """Draw accuracy over confidence, and the histogram of confidences.
+    """Draw the accuracy as a function of the confidence, and the histogram of the confidences.
 
     Args:
-        bins: `calibration_bins` of `Calibration` (`training/metrics.py`), float64 (B, 3): number of images, number of
-            correct predictions, sum of the confidences.
+        bins: the result `calibration_bins` of the metric `Calibration` (`training/metrics.py`), float64 (B, 3). A row
+            is one bin: number of images, number of correct predictions, sum of the confidences.
     """
     images, right, confidence = bins.numpy().T
     count = len(images)
@@ -181,7 +184,7 @@ def draw_sheet(images: Tensor, captions: Sequence[str] = (), columns: int = 8) -
 
 
 def draw_mistakes(mistakes: list[dict[str, Any]], split: Split, classes: tuple[str, ...]) -> Figure:
-    """Draw the images of an evaluation's mistakes, each under 'true -> predicted (loss)'."""
+    """Draw the images for which the prediction is wrong, each under the caption 'true -> predicted (loss)'."""
     wanted = torch.tensor([mistake["index"] for mistake in mistakes], dtype=torch.int64, device=split.indices.device)
     # searchsorted needs sorted indices: the images of a split are sorted by index.
     pictures = split.load(torch.searchsorted(split.indices, wanted)).cpu()

@@ -37,7 +37,7 @@ def save_page(runs: dict[str, dict[str, Any]], path: Path) -> None:
     """Write the report page of the given runs.
 
     Args:
-        runs: for each run's name, its summary from `report.summarize`.
+        runs: name of the run -> its summary from `report.summarize`.
         path: the HTML file.
     """
     page = build_page(runs)
@@ -63,7 +63,7 @@ def build_page(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def _curves(records: dict[str, list[Record]]) -> dict[str, str]:
-    """Return the curves as data URIs: for a desktop and for a phone, each for a light and for a dark page."""
+    """Return the curves as data URIs, in four versions: wide (desktop) and narrow (phone), each for light and dark."""
     curves = {}
     # The light page needs no style. The style "default" would reset the settings that `pyplot()` makes.
     styles: dict[str, Any] = {"": {}, "_dark": "dark_background"}
@@ -109,9 +109,9 @@ def _evaluation_of(folder: RunFolder, last: Record) -> tuple[Record | None, str]
             f"evaluation.json is of another evaluation ({name_of_evaluation(evaluation)}) than the last of "
             f"metrics.jsonl ({name_of_evaluation(last)}), so that confusion matrix and mistakes are left out."
         )
-    # A resumed run may repeat this evaluation, and be interrupted when it has written `metrics.jsonl`, but not yet
-    # `evaluation.json`. In that case, `evaluation.json` holds the counts of the first evaluation. They may differ from
-    # the counts of the second evaluation if the run is not deterministic.
+    # A resumed run may repeat this evaluation, write `metrics.jsonl`, and be interrupted before it writes
+    # `evaluation.json`. Then `metrics.jsonl` is from the second evaluation, and `evaluation.json` from the first. Their
+    # counts may differ if the run is not deterministic.
     correct = sum(count for true, predicted, count in evaluation["confusion"] if true == predicted)
     images = sum(count for _, _, count in evaluation["confusion"])
     if (correct, images) != (last["correct"], last["images"]):
@@ -140,7 +140,7 @@ def _details(evaluation: Record) -> dict[str, Any]:
 
 
 def _matrix(confusion: Tensor) -> list[list[tuple[int, int]]]:
-    """Return each count of a confusion matrix, int64 (C, C), with its percentage of the true class."""
+    """Convert a confusion matrix, int64 (C, C), to rows of pairs (count, percent of the images of the true class)."""
     fractions = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)).round().int()
     return [list(zip(*rows, strict=True)) for rows in zip(confusion.tolist(), fractions.tolist(), strict=True)]
 

@@ -30,7 +30,7 @@ _ITERATION_FILE = re.compile(r"iteration_(\d{8,})\.pt")
 
 
 def checksum_path(path: Path) -> Path:
-    """Return the path of the file beside a checkpoint that holds its sha256."""
+    """Return the path of a checkpoint's checksum file, which is in the same folder and contains the sha256."""
     return path.with_name(path.name + ".sha256")
 
 
@@ -38,7 +38,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint: sync the data, read it back and compare, sync the checksum, rename, sync the folder.
 
     Raises:
-        OSError: a write failed. `path` holds either the old file or the complete new file, and this file verifies.
+        OSError: a write failed. `path` is then the old file or the complete new file; in both cases, it matches its
+            checksum file.
         CheckpointError: the data that was read back differs from the data that was written.
     """
     replaced = _sums_of_existing(path)
@@ -50,7 +51,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save({"format": FORMAT, **state}, hashing)  # type: ignore[arg-type]
         except RuntimeError as error:
-            # After a failed write, torch closes its archive, fails again, and raises the new error ('unexpected pos').
+            # After a failed write, torch tries to close its archive. This fails too, and torch raises this second error
+            # ('unexpected pos'). Raise the first error instead.
             raise hashing.error or error from None
         digest = hashing.hash.hexdigest()
 
@@ -69,11 +71,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def _sums_of_existing(path: Path) -> list[str]:
     """Return the stored checksums of the file at `path`.
 
-    If none is stored, for example for a copied file, and the file is intact, compute its checksum.
+    If there is no checksum (for example, because only the checkpoint was copied) and the file is intact, compute it.
     """
     sums = _read_sums(path)
     if not sums and path.exists():
-        # A file that fails this check cannot be used anyway, and a failed save need not preserve it.
+        # If the old file fails this check, no run can use it. A failed save then need not preserve it.
         with contextlib.suppress(CheckpointError, OSError):
             verify_archive(path)
             sums = [sha256_of(path)]
@@ -131,7 +133,7 @@ def verify_archive(path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Verify a checkpoint, and return its content, on the CPU.
+    """Verify a checkpoint, and return its content, with all tensors on the CPU.
 
     Raises:
         DamagedError: the file is damaged.
@@ -197,16 +199,19 @@ def iteration_checkpoint_path(folder: Path, iteration: int) -> Path:
 
 
 def resume_candidates(folder: Path) -> list[Path]:
-    """Return the files that a run can resume from, in the order to try them: the newest resume points first.
+    """Return the files that a run can resume from; a resume tries them in this order.
 
-    `final.pt` and `best.pt` come last; they also hold a complete state.
+    First come the resume points, newest first; then `final.pt` and `best.pt`, which also contain a complete state.
     """
     return [*iteration_checkpoints(folder), *(p for p in (folder / "final.pt", folder / "best.pt") if p.exists())]
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The path and the content of a verified checkpoint, and the damaged or unreadable files that were tried first."""
+    """The path and the content of a verified checkpoint.
+
+    `damaged` and `unreadable` are the checkpoints that were tried before it and could not be used.
+    """
 
     path: Path
     state: dict[str, Any]
@@ -215,10 +220,10 @@ class ResumePoint:
 
 
 def newest_resume_point(folder: Path) -> ResumePoint | None:
-    """Return the first resume candidate that verifies, or None if there are no candidates.
+    """Return the first resume candidate that is readable and undamaged, or None if there are no candidates.
 
     Raises:
-        CheckpointError: no candidate can be used, or the first readable, undamaged candidate is of another version.
+        CheckpointError: all candidates are damaged or unreadable; or the candidate to return is of another version.
     """
     unusable: dict[Path, CheckpointError] = {}
     for path in resume_candidates(folder):
@@ -284,9 +289,9 @@ def find_checkpoint(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """The metadata of the weights: enough to prepare the input of the model and to name its classes.
+    """The metadata of a model: everything that is needed to prepare its input and to name its classes.
 
-    `errors` holds the records of the run's last and best evaluation; the best one is selected on the split `selection`.
+    `errors` contains the records of the last and the best evaluation. The best is selected on the split `selection`.
     `config` is the resolved config. `source` is None for weights from a run of this project. For other weights,
     `source` names the system that they come from, and `config` describes only the model and the normalisation.
     """

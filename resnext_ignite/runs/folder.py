@@ -159,7 +159,10 @@ class RunFolder:
         return records
 
     def truncate_metrics(self, count: int) -> None:
-        """Drop all records after the first `count`: a resumed run repeats the evaluations of the dropped records."""
+        """Keep the first `count` records of `metrics.jsonl`, and drop the rest.
+
+        A resumed run calls this method, and then repeats the evaluations of the dropped records.
+        """
         kept = self.read_metrics()[:count]
         if len(kept) < count:
             log.warning(f"{self._metrics}: only {len(kept)} of the run's {count} evaluations are still there")
@@ -172,7 +175,7 @@ class RunFolder:
         write_durably(self._evaluation, json.dumps(evaluation, allow_nan=False) + "\n")
 
     def read_evaluation(self) -> Record:
-        """Return the content of `evaluation.json`; it is empty if the file is missing or damaged."""
+        """Return the content of `evaluation.json`, or an empty dict if the file is missing or damaged."""
         return _read_object(self._evaluation, EvaluationInDetail)
 
     def write_status(self, state: str, **fields: Any) -> None:
@@ -182,7 +185,7 @@ class RunFolder:
         write_durably(self._status, text)
 
     def read_status(self) -> Record:
-        """Return the content of `status.json`; it is empty if the file is missing or damaged."""
+        """Return the content of `status.json`, or an empty dict if the file is missing or damaged."""
         return _read_object(self._status, Status)
 
 
@@ -224,7 +227,7 @@ class OpenRun:
         therefore differ from an uninterrupted run.
 
         Args:
-            contents: a description of the images of each split.
+            contents: split -> string that describes its images.
 
         Raises:
             RunFolderError: the images of a split differ; the message shows both descriptions.
@@ -245,8 +248,8 @@ def open_run(path: Path, config: Config, ranks: Ranks, *, resume: bool) -> Itera
     If the block raises an error, `status.json` records it. Only rank 0 accesses the folder.
 
     Raises:
-        RunFolderError: another process uses the folder; the folder holds a run, and `resume` is false; or the config
-            would change the run.
+        RunFolderError: another process uses the folder; or the folder already contains a run, but `resume` is false; or
+            the config would change the run.
         CheckpointError: there are checkpoints to resume from, but none can be used.
     """
     folder = RunFolder(path)

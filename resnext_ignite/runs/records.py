@@ -1,6 +1,6 @@
-"""Defines the schemas that check the small files of a run folder when they are read.
+"""Defines the schemas of the small files in a run folder. `folder.py` validates each file when it reads the file.
 
-A reader ignores content that does not match its schema; additional keys are allowed. `training/handlers/evaluation.py`
+It ignores content that does not match its schema; additional keys are allowed. `training/handlers/evaluation.py`
 builds the records of `metrics.jsonl`, and `training/handlers/files.py` writes the files.
 """
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 
 
 class Best(BaseModel):
-    """The fields of the best record that a report uses."""
+    """The fields that a report uses from the record of the best evaluation."""
 
     top1_error: float
     epoch: int
@@ -57,9 +57,9 @@ _Count = Annotated[int, Field(ge=0, strict=True)]
 
 
 class EvaluationInDetail(BaseModel):
-    """The content of `evaluation.json`; labels are indices of `classes`.
+    """The content of `evaluation.json`. A label is an index into `classes`.
 
-    `confusion` holds (true label, predicted label, count) for each pair of labels that occurs.
+    `confusion` has an entry (true label, predicted label, count) for each pair of labels whose count is not 0.
     """
 
     split: str

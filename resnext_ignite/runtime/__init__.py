@@ -1,1 +1,1 @@
-"""The basis of all other subpackages: errors, signals, files, the console, the device, timing, tables."""
+"""Modules that all other subpackages use: errors, signals, files, console, device, timing, tables, model names."""

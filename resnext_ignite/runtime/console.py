@@ -1,4 +1,4 @@
-"""Sets up the log, standard output and standard error, and handles streams that are closed, full or hung up.
+"""Sets up the log, standard output and standard error, and handles closed pipes, full disks and lost terminals.
 
 This module does not import torch.
 """
@@ -31,7 +31,7 @@ class _ResultFile(io.FileIO):
     """A file for the result of a command: a failed write ends the command.
 
     Raises:
-        SystemExit: the reader of a pipe has closed it (`| head`); exit code 0.
+        SystemExit: standard output is a pipe, and its reader has closed it (`| head`); exit code 0.
         OSError: any other error; its file name is "standard output".
     """
 
@@ -48,14 +48,15 @@ class _ResultFile(io.FileIO):
 
 
 def set_up_streams(*, prints_result: bool) -> None:
-    """Make writes to the standard streams of this process safe, whatever happens to their readers.
+    """Replace standard output and standard error by streams that handle failed writes.
 
-    Standard error is only a log: text that cannot be written is dropped. If one of the descriptors 0 to 2 is closed,
-    open it on /dev/null. Otherwise the next file that this process opens would get that number, and all messages would
-    go into that file.
+    A failed write to standard error, which is only a log, drops the text. A descriptor from 0 to 2 that is closed is
+    opened on /dev/null. Otherwise, the next file that this process opens would get this descriptor, and all messages
+    would go into this file.
 
     Args:
-        prints_result: standard output holds the result of the command, so that a failed write must end the command.
+        prints_result: if true, standard output carries the result of the command, and a failed write ends the command.
+            If false, a failed write drops the text.
     """
     for number in range(3):
         try:
@@ -82,8 +83,8 @@ def _opened(name: str, kind: type[io.FileIO], errors: str) -> TextIO:
         # A file name may hold bytes that are not valid text: standard output writes them unchanged, standard error
         # writes them escaped.
         errors=errors,
-        # Python itself flushes standard error and terminals after each line, and every stream with `python -u` (which
-        # sets write_through). Do the same here.
+        # Flush after each line wherever Python itself would: on standard error, on terminals, and with `python -u`
+        # (which sets write_through) on every stream.
         line_buffering=name == "stderr" or raw.isatty() or bool(getattr(before, "write_through", False)),
     )
 
@@ -112,7 +113,11 @@ class _TqdmHandler(logging.Handler):
 
 
 def set_up_console(*, quiet: bool = False) -> None:
-    """Send this package's log to standard error; if `quiet` (all ranks except rank 0), only warnings and errors."""
+    """Send this package's log to standard error.
+
+    Args:
+        quiet: log only warnings and errors; set this on all ranks except rank 0.
+    """
     from tqdm import tqdm
 
     logger = logging.getLogger("resnext_ignite")

@@ -35,7 +35,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def set_up_machine(device: torch.device, *, deterministic: bool) -> None:
-    """Select deterministic kernels or the fastest ones; on a CPU, let the process keep the memory that it frees."""
+    """Select deterministic kernels or the fastest ones; on a CPU, do not return freed memory to the system."""
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     # With deterministic algorithms, torch fills new memory, to expose reads of uninitialised values. This code has no

@@ -17,7 +17,7 @@ from resnext_ignite.runtime.console import set_up_streams
 
 
 class ResnextError(Exception):
-    """An error that is reported in one line: what is wrong, its value, what to do.
+    """An error that is reported in one line. The line names what is wrong, its value, and what to do.
 
     `quiet` is True if another rank prints the error, False if this rank prints it, and None if this is not known yet.
     """
@@ -49,7 +49,7 @@ class DamagedError(CheckpointError):
 
 
 class ForeignFileError(DamagedError):
-    """A file that this project did not write in this form: a file of another system, or a part of a checkpoint."""
+    """A file that is not a whole checkpoint of this project: a file of another system, or a part of a checkpoint."""
 
 
 class NonFiniteError(ResnextError):
@@ -65,7 +65,7 @@ class StorageError(ResnextError):
 
 
 class RunFolderError(ResnextError):
-    """A run folder that is in use, holds another run, or would be continued with another config."""
+    """A run folder that another process uses, or that belongs to another run or to another config."""
 
     exit_code = 7
 
@@ -131,7 +131,7 @@ def raise_as_data_error(where: object) -> Iterator[None]:
     """Turn any file error (OSError) raised in the `with` block into a DataError.
 
     Args:
-        where: the name that the message gives if the error does not name a file.
+        where: what the message names if the error itself names no file.
 
     Raises:
         DataError: an operation on a file failed with an OSError. Other errors are raised unchanged.
@@ -194,7 +194,9 @@ def as_out_of_memory(error: BaseException) -> ConfigError | None:
 
 
 def report_error(error: BaseException) -> int:
-    """Print an error to standard error, in one line, and return the exit code; a bug is printed with its traceback.
+    """Print an error to standard error, and return its exit code.
+
+    A bug is printed with its traceback; every other error takes one line.
 
     An error whose `quiet` is True is not printed. With `RESNEXT_DEBUG=1`, every other error is printed with its
     traceback.

@@ -1,4 +1,4 @@
-"""Defines the grammar of model names, and the shapes that a name stands for. This module does not import torch.
+"""Defines the grammar of model names, and computes layer sizes from a name. This module does not import torch.
 
 Three layouts share one bottleneck block (ResNeXt, arXiv:1611.05431, figure 3c): the CIFAR layout of section 5.4
 (three stages on 32x32, a 3x3 stem), the ImageNet layout of table 1 (four stages, a 7x7 stem and a max pooling), and
@@ -45,14 +45,17 @@ class Architecture:
         return 1 + sum(min(count, 2) for count in self.blocks[1:])
 
     def planes(self, stem_channels: int) -> tuple[int, ...]:
-        """Return the planes of each stage; they double from stage to stage.
+        """Return the number of planes of each stage. It doubles from stage to stage.
 
-        The output of a stage has `EXPANSION` times as many channels.
+        The output of a stage has `EXPANSION` * planes channels.
         """
         return tuple(stem_channels * 2**stage for stage in range(len(self.blocks)))
 
     def group_width(self, planes: int) -> int:
-        """Return the number of channels per group in a stage with `planes` planes: `base_width` for 64 planes."""
+        """Return the number of channels per group in a stage with `planes` planes.
+
+        It is proportional to `planes`, and equals `base_width` at 64 planes.
+        """
         return planes * self.base_width // 64
 
 
@@ -80,7 +83,7 @@ def parse_model_name(name: str) -> Architecture:
 
 
 def depth_of(layout: str, blocks: tuple[int, ...]) -> int | None:
-    """Return the depth for which a layout has these numbers of blocks per stage, or None if there is no such depth."""
+    """Return the depth of a network with this layout and these numbers of blocks per stage; None if no depth fits."""
     if layout == "cifar":
         return 9 * blocks[0] + 2 if len(blocks) == 3 and len(set(blocks)) == 1 else None
     return next((depth for depth, found in _IMAGENET_BLOCKS.items() if found == blocks), None)

@@ -30,7 +30,7 @@ ENDING_SIGNALS = (*STOP_SIGNALS, PARENT_GONE)
 
 
 def describe_signal(number: int) -> str:
-    """Return the words that stand for a signal after 'stopped by' in a message."""
+    """Return the text that completes 'stopped by ...': the name of the signal, or a phrase for PARENT_GONE."""
     return "the end of its parent process" if number == PARENT_GONE else signal.Signals(number).name
 
 
@@ -45,7 +45,10 @@ def exit_during_start(number: int, frame: object) -> None:
 
 
 def exit_on_signal(number: int, frame: object) -> None:
-    """Exit with code 75. This is a signal handler for the time of the imports, when other code may catch exceptions."""
+    """Exit with code 75. This is a signal handler for use during the imports.
+
+    It does not raise an exception, because an imported module may catch it.
+    """
     write_from_signal_handler(f"error: stopped by {describe_signal(number)} before there was anything to save")
     os._exit(PreemptedError.exit_code)
 
@@ -64,11 +67,13 @@ def install_exit_during_start() -> None:
 
 @contextlib.contextmanager
 def note_stop_signals() -> Iterator[Callable[[], str | None]]:
-    """Record every stop signal that arrives inside the `with` block, whichever handler handles it.
+    """Record every stop signal that arrives inside the `with` block, even if its handler ignores it.
 
-    The yielded function returns the name of the last stop signal since the previous call, or None if there was none. A
-    run has its own handlers, which ignore a signal that arrives while the run ends. A command that makes several runs
-    therefore calls the function after each run. After the block, the previous handlers are restored.
+    The yielded function returns the name of the last stop signal since the previous call, or None if there was none.
+    After the block, the previous handlers are restored.
+
+    A command that makes several runs needs this: the handlers of a run ignore a signal that arrives while the run ends.
+    The command therefore calls the yielded function after each run.
     """
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     reads, writes = os.pipe()

@@ -120,8 +120,8 @@ def sha256_of(path: Path, *, from_disk: bool = False) -> str:
     """
     with name_file_in_errors(path), path.open("rb") as file:
         if from_disk:
-            # Drop the file from the page cache: otherwise the system returns the data from its memory, whatever the
-            # disk stored. This call is only advice to the system; some file systems do not support it.
+            # Drop the file from the page cache. Otherwise, the system would return its copy in memory, which may be
+            # correct although the data on the disk is damaged. Some file systems ignore this call.
             with contextlib.suppress(OSError):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -135,8 +135,8 @@ def check_output_path(option: str, path: Path, *, new: bool = False) -> None:
         new: the file must not exist yet.
 
     Raises:
-        ConfigError: the folder does not exist; or the path exists, and is not a file or (with `new`) is a file; or the
-            system rejects the path.
+        ConfigError: the folder does not exist; the path exists and is not a file; the file exists already, and `new`
+            is set; or the system rejects the path.
     """
     try:
         if not path.parent.is_dir():

@@ -1,4 +1,4 @@
-"""Measures time: contenders take turns, A B A B ..., so that a drift of the machine's speed affects all of them."""
+"""Measures run times. Contenders take turns (A B A B ...), so that a drift in machine speed affects all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 def in_turns(
     contenders: dict[str, Callable[[], float]], rounds: int, title: str = "", *, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Call each contender once per round, and return the values of each contender.
+    """Call each contender, a function that returns a measurement, once per round; return all measurements by name.
 
     Args:
         title: title of the progress bar; empty: no progress bar.
@@ -38,9 +38,9 @@ def medians(samples: dict[str, list[float]]) -> dict[str, float]:
 
 
 def timed(device: torch.device, work: Callable[[], object], times: int = 1) -> float:
-    """Return the mean seconds per call over `times` calls in a row.
+    """Call `work` `times` times in a row; return the mean duration of a call in seconds.
 
-    CUDA events measure the time on a GPU; the clock measures it on a CPU.
+    On a GPU, CUDA events measure the duration; on a CPU, `time.perf_counter` does.
     """
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -57,8 +57,9 @@ def timed(device: torch.device, work: Callable[[], object], times: int = 1) -> f
 
 
 def kernel_timer(device: torch.device, work: Callable[[], object]) -> Callable[[], float]:
-    """Return a function that measures a kernel and returns its mean seconds per call.
+    """Return a function that measures a kernel and returns the mean duration of a call in seconds.
 
-    The function calls the kernel once on a CPU, and 20 times in a row on a GPU, to hide the launch overhead.
+    On a CPU, the function calls the kernel once. On a GPU, it calls the kernel 20 times in a row, to hide the launch
+    overhead.
     """
     return lambda: timed(device, work, 20 if device.type == "cuda" else 1)

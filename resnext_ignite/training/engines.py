@@ -127,10 +127,12 @@ def _initialise_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 @dataclass(frozen=True)
 class _Target:
-    """The targets of a micro-batch: `labels` int64 (n,).
+    """The targets of a micro-batch. `others` and `lambdas` are None if the images are not mixed.
 
-    For mixed images, `others`, int64 (n,), holds the labels of their neighbours, and `lambdas`, float32 (n,), the
-    fraction of each mixed image that comes from the image itself, not from its neighbour.
+    Args:
+        labels: int64 (n,).
+        others: int64 (n,), for each image the label of the neighbour that is mixed into it.
+        lambdas: float32 (n,), the fraction of each mixed image that comes from the image itself.
     """
 
     labels: Tensor
@@ -216,7 +218,7 @@ def blank_images(config: Config, device: torch.device, ranks: Ranks) -> Tensor:
 
 
 def build_trainer(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Engine:
-    """Return the trainer of a config whose precision is resolved."""
+    """Return the trainer for a config. `train.precision` must be resolved (not `auto`)."""
     return create_trainer(
         model,
         optimizer,
@@ -230,7 +232,7 @@ def build_trainer(config: Config, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def build_evaluator(config: Config, model: nn.Module, device: torch.device, ranks: Ranks) -> Engine:
-    """Return the evaluator of a config whose number of classes and precision are resolved."""
+    """Return the evaluator for a config. The number of classes, precision and inference must be resolved."""
     if config.model.num_classes is None:
         raise ValueError("model.num_classes is not resolved yet: resolve it from the data first")
     return create_evaluator(

@@ -18,9 +18,9 @@ from resnext_ignite.distributed.ranks import Ranks
 class TrainingSums:
     """The sums of the training metrics since the last exchange between ranks, and the first bad iteration.
 
-    Both are on the device. An iteration is bad if its loss or gradient is not finite. If there is no bad iteration,
-    infinity is stored in place of the iteration. The gradient is checked after its reduction over ranks: if the
-    gradient of one rank is not finite, all ranks record the iteration as bad.
+    Both are on the device. An iteration is bad if its loss or gradient is not finite. The first bad iteration is stored
+    as infinity until there is one. The gradient is checked after its reduction over ranks: if the gradient of one rank
+    is not finite, all ranks record the iteration as bad.
     """
 
     NAMES = ("loss", "correct", "images", "unreadable", "skipped_updates")
@@ -35,8 +35,8 @@ class TrainingSums:
 
     def add(self, loss: Tensor, correct: Tensor, images: Tensor, unreadable: Tensor) -> None:
         """Add scalars of one micro-batch: the summed loss, and the numbers of correct, readable, unreadable images."""
-        # Round to a multiple of 2^-24: float64 then holds every sum exactly. A resumed run groups the additions
-        # differently and must get bit-identical sums.
+        # Round to a multiple of 2^-24: float64 then holds every sum exactly, so the order of the additions does not
+        # matter. A resumed run exchanges its sums at other iterations, and must still get bit-identical totals.
         exact = (loss.double() * 2**24).round() / 2**24
         self._sums[:4] += torch.stack([exact, correct.double(), images.double(), unreadable.double()])
 
@@ -92,7 +92,11 @@ class ClassificationCounts(Metric):
         self._mistakes = torch.zeros(0, 4, dtype=torch.float64, device=self._device)
 
     def update(self, output: tuple[Tensor, Batch]) -> None:
-        """Count the logits, float32 (n, C), of a batch."""
+        """Add a batch to the counts.
+
+        Args:
+            output: the logits of the images, float32 (n, C), and the batch.
+        """
         logits, batch = output
         losses = F.cross_entropy(logits, batch.labels, reduction="none").double()
         predicted = logits.argmax(1)
@@ -188,13 +192,18 @@ class Calibration(Metric):
         self._bins = torch.zeros(self.BINS, 3, dtype=torch.float64, device=self._device)
 
     def update(self, output: tuple[Tensor, Batch]) -> None:
-        """Count the logits, float32 (n, C), of a batch."""
+        """Add a batch to the counts of the bins.
+
+        Args:
+            output: the logits of the images, float32 (n, C), and the batch.
+        """
         logits, batch = output
         confidence, predicted = logits.double().softmax(1).max(1)
         # (0, 1/15], (1/15, 2/15], ...
         bins = (confidence * self.BINS).ceil().long().clamp(1, self.BINS) - 1
         values = torch.stack([torch.ones_like(confidence), (predicted == batch.labels).double(), confidence], dim=1)
-        # (bins, n) @ (n, 3). Unlike this product, adding by index has no fixed order of additions on a GPU.
+        # (bins, n) @ (n, 3). Do not use an indexed addition here: on a GPU, it has no fixed order of additions, and its
+        # result would vary in the last bits.
         self._bins += F.one_hot(bins, self.BINS).double().T @ values
 
     def compute(self) -> dict[str, Any]:

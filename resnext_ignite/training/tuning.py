@@ -27,7 +27,7 @@ _ROUNDS = 3
 # On a CPU, the time is proportional to the number of images, so a few images suffice. A GPU reaches its full speed only
 # on a whole batch.
 _MAX_IMAGES_ON_CPU = 8
-# A candidate is not timed again if its first timing is longer than this factor times the shortest first timing.
+# Drop a candidate after its first measurement if it is slower than the fastest candidate by more than this factor.
 _DROP_IF_SLOWER_BY = 1.5
 # Compiling takes about a minute. Try it only if all evaluations together take more than five minutes without it.
 _MIN_SECONDS_TO_COMPILE = 300
@@ -60,9 +60,10 @@ def resolve_auto(config: Config, data: Data, device: torch.device, ranks: Ranks)
 
 
 def grouped_conv_for(config: Config, image_size: int, device: torch.device, world_size: int = 1) -> list[str]:
-    """Return the fastest implementation for each shape of the network's grouped 3x3 convolutions, in network order.
+    """Return the fastest implementation for each shape of grouped 3x3 convolution, in the order of the forward pass.
 
-    The convolutions are measured on as many images as each of `world_size` ranks has in a micro-batch.
+    Each measurement uses as many images as a micro-batch has on one rank, if there are `world_size` ranks (on a CPU, at
+    most `_MAX_IMAGES_ON_CPU`).
     """
     images = config.train.batch_size // config.train.accumulate // world_size
     return choose_grouped_conv(_plain_model(config), image_size, images, _arithmetic(config, device))
@@ -119,7 +120,7 @@ def _arithmetic(config: Config, device: torch.device) -> ComputeSettings:
 
 
 def choose_grouped_conv(model: nn.Module, image_size: int, images: int, arithmetic: ComputeSettings) -> list[str]:
-    """Return the fastest implementation for each shape of a network's grouped 3x3 convolutions, in network order.
+    """Return the fastest implementation for each shape of grouped 3x3 convolution, in the order of the forward pass.
 
     Each measurement covers a forward and a backward pass.
 
@@ -165,7 +166,7 @@ def choose_inference(
 
     Args:
         images: number of images in one evaluation batch.
-        total_images: number of images that this device will evaluate in all.
+        total_images: number of images that this device will evaluate, summed over all evaluations.
     """
     count = arithmetic.enough(images)
     model, noise = arithmetic.place(model).eval(), arithmetic.noise(count, 3, image_size)
@@ -182,9 +183,10 @@ def choose_inference(
 
 
 def fastest(ways: dict[str, Callable[[], object]], device: torch.device) -> str:
-    """Return the name of the fastest candidate: the one with the smallest median of `_ROUNDS` timings.
+    """Return the name of the fastest candidate.
 
-    Each candidate is called once before the first timing, to warm up.
+    Call each candidate once to warm up, and measure it once. Drop the slow candidates (`_DROP_IF_SLOWER_BY`). Measure
+    the others in `_ROUNDS` more rounds, and compare the medians of these rounds.
     """
     for way in ways.values():
         way()

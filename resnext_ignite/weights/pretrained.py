@@ -34,6 +34,7 @@ def load_pretrained(model: nn.Module, name: str, source: str, ranks: Ranks | Non
     Raises:
         CheckpointError: `source` does not exist or cannot be read, or its weights do not fit the model.
     """
+    advice = ""
     if source.startswith(_TORCHVISION):
         state: dict[str, Any] = {}
         # The first rank on each machine downloads. The other ranks then read the cached file.
@@ -41,6 +42,9 @@ def load_pretrained(model: nn.Module, name: str, source: str, ranks: Ranks | Non
         state = state or _torchvision_weights(name, source)
     else:
         checkpoint = _checkpoint(source)
+        network = checkpoint["config"]["model"]
+        stem = network.get("stem_channels", 64)
+        advice = f" set model.name={network['name']} model.stem_channels={stem}, the network of these weights;"
         state = dict(checkpoint.get("ema") or checkpoint["model"])
     own = model.state_dict()
     for key in ("fc.weight", "fc.bias"):
@@ -49,9 +53,8 @@ def load_pretrained(model: nn.Module, name: str, source: str, ranks: Ranks | Non
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(
-            f"model.pretrained: {source} does not fit: {' '.join(str(error).split())[:200]}"
-        ) from None
+        first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
+        raise CheckpointError(f"model.pretrained: {source} does not fit {name}:{advice} {first[:160]}") from None
 
 
 def with_normalisation(config: Config) -> Config:

@@ -64,7 +64,8 @@ def crop(padded: Tensor, positions: Tensor, top: Tensor, left: Tensor, size: int
     """
     m, h, w, _ = padded.shape
     image, row, pixel = h * w * 3, w * 3, 3
-    # Make a view of all windows, with rows of 3*size contiguous values: one gather then copies whole rows.
+    # This view contains every possible crop. Each row of a crop is 3*size contiguous values, so the gather below copies
+    # whole rows.
     windows = padded.as_strided((m, h - size + 1, w - size + 1, size, size * 3), (image, row, pixel, row, 1))
     return windows[positions, top, left].view(-1, size, size, 3)
 
@@ -119,7 +120,7 @@ def jitter_color(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
     Args:
         images: float (N, H, W, 3), 0 to 1.
-        factors: (N, 3), the weight of the image itself for brightness, contrast and saturation.
+        factors: (N, 3), the weight of the image in the blend for brightness, contrast and saturation. It may exceed 1.
         order: int64 (N,), an index into `_ORDERS`, which lists the six orders of these three operations.
     """
     orders = _constant(_ORDERS, torch.int64, images.device)
@@ -151,8 +152,9 @@ class Augment:
     Args:
         seed: the random seed.
         mean, std: normalisation of red, green and blue, on a scale of 0 to 1.
-        crop_padding, crop_fill, flip, trivial, cutout, erasing, color, lighting: as the config keys of `augment`.
-        channels_last: the output has torch's channels_last memory format.
+        crop_padding, crop_fill, flip, trivial, cutout, erasing, color, lighting: the values of these keys in the config
+            section `augment`.
+        channels_last: return images in torch's channels_last memory format.
     """
 
     seed: int
@@ -265,7 +267,8 @@ class Augment:
         if self.flip == "random":
             return uniform(self.seed, epoch, indices, Purpose.FLIP) < 0.5
         if self.flip == "alternating":
-            # Draw once for each image whether it is mirrored in the first epoch; then alternate in every epoch.
+            # A random bit per image decides whether the image is mirrored in the first epoch. After that, this changes
+            # in every epoch.
             return (integers(self.seed, 0, indices, Purpose.FLIP, 2) + epoch) % 2 == 0
         return None
 

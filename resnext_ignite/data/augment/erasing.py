@@ -1,4 +1,4 @@
-"""Random erasing (Zhong et al., arXiv:1708.04896): draws the boxes for a whole batch. `chain.py` erases them."""
+"""Random erasing (Zhong et al., arXiv:1708.04896): computes a random box per image. `chain.py` erases the boxes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def random_boxes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the box to erase in each image: top, left, height, width, int64 (n,) each; all are 0 if there is no box.
 
-    As in torchvision, draw ten boxes and take the first box that is smaller than the image. If there is none, erase
-    nothing.
+    As in torchvision, try ten random boxes per image, and use the first box whose height and width are both smaller
+    than those of the image. If there is no such box, erase nothing in this image.
 
     Args:
         seed: the random seed.

@@ -55,7 +55,7 @@ def neighbours(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixes the images of a batch. If mixup and CutMix are both on, each image gets one of them at random (1/2 each).
+    """Mixes the images of a batch with mixup or CutMix. If both are on, each has probability 1/2 for each image.
 
     Args:
         seed: the random seed.
@@ -103,8 +103,8 @@ class Mixing:
 def _boxes(own: Tensor, down: Tensor, across: Tensor, images: Tensor) -> Tensor:
     """Return masks, float32 (n, 1, H, W), that are 1 in a box and 0 outside.
 
-    Before clipping at the edges, a box covers the fraction 1 - `own` of the image's area. Its centre is at `down` times
-    the height and `across` times the width. `own`, `down` and `across` are (n,), from 0 to 1.
+    Before clipping at the edges, a box covers the fraction 1 - `own` of the image's area. The centre of the box is at
+    row `down` * H and column `across` * W. `own`, `down` and `across` are (n,), from 0 to 1.
     """
     height, width = images.shape[-2:]
     side = (1 - own).sqrt()

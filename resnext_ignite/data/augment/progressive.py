@@ -10,8 +10,8 @@ from fractions import Fraction
 class GrowingSize:
     """The side of the training images in each epoch: it grows linearly in steps, then stays at its full size.
 
-    The method is that of M. Tan and Q. Le, 'EfficientNetV2' (arXiv:2104.00298, section 4.2, algorithm 1), but the
-    size can change in every epoch, not only between a few stages.
+    The method follows M. Tan and Q. Le, 'EfficientNetV2' (arXiv:2104.00298, section 4.2, algorithm 1). The paper
+    changes the size only between a few stages; here, it can change in every epoch.
 
     Args:
         first: side in the first epoch, in pixels; a multiple of `step`.

@@ -104,7 +104,8 @@ def trivial_augment(pictures: Tensor, seed: int, epoch: int, indices: Tensor) ->
     for place, choice in enumerate(choices(seed, epoch, indices)):
         groups.setdefault(choice, []).append(place)
     order = torch.tensor([place for places in groups.values() for place in places], device=pictures.device)
-    # Group the images by operation and strength, as (n, 3, H, W); restore their layout and order afterwards.
+    # Apply each pair (operation, strength) once, to all images with this pair, as (n, 3, H, W). Afterwards, put the
+    # images back to their original positions, as (n, H, W, 3).
     parts = pictures[order].permute(0, 3, 1, 2).split([len(places) for places in groups.values()])
     done = [OPERATIONS[name].apply(part, strength) for (name, strength), part in zip(groups, parts, strict=True)]
     out = torch.empty_like(pictures)

@@ -26,9 +26,11 @@ images (section 4.1)."""
 
 
 def square_crop(size: int, share: float = 1.0, anchor: tuple[float, float] = CENTRE) -> Crop:
-    """Return a crop equal to torchvision's Resize to `size` / `share`, followed by a square crop of side `size`.
+    """Return a crop function for evaluation. Its box is in pixels of the original image.
 
-    The box reproduces torchvision's rounding to whole pixels: a shift by half a pixel would change every pixel.
+    Resizing this box to (`size`, `size`) is equivalent to torchvision's Resize to `size` / `share`, followed by a
+    square crop of side `size`. The box reproduces torchvision's rounding to whole pixels, because a shift by half a
+    pixel would change every pixel.
 
     Args:
         size: side of the output in pixels.
@@ -58,10 +60,10 @@ def random_crop(draws: Iterable[Sequence[float]]) -> Crop:
 def random_box(width: int, height: int, draws: Iterable[Sequence[float]]) -> Box:
     """Return a box (left, top, right, bottom) of random area and aspect ratio.
 
-    `draws` holds four uniform numbers in [0, 1) for each attempt. As in torchvision's RandomResizedCrop and
-    fb.resnet.torch's RandomSizedCrop, take the first box that fits into the image. If no box fits, take the largest
-    central box whose aspect ratio is allowed and closest to that of the image. torchvision does the same, but rounds
-    this box to whole pixels.
+    `draws` gives four uniform random numbers in [0, 1) for each attempt. As in torchvision's RandomResizedCrop and
+    fb.resnet.torch's RandomSizedCrop, take the first box that fits into the image. If no box fits, clip the aspect
+    ratio of the image to the allowed range, and take the largest central box with this ratio. torchvision does the
+    same, but rounds this box to whole pixels.
     """
     for area_draw, aspect_draw, top_draw, left_draw in draws:
         area = width * height * (_AREA[0] + area_draw * (_AREA[1] - _AREA[0]))
@@ -79,7 +81,7 @@ def random_box(width: int, height: int, draws: Iterable[Sequence[float]]) -> Box
 
 @dataclass(frozen=True)
 class _CropDraws:
-    """The uniform numbers of an image's random crop, four per attempt. Only the first four are computed in advance."""
+    """The `draws` of one image: four random numbers per attempt. Only those of the first attempt are precomputed."""
 
     seed: int
     epoch: int
@@ -98,6 +100,6 @@ def _attempt(seed: int, epoch: int, indices: Tensor, number: int) -> list[list[f
 
 
 def crop_draws(seed: int, epoch: int, indices: Tensor) -> list[_CropDraws]:
-    """Return a list with the argument `draws` of `random_crop` for each image; `indices` is int64 (n,)."""
+    """Return a list with one argument `draws` of `random_crop` per image; `indices` is int64 (n,)."""
     firsts = _attempt(seed, epoch, indices, 0)
     return [_CropDraws(seed, epoch, indices[k : k + 1], first) for k, first in enumerate(firsts)]

@@ -73,7 +73,7 @@ def open_rgb(source: ImagePath) -> Image.Image:
 def has_size(source: ImagePath, size: int) -> bool:
     """Return whether an image is a square with a side of `size` pixels.
 
-    Return True for a file that cannot be read: decoding reports it later.
+    Also return True for a file that cannot be read: the error is reported later, when the file is decoded.
     """
     with contextlib.suppress(DataError), _opened(source) as picture:
         return picture.size == (size, size)
@@ -122,9 +122,9 @@ def read_crop(source: ImagePath, size: int, crop: Crop, *, training: bool = Fals
     """Decode a crop of an image file and resize it to a square with antialiasing: uint8 (size, size, 3).
 
     Evaluation resizes before it crops, as torchvision's Resize and CenterCrop do: pixels just outside the crop
-    contribute to its edges. Training crops before it resizes, as RandomResizedCrop does. Training decodes a JPEG file
-    at a half, a quarter or an eighth of its size if the crop is then still at least `size` pixels wide and high. This
-    is several times faster for large images, and makes the result a little smoother.
+    contribute to its edges. Training crops before it resizes, as RandomResizedCrop does. In training, a JPEG file is
+    decoded at 1/2, 1/4 or 1/8 of its size if the crop is still at least `size` pixels wide and high at this scale. For
+    large images, this is several times faster, and it makes the result a little smoother.
 
     Raises:
         DataError: as `open_rgb`.
@@ -158,9 +158,10 @@ class UndecodedJpeg:
 def read_undecoded(source: ImagePath, size: int, crop: Crop) -> UndecodedJpeg | None:
     """Read a JPEG file without decoding it, and compute its training crop; return None if the file needs `read_crop`.
 
-    The image must be in YCbCr and upright. The file must end with an EOI marker, because decoders give different pixels
-    for a truncated file. The coordinates of the box must be whole pixels. Its sides must be at most `_MAX_SHRINK` times
-    `size`: for a larger box, `read_crop` is faster, because it decodes at a fraction of the size.
+    A file needs `read_crop` unless it meets all of these conditions. The image is in YCbCr and upright. The file ends
+    with an EOI marker, because decoders give different pixels for a truncated file. The coordinates of the box are
+    whole pixels. The sides of the box are at most `_MAX_SHRINK` * `size`: for a larger box, `read_crop` is faster,
+    because it decodes at a fraction of the size.
     """
     plain = _PlainJpeg.of(source)
     if plain is None or plain.space != "YCbCr" or plain.orientation != 1 or plain.content[-2:] != b"\xff\xd9":
@@ -191,7 +192,7 @@ class _PlainJpeg:
 
     @classmethod
     def of(cls, source: ImagePath) -> _PlainJpeg | None:
-        """Read a file; return None if PIL must decode it (no plain JPEG) or report its error (unreadable)."""
+        """Read a file; return None if it is no plain JPEG (PIL decodes it) or unreadable (PIL reports the error)."""
         try:
             content = _jpeg_bytes(source)
             height, width, space, _ = simplejpeg.decode_jpeg_header(content)

@@ -33,7 +33,7 @@ _NO_BOX: Box = (0.0, 0.0, 0.0, 0.0)
 
 
 class Part(NamedTuple):
-    """One image in the bytes of a batch: a JPEG file with its crop box, or decoded pixels (size, size, 3).
+    """Describes one image in the byte tensor of a batch: a JPEG file to decode and crop, or pixels (size, size, 3).
 
     `length` is in bytes. `width` and `height` of a JPEG file are in pixels; for decoded pixels, both are 0.
     """
@@ -92,7 +92,7 @@ class JpegReader(Dataset[Any]):
         crops = files.crops(positions, key)
         jpegs: list[UndecodedJpeg | None] = [None] * len(positions)
         with no_warnings():
-            # Read the files in their order in the split: each shard is then read from its start to its end.
+            # Read the files in ascending order of position, so that each shard is read from its start to its end.
             for place in positions.argsort().tolist():
                 jpegs[place] = read_undecoded(files.paths[int(positions[place])], files.size, crops[place])
         others = [place for place, jpeg in enumerate(jpegs) if jpeg is None]
@@ -204,9 +204,9 @@ class DeviceDecoding:
 
 
 def _group_by_pixels(parts: list[Part]) -> Iterator[list[int]]:
-    """Yield the places of the JPEG files in groups of at most `_PIXELS_AT_ONCE` pixels.
+    """Split the JPEG files into lists of at most `_PIXELS_AT_ONCE` pixels; yield each list as indices into `parts`.
 
-    A file with more pixels forms a group alone.
+    A single file with more pixels has its own list. Parts that are already decoded are left out.
     """
     places: list[int] = []
     pixels = 0

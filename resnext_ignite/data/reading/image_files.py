@@ -1,6 +1,7 @@
-"""Defines a split as image files. Workers read the files batch by batch, or `decode_into_memory` reads all files once.
+"""Defines `ImageFiles`, a split that consists of image files.
 
-`decoding.py` decodes one file; `sources/` lists the files.
+Workers read the files batch by batch, or `decode_into_memory` reads all files once. `decoding.py` decodes one file;
+`sources/` lists the files.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _PROBES = 64
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """A split as files, in folders or in tar shards.
+    """A split that consists of image files, which are in folders or in tar shards.
 
     Args:
         paths: N files.
@@ -81,8 +82,7 @@ class ImageFiles:
             fill: colour (uint8 values) that fills an image that cannot be read; None: raise an error instead.
 
         Returns:
-            Pixels uint8 (n, size, size, 3), and a dict from the place of each unreadable image among `positions` to
-            the reason.
+            Pixels uint8 (n, size, size, 3), and a dict for the unreadable images: index into `positions` -> reason.
 
         Raises:
             DataError: an image cannot be read and `fill` is None (the message names the image); or as `allocate_batch`.
@@ -92,7 +92,7 @@ class ImageFiles:
         crops = self.crops(positions, crop_key)
         unreadable: dict[int, str] = {}
         with no_warnings():
-            # Read the files in their order in the split: each shard is then read from its start to its end.
+            # Read the files in ascending order of position, so that each shard is read from its start to its end.
             for place in positions.argsort().tolist():
                 position, crop = int(positions[place]), crops[place]
                 try:
@@ -130,9 +130,9 @@ def decode_into_memory(
     Args:
         files: the split.
         any_size: resize images that are not squares of `files.size` pixels, instead of returning None.
-        report: draw a progress bar on standard error, and log a warning for each image that cannot be read.
+        report: show a progress bar on standard error, and log a warning for each image that cannot be read.
         fill: as for `ImageFiles.read`; the label of an unreadable image is UNREADABLE.
-        processes: number of processes that do the same on this machine; each needs the same amount of memory.
+        processes: number of processes on this machine that load the same split, each into its own memory.
         threads: number of threads that decode; None: one for each core.
 
     Raises:

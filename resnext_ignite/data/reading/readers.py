@@ -17,8 +17,8 @@ from resnext_ignite.data.reading.image_files import ImageFiles
 from resnext_ignite.data.reading.workers import ignore_signals, supervised
 from resnext_ignite.runtime.errors import DataError
 
-# Pixels uint8 (n, size, size, 3), epoch, positions int64 (n,), and a dict from the place of each unreadable image in
-# the batch to the reason.
+# Pixels uint8 (n, size, size, 3), epoch, positions int64 (n,), and a dict for the unreadable images: index in the batch
+# -> reason.
 Decoded = tuple[Tensor, int, Tensor, dict[int, str]]
 
 
@@ -94,8 +94,8 @@ def decoded(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
-        # Pass a separate generator: the loader draws seeds for its workers, which must not change the state of torch's
-        # default generator.
+        # The loader uses this generator to seed its workers. Without it, the loader would use torch's default generator
+        # and change its state.
         generator=torch.Generator(),
     )
     for pictures, epoch, positions, unreadable in supervised(loader):

@@ -1,4 +1,7 @@
-"""Supervises DataLoader workers: raises a one-line error if a worker dies, or shared memory or descriptors run out."""
+"""Supervises DataLoader workers.
+
+Raises a one-line error if a worker dies, or if shared memory or file descriptors run out.
+"""
 
 from __future__ import annotations
 

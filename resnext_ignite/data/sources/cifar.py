@@ -1,4 +1,4 @@
-"""Loads CIFAR-10 and CIFAR-100 with torchvision's download and checksums. Checks each file before it is opened."""
+"""Loads CIFAR-10 and CIFAR-100 with torchvision. Each file must match its md5 before it is unpacked or unpickled."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def prepare_cifar(name: str, root: Path, *, download: bool) -> None:
     Args:
         name: cifar10 or cifar100.
         root: folder of the archive and of the unpacked files.
-        download: download the archive if files are missing and `root` does not hold it.
+        download: whether to download the archive if a file is missing and the archive is not in `root` either.
 
     Raises:
         DataError: a file is missing and cannot be downloaded; or a checksum is wrong (the message gives the found and

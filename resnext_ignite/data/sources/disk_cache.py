@@ -20,8 +20,8 @@ from resnext_ignite.runtime.storage import write_durably
 log = logging.getLogger(__name__)
 Array = NDArray[Any]
 UNCHANGED_S = 2.0
-"""A time of last change is reliable only if it is more than this many seconds old. If it is newer, a second change in
-the same clock tick could still follow, and would get the same time."""
+"""Arrays are cached only if the source was last changed more than this many seconds ago. After a more recent change,
+another change could follow within the same clock tick. It would get the same time, and would not be noticed."""
 
 
 def get_or_build(

@@ -43,8 +43,8 @@ class ImageIndex:
 def index_images(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ImageIndex:
     """List the images of `root/split`.
 
-    The list of a large folder is cached in the user's cache folder (`XDG_CACHE_HOME`), with a hash over the times of
-    last change of its class folders.
+    The list of a large folder is cached in the user's cache folder (`XDG_CACHE_HOME`). A cached list is used only while
+    the class folders are unchanged (see `_state_of`).
 
     Args:
         classes: the allowed classes (the classes of the training split); None: the class folders define them.
@@ -80,7 +80,8 @@ def folder_classes(root: Path, split: str) -> tuple[str, ...]:
     return tuple(_class_folders(root / split, split))
 
 
-# Start of each name, int64 (N + 1,); bytes of all names, uint8; number of images of each class, int64 (C,).
+# The cached arrays: the start of each name, int64 (N + 1,); the bytes of all names, uint8; and the number of images in
+# each class, int64 (C,).
 _PARTS = ("starts", "letters", "counts")
 
 
@@ -119,10 +120,10 @@ def _entries(folder: Path, split: str) -> list[os.DirEntry[str]]:
 
 
 def _state_of(folder: Path, classes: list[str]) -> tuple[float, str]:
-    """Return the newest time of change of the class folders (seconds since 1970), and a hash.
+    """Return the time of the newest change among the class folders (ctime, in seconds since 1970), and a hash.
 
     The hash is over everything that the list depends on: the folder's path, the suffixes of image files, and the name,
-    inode and times of each class folder.
+    inode, mtime and ctime of each class folder.
     """
     try:
         stats = [os.stat(folder / name) for name in classes]

@@ -1,4 +1,4 @@
-"""Defines the interfaces of the files from which images are read, and `Paths`, a compact list of file names.
+"""Defines the interfaces for image files on disk or in an archive, and `Paths`, a compact list of file names.
 
 `Paths` stores all names in two arrays: a million names need little memory, and forked workers share the arrays.
 """

@@ -23,7 +23,8 @@ _SEED = 29
 _CHUNK = 1024
 _CLUTTER = 2
 
-# A shape is a function of its own coordinates u and v that is negative inside the shape. The radius is about 1.
+# A shape is defined by a function that is negative inside the shape. Its arguments u and v are coordinates relative to
+# the centre of the shape, in which the shape has a radius of about 1.
 _Inside = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -58,7 +59,10 @@ _SHAPES: tuple[_Inside, ...] = (
 
 
 def load_shapes(split: str, count: int | None = None) -> Images:
-    """Draw a split ("train" or "test") of `count` images (None: 8,192 or 2,000). The class is the index modulo 10."""
+    """Draw `count` images of a split ("train" or "test"). The label of an image is its index modulo 10.
+
+    If `count` is None, draw 8,192 images for train, or 2,000 for test.
+    """
     count = count or (TRAIN_SIZE if split == "train" else TEST_SIZE)
     indices = torch.arange(count)
     pictures = torch.cat([_draw(chunk, int(split != "train")) for chunk in indices.split(_CHUNK)])

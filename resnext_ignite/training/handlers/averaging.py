@@ -60,8 +60,9 @@ class Lookahead:
 class WeightAverage(EMAHandler):
     """Ignite's moving average of weights and BatchNorm statistics, updated with a few fused calls.
 
-    Ignite's own update loops over all tensors (hundreds of small kernels per iteration). By default, Ignite's averaged
-    model also shares the BatchNorm buffers of the trained model; here, it has its own buffers.
+    Ignite's own update loops over all tensors (hundreds of small kernels per iteration). By default, Ignite does not
+    average the BatchNorm statistics: the averaged model and the trained model use the same buffers. Here, the averaged
+    model has its own buffers.
 
     Args:
         model: the unwrapped model.
@@ -92,11 +93,11 @@ class WeightAverage(EMAHandler):
 class FreshStatistics:
     """Re-estimates the BatchNorm statistics of an averaged model: averaged statistics do not fit averaged weights.
 
-    Call this handler right before an evaluation. It passes the micro-batches of the first `batches` iterations of the
-    last trained epoch through the model (of all iterations, if the epoch has fewer). The new statistics are the mean
-    over these micro-batches. Each rank uses its own slice of each micro-batch, and does not divide this slice into
-    ghost batches. Frozen layers keep their statistics. The new statistics depend only on the weights, the seed and the
-    epoch; the caller must still average them over ranks.
+    Call this handler right before an evaluation. It loads the batches of the last trained epoch again, for the first
+    `batches` iterations or, if the epoch is shorter, for all. It runs the forward pass of the averaged model on their
+    micro-batches. The new statistics are the mean over these micro-batches. Each rank uses its own slice of each
+    micro-batch, and does not divide this slice into ghost batches. Frozen layers keep their statistics. The new
+    statistics depend only on the weights, the seed and the epoch; the caller must still average them over ranks.
 
     Args:
         model: the averaged model; it is never trained directly.
@@ -157,7 +158,7 @@ def build_average(config: Config, model: nn.Module, iterations_per_epoch: int) -
 def build_fresh_statistics(
     config: Config, average: WeightAverage | None, loader: TrainLoader
 ) -> FreshStatistics | None:
-    """Build the handler that re-estimates the average's BatchNorm statistics; return None if the config has none."""
+    """Build the handler that re-estimates the BatchNorm statistics; return None if the config does not request it."""
     if average is None or not config.train.ema_reestimate_bn:
         return None
     return FreshStatistics(average.ema_model, loader, config.train.ema_reestimate_bn, DTYPES[config.train.precision])

@@ -149,9 +149,10 @@ def _generator_states() -> dict[str, torch.Tensor]:
 
 
 def last_handled_epoch(state: dict[str, Any]) -> int:
-    """Return the last epoch whose EPOCH_COMPLETED handlers had all run when a state was saved.
+    """Return the last epoch whose EPOCH_COMPLETED handlers had all run before this state was saved.
 
-    Checkpoints of older versions do not record this epoch; the function then returns the last complete epoch.
+    Checkpoints of older versions do not record this epoch. For these, return the last epoch whose iterations are all
+    done.
     """
     noted: dict[str, int] | None = state["handlers"].get("epoch_ends")
     trainer = state["trainer"]
@@ -162,16 +163,17 @@ class SaveCheckpoints:
     """Writes the checkpoints of a run and keeps the newest ones.
 
     Attach `at_iteration` to ITERATION_COMPLETED and `at_epoch_end` to EPOCH_COMPLETED, after all handlers whose state
-    is saved. Ignite's Checkpoint is not used: it removes the old file before it writes the new one, and syncs neither.
+    is saved. Ignite's Checkpoint is not used: it removes the old file before it writes the new one, and does not sync.
     This class deletes an older file only after the new one is written, synced and verified.
 
     Args:
         folder: folder of the checkpoint files.
         every_epochs, every_iterations, keep: see the config keys `checkpoint.*`.
-        unreadable: checkpoints that could not be read when the run was resumed; they are neither deleted nor counted.
-        stop: the agreement of all ranks on stops. If a signal or the time limit stops the run, the state is saved at
-            the iteration on which the ranks agree. If the result of an evaluation stops the run, the state is saved
-            after this evaluation.
+        unreadable: checkpoints that could not be read when the run was resumed; they are not deleted, and do not count
+            towards `keep`.
+        stop: its `reason` tells whether and why the run stops. If a signal or the time limit stops the run, the state
+            is saved at the iteration on which the ranks agree. If the result of an evaluation stops the run, the state
+            is saved after this evaluation.
         best: holds the best record. After each new best evaluation, the state is saved, and also written to `best.pt`.
         before: called before every save, to flush the logs.
     """
@@ -194,7 +196,7 @@ class SaveCheckpoints:
         self.unreadable, self.before = unreadable, before
 
     def due_inside_epoch(self, iteration: int) -> bool:
-        """Return whether the state is saved after an iteration, given that this iteration does not end an epoch."""
+        """Return whether a save is due after this iteration, if it is not the last one of its epoch."""
         return bool(self.every_iterations) and iteration % self.every_iterations == 0
 
     def at_iteration(self, engine: Engine) -> None:
@@ -223,10 +225,10 @@ class SaveCheckpoints:
     def save_best(self, engine: Engine) -> None:
         """Write `best.pt` if the evaluation at this iteration is the best so far.
 
-        Attach this method after `at_epoch_end`, so that a checkpoint already records this evaluation as the best one.
-        In the other order, a crash between the two writes would leave a checkpoint that records an older evaluation as
-        the best one, although `best.pt` no longer holds the weights of this older evaluation. A failed write only
-        causes a warning.
+        Attach this method after `at_epoch_end`: a checkpoint must record this evaluation as the best one before the old
+        `best.pt` is replaced. In the other order, a crash between the two writes would leave a checkpoint whose best
+        evaluation is the older one, and no file with the weights of that evaluation. A failed write only causes a
+        warning.
         """
         if not self._is_best():
             return
@@ -238,7 +240,10 @@ class SaveCheckpoints:
             self.best.withdraw()
 
     def restore_best(self) -> None:
-        """Write `best.pt` if the run died between the checkpoint of its best evaluation and the write of `best.pt`."""
+        """Write `best.pt` if the restored state is that of the best evaluation, and `best.pt` does not hold it.
+
+        This happens if the run died after it saved the checkpoint of this evaluation, but before it wrote `best.pt`.
+        """
 
         def is_there() -> bool:
             try:

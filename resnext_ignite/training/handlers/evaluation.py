@@ -27,7 +27,7 @@ class _EvaluationInterruptedError(Exception):
 
 
 class Evaluation:
-    """Evaluates after the epochs that are due, stores the result in `engine.state`, and fires RunEvents.EVALUATED.
+    """Evaluates the model when `due` says so, stores the result in `engine.state`, and fires RunEvents.EVALUATED.
 
     Attach this handler to EPOCH_COMPLETED, and its method `before_training` to STARTED. `engine.state.record` is the
     record that `metrics.jsonl` stores; `engine.state.evaluation` also has the confusion matrix and the worst mistakes.
@@ -40,7 +40,7 @@ class Evaluation:
         split: name of that split.
         models: models whose BatchNorm statistics are averaged over ranks before an evaluation; one of them is the
             evaluated model.
-        stop: the agreement of all ranks on stops.
+        stop: all ranks use it to stop at the same batch.
         every, early: see the config keys `evaluation.every` and `evaluation.early`.
         lr: returns the current learning rate.
         training: returns the training metrics of the epoch, for the record.
@@ -231,9 +231,9 @@ class BestRecord:
         return StopReason.PATIENCE if self.patience and self._without >= self.patience else StopReason.NONE
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best record, the reference error and the counter for `patience`, and why the run was abandoned.
+        """Return the best record, the state of `patience` (reference error and counter), and the reason to abandon.
 
-        The last value is an empty string if the run was not abandoned.
+        The reason is an empty string if the run was not abandoned.
         """
         return {
             "best": self.best,

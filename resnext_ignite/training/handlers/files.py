@@ -26,9 +26,9 @@ class MetricsFile:
 class EvaluationFile:
     """Writes the confusion matrix and the worst mistakes of the latest evaluation to `evaluation.json`.
 
-    Attach this handler to RunEvents.EVALUATED after MetricsFile. If the run is interrupted between the writes of the
-    two handlers, the evaluation in `evaluation.json` is older than the evaluation in the last line of `metrics.jsonl`;
-    the two values of `iteration` then differ.
+    Attach this handler to RunEvents.EVALUATED after MetricsFile. If the run is interrupted between the two writes,
+    `metrics.jsonl` already ends with the new evaluation, but `evaluation.json` still holds the previous one. The values
+    of `iteration` in the two files then differ.
 
     Args:
         classes: class names, in the order of the labels.

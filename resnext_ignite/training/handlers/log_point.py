@@ -15,19 +15,19 @@ from resnext_ignite.training.metrics import TrainingSums
 
 
 class LogPoint:
-    """Synchronises the ranks: agrees on stops, raises on non-finite numbers, and computes the training metrics.
+    """Synchronises the ranks: they decide together whether to stop, and compute the training metrics over all ranks.
 
     Attach this handler to ITERATION_COMPLETED. The synchronisations at multiples of `every_iterations` and at the end
-    of an epoch are called log points; a resume does not change the log points. The ranks also synchronise about every
-    five seconds (`SyncSchedule`) and before each save inside an epoch. Each evaluation and each save thus follows a
-    check for non-finite numbers.
+    of an epoch are called log points; a resumed run has them at the same iterations. The ranks also synchronise about
+    every five seconds (`SyncSchedule`) and before each save inside an epoch. Each synchronisation checks the losses
+    and gradients for non-finite values; every evaluation and every save follows a synchronisation.
 
     Each synchronisation sets `engine.state.metrics` to the values over all ranks since the last log point: loss,
     top1_error (percent, of augmented images), lr, images_per_s, skipped_updates. A log point fires
     RunEvents.METRICS_READY. Log points and the synchronisations of `SyncSchedule` fire RunEvents.PROGRESS.
 
     Args:
-        stop: the agreement of all ranks on stops.
+        stop: all ranks use it to stop at the same iteration.
         lr_at: returns the learning rate of an iteration, counted from 1.
         every_iterations: iterations between two log points.
         max_skipped: maximum number of unreadable images per epoch.
@@ -57,9 +57,9 @@ class LogPoint:
         self._epoch = torch.zeros(self._SIZE, dtype=torch.float64)
 
     def begin_epoch(self, engine: Engine) -> None:
-        """Restart the clock, to exclude the time of evaluations, and reset the sums of the epoch.
+        """Reset the sums of the epoch, and restart the clock, to exclude the time of the evaluation before this epoch.
 
-        A run that resumes inside an epoch keeps these sums. Attach this to EPOCH_STARTED.
+        A run that resumes inside an epoch keeps the sums. Attach this method to EPOCH_STARTED.
         """
         self._sync.start(engine.state.iteration)
         if engine.state.iteration % (engine.state.epoch_length or 1) == 0:

@@ -21,7 +21,7 @@ def describe_evaluation(record: Record) -> str:
     flip = f" (with mirror images {record['top1_error_flip']:.2f} %)" if "top1_error_flip" in record else ""
     return (
         f"{record['split']} error {record['top1_error']:.2f} % ({wrong} of {record['images']}), "
-        f"top-5 {record['top5_error']:.2f} %, loss {record['loss']:.4f}{flip}"
+        f"top-5 error {record['top5_error']:.2f} %, loss {record['loss']:.4f}{flip}"
     )
 
 
@@ -29,7 +29,7 @@ class Progress:
     """Shows the training progress: a bar if standard error is a terminal, else a line at each RunEvents.PROGRESS.
 
     Args:
-        images_per_iteration: number of images over all ranks, to estimate the remaining time.
+        images_per_iteration: number of images of all ranks in one iteration, to estimate the remaining time.
     """
 
     def __init__(self, images_per_iteration: int) -> None:
@@ -37,7 +37,7 @@ class Progress:
         self._drawn = -1
 
     def attach(self, trainer: Engine) -> None:
-        """Attach the bar or the lines, and the report of each evaluation, to the trainer."""
+        """Attach the handlers to the trainer: the progress bar or the log lines, and a log line for each evaluation."""
         trainer.add_event_handler(RunEvents.EVALUATED, self.log_evaluation)
         if not sys.stderr.isatty():
             trainer.add_event_handler(RunEvents.PROGRESS, self.log_metrics)

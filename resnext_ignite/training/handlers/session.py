@@ -44,17 +44,17 @@ class Parts:
 
     @property
     def evaluated(self) -> nn.Module:
-        """Return the model that is evaluated."""
+        """Return the model to evaluate: the moving average if there is one, else the trained model."""
         return self.model if self.average is None else self.average.ema_model
 
 
 class EpochEnds:
     """Records the last epoch whose EPOCH_COMPLETED handlers have all run.
 
-    A run may stop in the last iteration of an epoch, and save its state immediately. Or it may stop during an
-    evaluation, and abandon this evaluation. In both cases, the run ends before the EPOCH_COMPLETED handlers have all
-    run. The resumed run therefore fires EPOCH_COMPLETED before it trains. Attach this to EPOCH_COMPLETED, right before
-    the handler that saves the checkpoint.
+    In two cases, a run ends before these handlers have all run: it stops after the last iteration of an epoch and saves
+    its state immediately, or it stops during an evaluation and abandons this evaluation. When this run resumes, it
+    fires EPOCH_COMPLETED before it trains. Attach this handler to EPOCH_COMPLETED, right before the handler that saves
+    the checkpoint.
 
     Args:
         evaluation: the EPOCH_COMPLETED handler that evaluates; its method `due` decides after which epochs.
@@ -132,7 +132,7 @@ class AttachedRun:
         outstanding = self.run.state is not None and self.epoch_ends.outstanding(self.run.state, max_epochs)
         if started_at >= epoch_length * max_epochs or self.best.verdict():
             if self._is_finished(started_at):
-                log.info(f"{self.run.folder.path} is already finished; nothing to do")
+                log.info(f"{self.run.folder.path} is already finished; to train longer, raise train.epochs")
                 return self.state.ranks.from_rank_zero(lambda: self.run.folder.read_metrics()[-1])
             # The run was interrupted after its last iteration was saved: only its final handlers remain.
             self._forget_lost_evaluations()
@@ -172,6 +172,9 @@ class AttachedRun:
         if self.stop.reason >= StopReason.SIGNAL and not whole:
             # Barrier: no rank may report "saved" until rank 0's save succeeded.
             self.state.ranks.gather(None)
+            if self.status is not None:
+                # Write the position now: `open_run` adds the state and the reason when the error leaves its block.
+                self.status(self.parts.trainer)
             if self.stop.reason == StopReason.ORPHANED:
                 error = OrphanedError(
                     f"the launcher of the ranks of a machine has died: saved at iteration {state.iteration}; "

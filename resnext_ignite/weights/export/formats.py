@@ -1,4 +1,4 @@
-"""Writes the export formats. Each writer checks its file against the model before the file gets its final name."""
+"""Writes exported models. Each writer compares the new file with the model before it renames the file to `path`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from resnext_ignite.runtime.storage import replace_durably, write_durably
 from resnext_ignite.weights.export.networks import prepare_for_export, program_of, reference, traced_images
 from resnext_ignite.weights.foreign.metadata import as_strings
 
-# torch's exporter writes this opset directly; other opsets need a conversion. Runtimes have read opset 18 since 2023.
+# torch's exporter writes this opset directly; other opsets need a conversion. Runtimes have supported it since 2023.
 OPSET = 18
 # The largest accepted difference between an exported and an original logit, relative to max(1, largest absolute logit).
 TOLERANCE = 1e-4
@@ -30,7 +30,8 @@ class Options:
     """The options of an export.
 
     Args:
-        uint8: include the normalisation in the exported model; its inputs are then uint8 images, 0 to 255.
+        uint8: include the normalisation in the exported model. Its inputs are uint8 images (0 to 255) in this case, and
+            normalised float32 images otherwise.
         fold: fold each BatchNorm into the convolution before it.
     """
 
@@ -41,7 +42,7 @@ class Options:
 def write_onnx(path: Path, model: nn.Module, metadata: ModelMetadata, options: Options) -> float:
     """Write an ONNX file that includes the weights.
 
-    Return the `largest_difference` between the logits that onnxruntime computes with the file and the model's logits.
+    Return the `largest_difference` of the logits that onnxruntime computes from this file.
 
     Raises:
         CheckpointError: the logits differ from the model's by more than TOLERANCE; nothing is written.
@@ -124,7 +125,7 @@ def write_weights(path: Path, model: nn.Module, metadata: ModelMetadata) -> None
     """Write a safetensors file with the weights, under this project's names, and with the model's metadata.
 
     Raises:
-        CheckpointError: the weights read back from the new file differ from the model's; the new file is removed.
+        CheckpointError: when the file is read back, its weights differ from the model's; the new file is removed.
     """
     from safetensors.torch import load, save
 
@@ -153,10 +154,14 @@ def export_metadata(metadata: ModelMetadata, options: Options) -> dict[str, str]
 def largest_difference(
     logits: Callable[[Tensor], Tensor], model: nn.Module, metadata: ModelMetadata, options: Options
 ) -> float:
-    """Return the largest difference between the results of `logits` and the model's logits in eager mode.
+    """Return the largest difference between the logits of an exported model and of the original model in eager mode.
 
-    The difference is relative to max(1, largest absolute logit of the model). There are two input batches: one image of
-    the model's image size, and three smaller images, which are wider than high and have odd sides.
+    The difference is relative to max(1, largest absolute logit of the original model). There are two input batches: one
+    image of the model's image size, and three smaller images, which are wider than high and have odd sides.
+
+    Args:
+        logits: runs the exported model.
+        model: the original model.
     """
     generator = torch.Generator().manual_seed(0)
     size = metadata.image_size

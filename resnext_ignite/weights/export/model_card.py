@@ -33,7 +33,7 @@ class ExportedModel:
 
     Args:
         name: name of the file.
-        format: value of the command's `--format`.
+        format: "onnx", "torch-export" or "safetensors".
         options: options of the export.
         difference: `largest_difference` of its logits (`formats.py`); None for safetensors, which holds only weights.
         versions: versions of the packages that wrote the file, by package name.

@@ -1,4 +1,4 @@
-"""Prepares a network for export: evaluation mode and, if requested, folded BatchNorms and a built-in normalisation."""
+"""Prepares a network for export: sets evaluation mode and, on request, folds BatchNorms and adds the normalisation."""
 
 from __future__ import annotations
 

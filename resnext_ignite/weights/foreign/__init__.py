@@ -1,1 +1,1 @@
-"""Recognises checkpoints of other systems, reads them without running their code, and renames weights both ways."""
+"""Recognises checkpoints of other systems, reads them without running their code, and translates weight names."""

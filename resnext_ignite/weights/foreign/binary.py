@@ -75,7 +75,7 @@ class Cursor:
         return count
 
     def text(self, code: str) -> str:
-        """Read a name: its length in bytes, and then its UTF-8 text. `code` is the length's format in `struct`."""
+        """Read a UTF-8 string that follows its length in bytes; `code` is the length's format character in `struct`."""
         length = self.count(code, 1)
         if length > _LONGEST_NAME:
             raise self.failure(f"a name of {length} bytes; damaged")

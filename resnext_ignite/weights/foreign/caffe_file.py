@@ -139,7 +139,7 @@ def pair(parameters: Any, both: str, each: str, default: int) -> tuple[int, int]
     Args:
         parameters: the message with the layer's parameters.
         both: name of the repeated field, which holds either one number for both sides, or height and width.
-        each: beginning of the names of the two separate fields, which end with `_h` and `_w`.
+        each: common prefix of the two separate fields: their names are this prefix with `_h` and with `_w`.
         default: value for both sides if none of the fields is set.
     """
     if parameters.HasField(f"{each}_h") or parameters.HasField(f"{each}_w"):

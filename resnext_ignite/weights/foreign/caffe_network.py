@@ -27,8 +27,8 @@ from resnext_ignite.weights.foreign.keys import Weights
 log = logging.getLogger(__name__)
 # EltwiseOp.SUM and PoolMethod.MAX in caffe.proto.
 _SUM, _MAX = 1, 0
-# Layers that supply images; layers that the reader skips, because they change no value in inference; and layers after
-# the classifier.
+# Types of layers: _SOURCES supply the images. _PASSING change no value in inference, so the reader passes their input
+# on. _ENDS come after the classifier.
 _SOURCES = ("Input", "Data", "ImageData", "DummyData", "MemoryData", "HDF5Data")
 _PASSING = ("Split", "Dropout", "Flatten", "Reshape")
 _ENDS = ("Softmax", "SoftmaxWithLoss", "Accuracy", "Silence")
@@ -42,7 +42,7 @@ class _Value:
         begins: where its convolutions begin: -1 at the image, 0 after the stem, n after the n-th block.
         convolutions: the convolutions from there to this blob, in order.
         is_rectified: whether a ReLU follows the last convolution or sum.
-        joined: if this blob is the sum of a block's branch and shortcut, before the ReLU: that block; otherwise None.
+        joined: the block, if this blob is the sum at the end of a block and its ReLU has not come yet; otherwise None.
         is_averaged: whether the blob comes after an average pooling; only the classifier may follow.
     """
 
@@ -134,8 +134,8 @@ class _Graph:
         mean, var, factor = (self._blob(layer, number).flatten() for number in range(3))
         if len(factor) != 1:
             raise self.failure(layer, f"a scale factor of {len(factor)} numbers")
-        # Caffe stores weighted sums of the batches' statistics, and the sum of the weights. The sum of the weights is 0
-        # before the first training step.
+        # Caffe stores the mean and the variance as weighted sums over the batches. `factor` is the sum of these
+        # weights. It is 0 before the first training step.
         scale = 1 / float(factor[0]) if factor[0] else 0.0
         ones, zeros = torch.ones(mean.shape), torch.zeros(mean.shape)
         eps = layer.batch_norm_param.eps if layer.batch_norm_param.HasField("eps") else 1e-5

@@ -1,7 +1,8 @@
-"""Describes a ResNeXt by its layers without their names, checks it, and gives its weights this project's names.
+"""Represents a ResNeXt as a structure of layers, without layer names.
 
-The readers of Torch7 and Caffe files use this module, because these files hold the network itself. For files that hold
-only named weights, `keys.py` renames the weights.
+This module checks the structure, and returns the weights under the names that this project uses. The readers of Torch7
+and Caffe files need it, because these files contain the structure of the network. For files that contain only named
+weights, `keys.py` renames the weights.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class Convolution:
     """A convolution and the BatchNorm after it.
 
     Args:
-        where: place of the convolution in the file, for errors.
+        where: says for error messages which layer of the file this is.
         weight: (out, in / groups, kernel, kernel).
         bias: (out,), or None.
         geometry: kernel, stride and padding, each (height, width).
         groups: number of channel groups.
-        norm: the BatchNorm; None if the file holds it merged into the convolution.
+        norm: the BatchNorm; None if the file has no separate BatchNorm, because it is folded into the convolution.
     """
 
     where: str
@@ -59,7 +60,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Block:
-    """A branch and its shortcut (None: the identity). A ReLU follows their sum."""
+    """A block: the sum of a branch and a shortcut, followed by a ReLU. If `shortcut` is None, it is the identity."""
 
     where: str
     branch: tuple[Convolution, ...]

@@ -1,4 +1,4 @@
-"""Translates the names that other systems give their weights into this project's names, and back."""
+"""Translates names of weights between other systems and this project."""
 
 from __future__ import annotations
 

@@ -34,9 +34,9 @@ class _Stated(BaseModel):
 
 
 def public_values(config: Config) -> Values:
-    """Return a config's values by dotted path, without local paths.
+    """Return a config's values by dotted key (such as `data.name`), without local file paths.
 
-    `data.root` is left out, and `model.pretrained` is reduced to the last part of its path.
+    `data.root` is left out. Only the last part of the path in `model.pretrained` remains.
     """
     values = flatten(config)
     del values["data.root"]
@@ -90,7 +90,7 @@ def metadata_in(file: Path) -> dict[str, Any] | None:
 
 
 def network_from_metadata(stated: dict[str, Any], file: Path) -> Network:
-    """Return the network that a file's metadata states.
+    """Return the network that the metadata of a file (`metadata_in`) describes.
 
     Raises:
         CheckpointError: the config is invalid, or its number of classes differs from the number of class names.

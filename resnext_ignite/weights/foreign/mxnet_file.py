@@ -14,11 +14,12 @@ from torch import Tensor
 from resnext_ignite.weights.foreign.binary import Cursor, content_of, float_tensor
 from resnext_ignite.weights.foreign.signatures import MXNET
 
-# The first number of an array marks version 1, 2 or 3 of the format. In older files, it is the number of dimensions.
+# In versions 1, 2 and 3 of the format, each array begins with one of these numbers. In older files, each array begins
+# with its number of dimensions.
 _V1, _V2, _V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
 _DTYPES = ("<f4", "<f8", "<f2", "u1", "<i4", "i1", "<i8")
 _MOST_DIMENSIONS = 32
-# An empty array in an older file is the shortest: it consists only of its number of dimensions, 0.
+# The shortest array is an empty array in an older file. It consists of one number of 4 bytes: 0 dimensions.
 _MIN_ARRAY_BYTES = 4
 
 

@@ -1,6 +1,6 @@
 """Adapts ResNeXts from MXNet's symbol zoo.
 
-Their BatchNorms have another eps than this project's, and an additional BatchNorm (`bn_data`) normalises the images.
+In these networks, BatchNorm has a different eps, and an additional BatchNorm (`bn_data`) normalises the images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _EPS = 2e-5
 
 
 def adapt_symbol_zoo(weights: Weights) -> None:
-    """Change the variances in place, so that this project's eps gives the same BatchNorm as the symbol zoo's eps."""
+    """Change the variances in place, so that each BatchNorm computes the same function with this project's eps."""
     for name in weights:
         if name.endswith("running_var") and not name.startswith("bn_data"):
             weights[name] = with_project_eps(weights[name], _EPS)
@@ -33,7 +33,7 @@ def statistics_of_data(weights: Weights, file: Path) -> tuple[Statistics, Statis
     (x - (m - b * s)) / s. The mean is therefore (m - b * s) / 255, and the std is s / 255.
 
     Raises:
-        CheckpointError: a part of the BatchNorm is missing, or its mean or std is not valid.
+        CheckpointError: a part of `bn_data` is missing, or the resulting mean or std is not valid.
     """
     parts = {name: weights.pop(f"bn_data.{name}", None) for name in ("weight", "bias", "running_mean", "running_var")}
     if all(value is None for value in parts.values()):

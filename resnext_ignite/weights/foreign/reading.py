@@ -111,7 +111,7 @@ def load_tensors(file: Path) -> Any:
     """Load a file that safetensors, MXNet or torch.save wrote, without running code from it.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds more than tensors and plain values.
+        CheckpointError: the file cannot be read, or contains objects that are neither tensors nor plain values.
     """
     try:
         if file.suffix == ".safetensors":
@@ -137,7 +137,7 @@ def load_tensors(file: Path) -> Any:
 
 
 def state_of(content: Any, file: Path) -> tuple[dict[str, Tensor], bool]:
-    """Return the weights in a file's content, and whether an outer dictionary held them.
+    """Return the weights in a file's content, and whether they were in an outer dictionary.
 
     The prefixes that wrappers such as DataParallel add to the names are removed.
 
@@ -162,7 +162,7 @@ def recognise_system(weights: Mapping[str, Tensor], *, wrapped: bool, file: Path
     """Return the system that gives its weights these names.
 
     Args:
-        wrapped: whether an outer dictionary held the weights.
+        wrapped: whether the weights were in an outer dictionary.
 
     Raises:
         CheckpointError: no known system uses these names.

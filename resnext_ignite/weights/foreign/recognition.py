@@ -12,7 +12,7 @@ from resnext_ignite.models import create_model
 from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.runtime.model_names import depth_of
 
-# The limit of the config key `model.num_classes`.
+# The largest number of classes that the config allows (`model.num_classes`).
 _MOST_CLASSES = 100_000
 
 

@@ -1,6 +1,6 @@
 """Defines the first bytes of Torch7, Caffe and MXNet files, which identify the format.
 
-The readers of these formats are in other modules, so that they are imported only if a file needs them.
+The readers of these formats are in other modules. A reader is imported only if a file has its format.
 """
 
 from __future__ import annotations

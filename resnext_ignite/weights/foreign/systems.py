@@ -1,4 +1,4 @@
-"""Defines the systems whose checkpoints this project reads, and the model that such a checkpoint holds."""
+"""Defines the systems whose checkpoints this project reads, and a class for a model that was read from a checkpoint."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class System:
     Args:
         naming: the system's naming scheme; None if its files hold the layers of a network instead of named weights.
         mean, std: the usual mean and std of the system's input normalisation, for values from 0 to 1.
-        is_imagenet: whether the system's models are trained on images of 224 pixels; None if only its models with a 7x7
-            stem are.
+        is_imagenet: whether all models of the system are trained on images of 224 pixels. None: this is true only of
+            the models with a 7x7 stem.
         adapt: changes the renamed weights in place, so that they fit this project's network.
         statistics: takes a model's renamed weights and its file (for error messages). Returns the mean and std of this
             model, or None if `mean` and `std` above are right for it.
@@ -67,12 +67,12 @@ SYSTEMS = {
         (0.2673342859, 0.2564384629, 0.2761504713),
         adapt=spread_first_convolutions,
     ),
-    # The models of torchvision and timm have a 7x7 stem. `convert --to` gives the same names to the weights of CIFAR
-    # models, which have a 3x3 stem.
+    # The models that torchvision and timm publish have a 7x7 stem. A file with a 3x3 stem may still use their names for
+    # the weights, because `convert --to` can write a CIFAR model with these names.
     "torchvision": System(
         TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifar_statistics_for_small_stem
     ),
-    # This includes the tv_, fb_ssl_ and fb_swsl_ weights.
+    # This entry is also right for timm's weights whose tag begins with tv_, fb_ssl_ or fb_swsl_.
     "timm": System(
         TORCHVISION, folders.MEAN, folders.STD, is_imagenet=None, statistics=_cifar_statistics_for_small_stem
     ),

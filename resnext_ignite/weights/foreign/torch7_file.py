@@ -19,7 +19,8 @@ from resnext_ignite.runtime.errors import CheckpointError
 from resnext_ignite.weights.foreign.binary import Cursor, content_of, float_tensor
 
 _NIL, _NUMBER, _STRING, _TABLE, _OBJECT, _BOOLEAN, _FUNCTION = range(7)
-# Later versions of Torch7 use these two types for functions. A function may contain itself.
+# Later versions of Torch7 use these two types for functions. Such a function has a number, like a table, because it may
+# contain itself.
 _RECURSIVE_FUNCTIONS = (7, 8)
 # NumPy's types by Torch7's class name, without the prefixes `torch.` and `Cuda` and the suffix `Tensor` or `Storage`.
 _DTYPES = {

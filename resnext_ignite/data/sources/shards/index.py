@@ -47,15 +47,15 @@ class ShardIndex:
 def index_shards(root: Path, split: str, classes: tuple[str, ...] | None = None) -> ShardIndex:
     """Index the images in the shards of `root/split`.
 
-    The index of a large split is cached in the user's cache folder (`XDG_CACHE_HOME`), with a hash over the size, times
-    and sha256 of each shard.
+    The index of a large split is cached in the user's cache folder (`XDG_CACHE_HOME`). A cached index is used only
+    while `shards.json` and the shards are unchanged (see `_state_of`).
 
     Args:
         classes: the allowed classes (the classes of the training split); None: the classes that `shards.json` lists.
 
     Raises:
-        DataError: `shards.json` or a shard is missing, damaged or truncated, or has a class that is not in `classes`;
-            the message names the file.
+        DataError: `shards.json` or a shard is missing, damaged or truncated, or `shards.json` lists a class that is not
+            in `classes`; the message names the file.
     """
     folder = root / split
     listed = read_shard_list(folder / LIST_NAME)
@@ -88,10 +88,10 @@ def shard_classes(root: Path, split: str) -> tuple[str, ...]:
 
 
 def _state_of(folder: Path, listed: ShardList) -> tuple[float, str]:
-    """Return the newest time of change of the shards (seconds since 1970), and a hash.
+    """Return the time of the newest change among the shards (ctime, in seconds since 1970), and a hash.
 
     The hash is over everything that the index depends on: the folder's path, the suffixes of image files, the content
-    of `shards.json`, and the inode and times of each shard.
+    of `shards.json`, and the inode, mtime and ctime of each shard.
 
     Raises:
         DataError: a shard is missing, or its size differs from the listed size.
@@ -135,7 +135,7 @@ def _walk(folder: Path, listed: ShardList) -> list[Array]:
 
 
 def _samples(tar: Tar, first: int, classes: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the offset, size and label of each image in a shard; check that the names count up from `first`.
+    """Yield the offset, size and label of each image in a shard; check that the images are numbered from `first` on.
 
     Raises:
         DataError: a member is missing or out of order, or a label is not an integer from 0 to `classes` - 1.

@@ -20,8 +20,8 @@ from resnext_ignite.data.sources.shards.tar import BLOCK, header_name
 
 # Number of shards that each process keeps open.
 _OPEN = 32
-# Maximum size of one read-ahead, as a fraction of the machine's memory. A larger one could evict shards that are
-# still needed.
+# Maximum size of one read-ahead, as a fraction of the machine's memory. A larger read-ahead could evict other
+# shards from the page cache before their images are read.
 _MEMORY_FRACTION = 0.125
 
 
@@ -34,7 +34,7 @@ class _Descriptor:
 class OpenFiles:
     """Files that are read in parts. Each file is opened at its first use; only a few files stay open.
 
-    Forked processes can share an instance, because no read depends on the position of a descriptor.
+    Forked processes can share an instance, because `pread` does not use the file position that they would share.
 
     Args:
         paths: the files.
@@ -46,7 +46,7 @@ class OpenFiles:
         self._descriptor = functools.lru_cache(_OPEN)(lambda file: _Descriptor(paths[file]))
 
     def read(self, file: int, offset: int, size: int) -> bytes:
-        """Read `size` bytes at `offset` of a file; `file` is the position of the file in `paths`.
+        """Read `size` bytes at `offset` of a file; `file` is the index of the file in `paths`.
 
         Raises:
             OSError: the file cannot be read.
