@@ -85,8 +85,8 @@ def evaluate(
         raise ConfigError("data.image_size: this run sets evaluation.image_size; override that key instead")
     if config.train.device == "cuda" and not torch.cuda.is_available():
         config = with_values(config, {"train.device": "cpu"})
-    # `progressive_from` applies only to training. Remove it: otherwise the config would be invalid with an image size
-    # that is not larger.
+    # `progressive_from` applies only to training. Remove it: a config is invalid if it is not below the image size, and
+    # an evaluation may use a smaller image size than the training did.
     config = with_values(config, {"augment.progressive_from": None})
     # data.on_error: an evaluation must count every image. It therefore fails if it cannot read an image.
     fixed = {"data.on_error": "fail", "logging.mistakes": keep_mistakes}

@@ -24,8 +24,8 @@ from resnext_ignite.runtime.storage import write_durably
 
 COMMAND_LINE = "command line"
 _LONGEST_TEXT = 100_000
-# These errors mean that the path does not name a readable file. (EIO is one of them: reading /proc/self/mem fails with
-# it.) All other errors are storage errors.
+# These errors mean that the path does not name a readable file; all other errors are storage errors. EIO can be a
+# storage error too, but it is in this list because a wrong path can also cause it, for example /proc/self/mem.
 _WRONG_NAME = {
     getattr(errno, name)
     for name in ("ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ENAMETOOLONG", "ELOOP", "ENXIO", "EINVAL", "EIO")

@@ -23,8 +23,8 @@ STOP_SIGNALS = tuple(
     if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
 )
 # The kernel sends this signal to a rank when the rank's parent dies. It must differ from the stop signals, so that the
-# rank can tell the two cases apart. The rank cannot check instead whether its parent still exists: the kernel sends the
-# signal when the parent's first thread ends, but the parent exists until its last thread ends.
+# rank can tell the two cases apart. To look for the parent is not enough: the kernel sends the signal when the thread
+# that started the rank ends, and at that moment the parent may still exist, because its other threads have not ended.
 PARENT_GONE = signal.SIGRTMIN if sys.platform == "linux" else signal.SIGUSR2
 ENDING_SIGNALS = (*STOP_SIGNALS, PARENT_GONE)
 

@@ -135,8 +135,8 @@ class DeviceDecoding:
     """Decodes the batches of a `JpegReader` on a device.
 
     Args:
-        reader: the reader of the batches. If the device refuses a file, the main process decodes it with the `files`
-            of the reader.
+        reader: the reader of the batches. If the device refuses a file, the main process decodes it on the CPU, with
+            `ImageFiles.read` of `reader.files`.
         decoder: decodes the JPEG files. The images are also cropped and resized on its device.
     """
 

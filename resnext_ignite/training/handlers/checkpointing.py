@@ -47,7 +47,7 @@ class RunState:
         parts: model, ema, optimizer, lr_scheduler and scaler, by the names under which they are saved; None for a part
             that the run does not have.
         handlers: handlers with a state, by name.
-        errors: returns the records of the last and the best evaluation.
+        errors: returns the records (error rates, loss, ...) of the last and the best evaluation.
     """
 
     def __init__(
