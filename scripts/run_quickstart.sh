@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup_env.sh ""
-run="${RUN:-runs/quickstart/$(date +%Y-%m-%d_%H-%M-%S)}"
+run="runs/quickstart/$(date +%Y-%m-%d_%H-%M-%S)"
 "$python" -m resnext_ignite.train --config configs/quickstart.yaml --output-dir "$run" train.device=cpu "$@"
 echo "curve: $run/curves.png"
 echo "watch: $python -m tensorboard.main --logdir runs"

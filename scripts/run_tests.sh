@@ -7,5 +7,4 @@ cd "$(dirname "$0")/.."
 . scripts/setup_env.sh "[test,export]"
 # One thread: the tests' networks are tiny, and forked runs must not inherit a thread pool.
 export OMP_NUM_THREADS=1
-"$python" -m coverage erase
 "$python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup "$@"

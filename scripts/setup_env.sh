@@ -15,7 +15,8 @@ set_up_environment() {
         return 0
     fi
     echo "setting up $venv (torch is a large download)" >&2
-    [ -x "$python" ] || "${PYTHON:-python3}" -m venv "$venv" || return
+    # An environment without pip is one whose creation failed half-way.
+    "$python" -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv "$venv" || return
     # Only a complete installation gets the stamp; otherwise the next call installs again.
     if ! "$python" -m pip install --quiet --disable-pip-version-check \
         --constraint "$root/constraints.txt" --editable "$root$extras"; then

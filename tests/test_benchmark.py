@@ -96,7 +96,7 @@ def test_the_peers_train_the_same_network(name: str) -> None:
         shapes = sorted(tuple(p.shape) for p in network.parameters())
         assert shapes == sorted(tuple(p.shape) for p in ours.parameters())
         assert cost_of(network, 64).forward_flop == cost_of(create_model(name, 10), 64).forward_flop
-    with pytest.raises(ValueError, match="not the same"):
+    with pytest.raises(ValueError, match="not the same network"):
         peers._same_size(ours, name, 11)
 
 

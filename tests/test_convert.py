@@ -191,7 +191,10 @@ def test_pytorch_cifar100(tmp_path: Path) -> None:
     assert_same_logits(model, tmp_path / "resnext50-200-best.pth", output, 32, "pytorch-cifar100", name)
 
 
-@pytest.mark.parametrize("name", ["resnext50_32x4d", "resnext101_32x8d"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnext50_32x4d", "resnext101_32x8d", pytest.param("resnext101_64x4d", marks=pytest.mark.slow)],
+)
 def test_torchvision(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     model = living(getattr(torchvision.models, name)(num_classes=1000))

@@ -304,7 +304,7 @@ def no_val(archives: Path) -> None:
         (cut_inner, r"img_train.tar: n01440764.tar: is damaged or not a tar file: unexpected end of data"),
         (cut_inner_between_pictures, r"img_train.tar: n01440764.tar: is cut short or damaged after \d+ bytes"),
         (cut_outer, r"img_train.tar: is damaged or not a tar file: unexpected end of data"),
-        (without_a_class, r"holds 2 classes, not 3; .* n02100735"),
+        (without_a_class, r"holds 2 classes, not 3; the first missing class .* is n02100735"),
         (without_an_image, r"train: holds 8 images, not 9: n02100735 has 1, the development kit says 2"),
         (with_another_class, r"n02084071: is not a class"),
         (with_an_empty_picture, r"n02100735_0.JPEG: is empty"),

@@ -155,7 +155,7 @@ def test_a_run_killed_at_any_iteration_ends_the_same(
 
 def test_a_run_killed_three_times_ends_the_same(tmp_path: Path, in_fork: Callable[[Callable[[], Any]], int]) -> None:
     # Each time two iterations are lost with the points they wrote, and made again.
-    values = [*RESUMED, "checkpoint.every_iterations=3", "logging.every_iterations=1"]
+    values = [*RESUMED, "checkpoint.every_iterations=3", "logging.every_iterations=1", "logging.mistakes=8"]
     folder, whole = tmp_path / "run", tmp_path / "whole"
     assert train_tiny(whole, *values) == 0
     for number, cut in enumerate((3, 6, 12)):
@@ -163,6 +163,9 @@ def test_a_run_killed_three_times_ends_the_same(tmp_path: Path, in_fork: Callabl
     assert train_tiny(folder, *values, resume=True) == 0
     assert digest(folder) == digest(whole)
     assert scalars(folder) == scalars(whole)
+    detail = RunFolder(whole).read_evaluation()
+    assert len(detail["mistakes"]) == 8
+    assert RunFolder(folder).read_evaluation() == detail
 
 
 def test_scaler_generators_best_and_patience_go_on(

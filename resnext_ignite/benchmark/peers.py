@@ -93,7 +93,7 @@ def timm_network(name: str, num_classes: int) -> nn.Module:
 def _same_size(model: nn.Module, name: str, num_classes: int) -> nn.Module:
     sizes = [sum(p.numel() for p in network.parameters()) for network in (model, create_model(name, num_classes))]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"{name}: {sizes[0]} parameters in the other package, {sizes[1]} here: not the same")
+        raise ValueError(f"{name}: {sizes[0]} parameters in the other package, {sizes[1]} here: not the same network")
     return model
 
 

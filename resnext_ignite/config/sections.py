@@ -419,7 +419,7 @@ class LoggingConfig(Section):
     """Number of worst mistakes that the run stores in `evaluation.json` after each evaluation, and shows in
     `mistakes.png` at the end; 0: none."""
     images: Annotated[int, Field(ge=0, le=256)] = 64
-    """Number of images on each TensorBoard sheet: a sheet shows augmented training images or worst mistakes. 0: write
-    neither sheets nor the confusion matrix to TensorBoard."""
+    """Number of images on each TensorBoard sheet: a sheet shows augmented training images, or worst mistakes (at most
+    `logging.mistakes`). 0: write neither sheets nor the confusion matrix to TensorBoard."""
     histograms: bool = False
     """Write TensorBoard histograms of all weights at each evaluation."""

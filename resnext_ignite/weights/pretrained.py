@@ -34,7 +34,7 @@ def load_pretrained(model: nn.Module, name: str, source: str, ranks: Ranks | Non
     Raises:
         CheckpointError: `source` does not exist or cannot be read, or its weights do not fit the model.
     """
-    advice = ""
+    stated: dict[str, Any] = {}
     if source.startswith(_TORCHVISION):
         state: dict[str, Any] = {}
         # The first rank on each machine downloads. The other ranks then read the cached file.
@@ -42,9 +42,7 @@ def load_pretrained(model: nn.Module, name: str, source: str, ranks: Ranks | Non
         state = state or _torchvision_weights(name, source)
     else:
         checkpoint = _checkpoint(source)
-        network = checkpoint["config"]["model"]
-        stem = network.get("stem_channels", 64)
-        advice = f" set model.name={network['name']} model.stem_channels={stem}, the network of these weights;"
+        stated = (checkpoint.get("config") or {}).get("model") or {}
         state = dict(checkpoint.get("ema") or checkpoint["model"])
     own = model.state_dict()
     for key in ("fc.weight", "fc.bias"):
@@ -54,6 +52,10 @@ def load_pretrained(model: nn.Module, name: str, source: str, ranks: Ranks | Non
         model.load_state_dict(state)
     except RuntimeError as error:
         first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
+        network = (stated.get("name"), stated.get("stem_channels", 64))
+        advice = ""
+        if stated and network != (name, own["conv1.weight"].shape[0]):
+            advice = f" set model.name={network[0]} model.stem_channels={network[1]}, the network of these weights;"
         raise CheckpointError(f"model.pretrained: {source} does not fit {name}:{advice} {first[:160]}") from None
 
 
