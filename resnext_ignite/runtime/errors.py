@@ -116,7 +116,7 @@ def advice_for(number: int | None) -> str:
     return "check that storage, then run the command again"
 
 
-def data_error(where: object, error: OSError, advice: str) -> DataError:
+def data_error(where: object, error: OSError, advice: str = "check that it is there and can be read") -> DataError:
     """Return an OSError as a DataError with the message `where: what happened; advice`.
 
     If the process has too many open files, the data is not the cause; the message then advises how to open more files.
@@ -142,7 +142,7 @@ def raise_as_data_error(where: object) -> Iterator[None]:
         if not _is_file_error(error):
             raise
         what = where if error.filename is None else error.filename
-        raise data_error(what, error, "check that it is there and can be read") from None
+        raise data_error(what, error) from None
 
 
 def as_resnext_error(error: BaseException) -> ResnextError | None:

@@ -65,7 +65,7 @@ def allocate_batch(*shape: int) -> Tensor:
         storage = torch.UntypedStorage._new_shared(math.prod(shape))
     except (RuntimeError, OSError) as error:
         if _NO_DESCRIPTOR.search(str(error)):
-            raise data_error("data workers", _TOO_MANY_FILES, advice="") from None
+            raise data_error("data workers", _TOO_MANY_FILES) from None
         raise DataError(f"{_SHM_FULL} ({' '.join(str(error).split())})") from None
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
@@ -103,7 +103,7 @@ def supervised(loader: DataLoader[Any]) -> Iterator[Any]:
                 # second for the exit.
                 _check(workers, patience=1.0)
                 if _NO_DESCRIPTOR.search(str(error)):
-                    raise data_error("data workers", _TOO_MANY_FILES, advice="") from None
+                    raise data_error("data workers", _TOO_MANY_FILES) from None
                 with raise_as_data_error("data workers"):
                     raise
             if isinstance(item, DataError):

@@ -48,7 +48,7 @@ class Tar:
         try:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
-            raise data_error(path, error, "check that it is there and can be read") from None
+            raise data_error(path, error) from None
         self.path, self.bytes = path, os.fstat(self._file.fileno()).st_size
         self._start, self._held = 0, b""
         with contextlib.suppress(OSError):
